@@ -1,0 +1,17 @@
+"""What the stage scripts share: the argument groups, each of which can build what its flags describe."""
+
+from arguments.adapter import AdapterArguments
+from arguments.data import DataArguments
+from arguments.model import ModelArguments
+from arguments.run import RunArguments, TokenWeightedEvaluation, UserError, parse_arguments, run_stage
+
+__all__ = [
+    "AdapterArguments",
+    "DataArguments",
+    "ModelArguments",
+    "RunArguments",
+    "TokenWeightedEvaluation",
+    "UserError",
+    "parse_arguments",
+    "run_stage",
+]

@@ -1,0 +1,69 @@
+"""Which LoRA: rank, targets, modules to save; or none, to train all weights."""
+
+from dataclasses import dataclass, field
+
+import torch
+from loguru import logger
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
+from arguments.run import UserError
+
+
+@dataclass
+class AdapterArguments:
+    """The adapter that is trained on top of the frozen base model."""
+
+    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter. False trains all weights."})
+    target_modules: str = field(
+        default="all", metadata={"help": "Comma list of module names, or all: every linear layer but the head."}
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the update: 8 is enough for style and domain."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "The update is scaled by lora_alpha / lora_rank."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout before the adapter. 0: it costs a quarter of the speed on a CPU."}
+    )
+    modules_to_save: str | None = field(
+        default=None, metadata={"help": "Comma list of modules trained and saved in full, e.g. embed_tokens,lm_head."}
+    )
+    peft_path: str | None = field(default=None, metadata={"help": "Go on training this adapter."})
+
+    def __post_init__(self):
+        if self.lora_rank < 1:
+            raise UserError(f"--lora_rank is {self.lora_rank}, expected at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout is {self.lora_dropout}, expected a share in [0, 1)")
+
+    def peft_config(self, task_type: TaskType) -> LoraConfig:
+        """The LoRA these flags describe."""
+        targets = [name.strip() for name in self.target_modules.split(",") if name.strip()]
+        return LoraConfig(
+            task_type=task_type,
+            target_modules="all-linear" if targets == ["all"] else targets,
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            modules_to_save=self.modules_to_save.split(",") if self.modules_to_save else None,
+        )
+
+    def apply(self, model: torch.nn.Module, task_type: TaskType) -> torch.nn.Module:
+        """Return `model` ready to train: with its adapter, or with all weights trainable in float32.
+
+        Raises:
+            UserError: when `target_modules` matches nothing, or `peft_path` holds no adapter.
+        """
+        if not self.use_peft:
+            model = model.float()  # half-precision weights lose small updates; the matrix products stay in autocast
+        elif self.peft_path:
+            try:
+                model = PeftModel.from_pretrained(model, self.peft_path, is_trainable=True)
+            except (ValueError, OSError) as error:
+                raise UserError(f"--peft_path {self.peft_path} is not an adapter for this model: {error}") from error
+        else:
+            try:
+                model = get_peft_model(model, self.peft_config(task_type))
+            except ValueError as error:
+                raise UserError(f"--target_modules {self.target_modules}: {error}") from error
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%})")
+        return model

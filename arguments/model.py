@@ -1,0 +1,157 @@
+"""Which model: base, tokenizer, dtype, quantisation, attention."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from loguru import logger
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+
+from arguments.run import UserError, native_bf16
+
+# For base models without a chat template. A turn ends with eos, so that the model learns to stop.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ 'Assistant:\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User:\\n' + message['content'] + '\\n' }}"
+    "{% else %}{{ message['content'] + '\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+
+
+@dataclass
+class ModelArguments:
+    """The base model of a stage and its tokenizer."""
+
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Folder or hub name of the base model. Required: there is no hidden default."}
+    )
+    model_type: str | None = field(
+        default=None,
+        metadata={"help": "bloom, llama, qwen3 ...: only compared with the model's config; auto says nothing."},
+    )
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "If not the model's own."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Frozen weights in memory: auto (float16 or bfloat16 on a GPU, by what it has; float32 on a CPU), "
+            "bfloat16, float16, float32.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "8-bit frozen weights (needs bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 frozen weights (needs bitsandbytes)."})
+    device_map: str | None = field(
+        default=None, metadata={"help": "auto spreads one model over the GPUs of a process."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where hub downloads are kept."})
+    use_fast_tokenizer: bool = field(
+        default=True, metadata={"help": "Needed for the SFT mask; False is refused there."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with the model. The 2023 scripts did so unasked."}
+    )
+
+    def __post_init__(self):
+        if not self.model_name_or_path:
+            raise UserError("--model_name_or_path is missing: name the folder or hub id of the base model")
+
+    @property
+    def hub_kwargs(self) -> dict:
+        return {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
+
+    def load_config(self):
+        """The base model's config.
+
+        Raises:
+            UserError: when there is no such model, or `model_type` is another one than the config's.
+        """
+        try:
+            config = AutoConfig.from_pretrained(self.model_name_or_path, **self.hub_kwargs)
+        except (OSError, ValueError) as error:
+            adapter = Path(self.model_name_or_path) / "adapter_config.json"
+            hint = " It holds an adapter: merge it first with merge_peft_adapter.py." if adapter.exists() else ""
+            first_line = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--model_name_or_path {self.model_name_or_path} is no model: {first_line}{hint}"
+            ) from error
+        if self.model_type not in (None, "auto", config.model_type):
+            logger.warning(
+                f"--model_type {self.model_type}, but the config says {config.model_type}: going by the config"
+            )
+        return config
+
+    def load_tokenizer(self):
+        """The tokenizer, with a chat template and, where its vocabulary has one, a pad token other than eos."""
+        source = self.tokenizer_name_or_path or self.model_name_or_path
+        config = self.load_config()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, use_fast=self.use_fast_tokenizer, **self.hub_kwargs)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no tokenizer in {source}: {str(error).strip().splitlines()[0]}") from error
+        tokenizer.padding_side = "right"
+        if tokenizer.eos_token is None:
+            raise UserError(f"the tokenizer in {source} has no eos token: answers could never end")
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+            tokenizer.pad_token = pad_candidate(tokenizer, config.get_text_config().vocab_size)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+            logger.info("The tokenizer has no chat template: using the plain User/Assistant one")
+        return tokenizer
+
+    def load_model(self, auto_class, **kwargs):
+        """`auto_class.from_pretrained` of the base model, in the dtype and quantisation asked for."""
+        config = self.load_config()
+        if "num_labels" in kwargs:
+            config.num_labels = kwargs.pop("num_labels")
+        dtype = self._torch_dtype()
+        try:
+            model = auto_class.from_pretrained(
+                self.model_name_or_path,
+                config=config,
+                dtype=dtype,
+                device_map=self.device_map if torch.cuda.is_available() else None,
+                quantization_config=self._quantization(dtype),
+                **self.hub_kwargs,
+                **kwargs,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"cannot load {self.model_name_or_path}: {str(error).strip().splitlines()[0]}") from error
+        logger.info(
+            f"Loaded {self.model_name_or_path}: {config.model_type}, {model.num_parameters():,} parameters, {dtype}"
+        )
+        return model
+
+    def _torch_dtype(self) -> torch.dtype:
+        if self.dtype == "float16" and not torch.cuda.is_available():
+            logger.warning("float16 weights need a GPU: using float32")
+        elif self.dtype not in (None, "auto"):
+            return getattr(torch, self.dtype)
+        if not torch.cuda.is_available():
+            return torch.float32
+        return torch.bfloat16 if native_bf16() else torch.float16
+
+    def _quantization(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return None
+        return BitsAndBytesConfig(
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+
+
+def pad_candidate(tokenizer, vocab_size: int) -> str:
+    """A token to pad with: the one named pad, else another special token than eos, else eos itself.
+
+    Padding with eos is still right here, because padding is masked by position everywhere; but a reward model would
+    read its score one token early. `vocab_size` bounds the ids that have an embedding.
+    """
+    special = [t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special and i < vocab_size]
+    named = [token for token in special if "pad" in token.lower()]
+    others = [token for token in (tokenizer.unk_token, *special) if token]
+    in_use = {tokenizer.eos_token, tokenizer.bos_token}
+    return next((token for token in (*named, *others) if token not in in_use), tokenizer.eos_token)

@@ -1,0 +1,245 @@
+"""How a run behaves: the command line, precision, where to go on, what it leaves behind."""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from loguru import logger
+from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+# Flags of the 2023 scripts and what transformers 5 calls them. None: it does by default what the flag asked for.
+RENAMED_FLAGS = {
+    "--overwrite_output_dir": "--fresh",
+    "--warmup_ratio": "--warmup_steps",  # a value below 1 is a share of all steps
+    "--evaluation_strategy": "--eval_strategy",
+    "--torch_dtype": "--dtype",
+    "--gradient_checkpointing": "--activation_checkpointing",
+    "--gradient_checkpointing_kwargs": "--activation_checkpointing_kwargs",
+    "--no_cuda": "--use_cpu",
+    "--per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "--log_with": "--report_to",
+    "--save_safetensors": None,
+    "--fp16_opt_level": None,
+}
+
+
+class UserError(Exception):
+    """Bad input. The message says what, where, what was expected and what to do; the process exits with code 2."""
+
+
+def run_stage(main):
+    """Call `main()`; bad input ends with its one message on stderr and exit code 2, and without a traceback."""
+    logger.remove()
+    main_process = os.environ.get("RANK", "0") == "0"
+    logger.add(sys.stderr, format="{time:HH:mm:ss} {level: <7} {message}", level="INFO" if main_process else "ERROR")
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def modern_flags(argv: list[str]) -> list[str]:
+    """Translate the flags that transformers 5 dropped, with one warning line each."""
+    translated, skipping = [], False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name in RENAMED_FLAGS:
+            modern = RENAMED_FLAGS[name]
+            logger.warning(f"{name} is the old name of {modern}" if modern else f"{name} has no effect any more")
+            skipping = modern is None
+            if modern:
+                translated.append(modern + equals + value)
+        elif not (skipping and not word.startswith("--")):
+            skipping = False
+            translated.append(word)
+    return translated
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see python {self.prog} --help)")
+
+
+def parse_arguments(*groups: type, argv: list[str] | None = None) -> list:
+    """Return one instance per argument group.
+
+    Raises:
+        UserError: for an unknown flag (naming the nearest known one), or a value a group refuses.
+    """
+    parser = _Parser(groups, allow_abbrev=False, conflict_handler="resolve")
+    namespace, unknown = parser.parse_known_args(modern_flags(sys.argv[1:] if argv is None else argv))
+    if unknown:
+        flags = {option for action in parser._actions for option in action.option_strings} | set(RENAMED_FLAGS)
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"python {parser.prog} --help lists the flags"
+        raise UserError(f"unknown argument {unknown[0]}: {hint}")
+    try:
+        return [
+            group(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(group) if f.init})
+            for group in groups
+        ]
+    except (ValueError, ImportError) as error:  # transformers and trl check their flags in __post_init__
+        raise UserError(str(error)) from error
+
+
+def native_bf16() -> bool:
+    """Whether bfloat16 matrix products run in hardware: Ampere and newer, or a CPU with avx512_bf16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability()[0] >= 8
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@dataclass
+class RunArguments:
+    """Mixed into a stage's TrainingArguments: other defaults, precision by hardware, resume, loss curves."""
+
+    output_dir: str = field(
+        default="", metadata={"help": "Where adapter, tokenizer, metrics and curves go. Required."}
+    )
+    fresh: bool = field(
+        default=False,
+        metadata={"help": "Start over. By default a run goes on from the newest checkpoint in output_dir."},
+    )
+    do_train: bool = field(default=True, metadata={"help": "Train."})
+    do_eval: bool = field(default=True, metadata={"help": "Evaluate on held-out records."})
+    precision: str = field(
+        default="auto",
+        metadata={
+            "help": "Matrix products of the training step: auto (bf16 where the hardware has it, fp16 on older GPUs, "
+            "else fp32), bf16, fp16 or fp32. --bf16 and --fp16 say the same. Trained weights stay in float32.",
+            "choices": ["auto", "bf16", "fp16", "fp32"],
+        },
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "Same as --precision bf16."})
+    activation_checkpointing: bool | None = field(
+        default=False,
+        metadata={"help": "Recompute activations: less memory, about 30%% slower.", "nargs": "?", "const": True},
+    )
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name of the flag above."})
+    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "tensorboard, wandb, none ..."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every that many optimizer steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; older ones are deleted."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise UserError("--output_dir is missing: name the folder for this stage's adapter and metrics")
+        if (Path(self.output_dir) / "merge.json").exists() and not self.fresh:
+            raise UserError(f"{self.output_dir} already holds a merged model: --fresh trains it anew and replaces it")
+        self._choose_precision()
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))
+        super().__post_init__()
+
+    def _choose_precision(self):
+        asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
+        if asked == "fp16" and not torch.cuda.is_available():
+            logger.warning("fp16 needs a GPU: taking what this CPU does best instead")
+            asked = "auto"
+        if asked == "auto":
+            asked = "bf16" if native_bf16() else "fp16" if torch.cuda.is_available() else "fp32"
+        self.precision, self.bf16, self.fp16 = asked, asked == "bf16", asked == "fp16"
+        device = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        )
+        logger.info(f"Device {device}; training in {asked}, trained weights in float32")
+
+    def checkpoint(self) -> str | None:
+        """The checkpoint to go on from: the one asked for, else the newest in output_dir, else None."""
+        if self.resume_from_checkpoint:
+            return self.resume_from_checkpoint
+        if not Path(self.output_dir).is_dir():
+            return None
+        if self.fresh:
+            with self.main_process_first(desc="clearing the output folder"):
+                clear_output(Path(self.output_dir))
+            return None
+        found = get_last_checkpoint(self.output_dir)
+        if found:
+            logger.info(f"Going on from {found} (--fresh starts over)")
+        return found
+
+    def finish(self, trainer) -> None:
+        """Add the evaluation before training and the peak memory to all_results.json; write state and curves."""
+        if not trainer.is_world_process_zero():
+            return
+        trainer.save_state()
+        peak = {"peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}  # kiB on Linux
+        if torch.cuda.is_available():
+            peak["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        first = next((row for row in trainer.state.log_history if row.get("step") == 0 and "eval_runtime" in row), {})
+        before = {f"{key}_before": value for key, value in first.items() if key.startswith("eval_")}
+        path = Path(self.output_dir) / "all_results.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(results | before | peak, indent=4, sort_keys=True))
+        plot_curves(trainer.state.log_history, Path(self.output_dir))
+
+
+def clear_output(folder: Path) -> None:
+    """Remove an earlier run's checkpoints and merged weights, which would be taken for this run's."""
+    merged = [*folder.glob("model*.safetensors*"), folder / "config.json"] if (folder / "merge.json").exists() else []
+    for path in [*folder.glob("checkpoint-*"), *merged, folder / "adapter", folder / "merge.json"]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # another rank may have been first
+        else:
+            path.unlink(missing_ok=True)
+
+
+class TokenWeightedEvaluation:
+    """Mixed into a Trainer: the held-out loss is the mean over all trained tokens, and perplexity stands beside it.
+
+    The library's own is the mean over batches of each batch's mean, in which tokens of short rows weigh more.
+    """
+
+    def evaluate(self, *args, **kwargs):
+        self._loss_and_tokens = torch.zeros(2, dtype=torch.float64)
+        return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        all_tokens = self.accelerator.reduce(tokens.float())  # the loss of a rank is its sum / all_tokens * ranks
+        sums = torch.stack([loss.detach().float() * all_tokens / self.accelerator.num_processes, tokens.float()])
+        self._loss_and_tokens += self.accelerator.reduce(sums).double().cpu()
+        return loss, logits, labels
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        if "eval_loss" in logs:
+            loss, tokens = self._loss_and_tokens.tolist()
+            logs |= {"eval_loss": loss / tokens, "eval_perplexity": math.exp(min(loss / tokens, 100))}
+            logs["eval_tokens"] = int(tokens)
+        super().log(logs, *args, **kwargs)
+
+
+def plot_curves(log_history: list[dict], folder: Path) -> None:
+    """Write training_{name}.png for every quantity that training or evaluation logged at least twice."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timings = ("runtime", "per_second", "flos", "epoch", "step", "num_tokens")
+    names = {key.removeprefix("eval_") for row in log_history for key in row}
+    for name in sorted(n for n in names if not n.endswith(timings) and not n.startswith("train_")):
+        figure, axes = pyplot.subplots(figsize=(7, 4))
+        for key, label in ((name, "train"), (f"eval_{name}", "held out")):
+            points = [(row["step"], row[key]) for row in log_history if isinstance(row.get(key), int | float)]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        axes.set(xlabel="optimizer step", ylabel=name.replace("_", " "))
+        if axes.lines and max(len(line.get_xdata()) for line in axes.lines) > 1:
+            axes.legend()
+            figure.savefig(folder / f"training_{name.replace('/', '_')}.png", dpi=120, bbox_inches="tight")
+        pyplot.close(figure)

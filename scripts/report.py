@@ -1,0 +1,81 @@
+"""The pipeline's closing table: every stage on held-out data, before and after; and three unseen prompts answered.
+
+    python scripts/report.py models/SmolLM2-135M-Instruct outputs
+
+Reads all_results.json of outputs/pt, sft, rm and rl, and the models outputs/sft-merged and rl-merged.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+PROMPTS = 3
+# stage, what is measured, key before, key after, what the count counts, its key
+ROWS = (
+    ("PT", "perplexity, unseen documents", "eval_perplexity_before", "eval_perplexity", "tokens", "eval_tokens"),
+    ("SFT", "loss, unseen answers", "eval_loss_before", "eval_loss", "tokens", "eval_tokens"),
+    ("RM", "accuracy, unseen pairs", "eval_accuracy_before", "eval_accuracy", "pairs", "eval_pairs"),
+    ("RM", "margin, unseen pairs", "eval_margin_before", "eval_margin", "pairs", "eval_pairs"),
+    ("RM", "accuracy of 'longer wins'", "eval_longer_wins", "eval_longer_wins", "pairs", "eval_pairs"),
+    ("RL", "reward, unseen prompts", "eval_reward_before", "eval_reward", "prompts", "eval_prompts"),
+    ("RL", "KL to the SFT model, nats", "eval_kl_before", "eval_kl", "prompts", "eval_prompts"),
+    ("RL", "answer length, tokens", "eval_length_before", "eval_length", "prompts", "eval_prompts"),
+    ("RL", "answers that end", "eval_eos_rate_before", "eval_eos_rate", "prompts", "eval_prompts"),
+)
+
+
+def print_table(outputs: Path) -> None:
+    results = {
+        stage: json.loads((outputs / stage.lower() / "all_results.json").read_text())
+        for stage in dict.fromkeys(row[0] for row in ROWS)
+    }
+    print(f"\n{'':4} {'on held-out data':30} {'before':>9} {'after':>9}   n")
+    for stage, what, before, after, unit, count in ROWS:
+        found = results[stage]
+        print(f"{stage:4} {what:30} {found[before]:9.3f} {found[after]:9.3f}   {found[count]} {unit}")
+    print(
+        "\n     time per stage: "
+        + ", ".join(
+            f"{stage} {found['train_runtime']:.0f} s (peak {found['peak_rss_gib']:.1f} GiB)"
+            for stage, found in results.items()
+        )
+    )
+
+
+def unseen_prompts(outputs: Path) -> list[list[dict]]:
+    """The first held-out prompts that the RL stage showed."""
+    lines = (outputs / "rl" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines[:PROMPTS]]
+
+
+@torch.no_grad()
+def answer(model, tokenizer, messages: list[dict]) -> str:
+    """The most likely answer, at most 64 tokens of it."""
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=64, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    ids = model.generate(**inputs, generation_config=greedy)[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def main():
+    base, outputs = sys.argv[1], Path(sys.argv[2])
+    print_table(outputs)
+    prompts = unseen_prompts(outputs)
+    answers = {}
+    tokenizer = AutoTokenizer.from_pretrained(outputs / "sft-merged")  # its template serves a base that has none
+    for name, path in (("base", base), ("SFT", outputs / "sft-merged"), ("RL", outputs / "rl-merged")):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        answers[name] = [answer(model, tokenizer, messages) for messages in prompts]
+    for number, messages in enumerate(prompts):
+        print(f"\n{messages[-1]['content']}")
+        for name, texts in answers.items():
+            print(f"  {name:5} {texts[number]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Stage 4: PPO against the reward model, then merge.
+# Usage: bash scripts/run_rl.sh [any flag of rl_training.py, which overrides what stands here]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+: "${MODEL:=outputs/sft-merged}"      # folder or hub name of the SFT model
+: "${REWARD_MODEL:=outputs/rm}"       # an adapter on MODEL shares its memory; any other reward model is loaded beside
+: "${TRAIN:=data/prompts/train}"
+: "${VALIDATION:=data/prompts/validation}"
+: "${OUTPUT:=outputs/rl}"             # adapter, metrics, curves, sampled answers
+: "${MERGED:=outputs/rl-merged}"      # the whole model
+
+source scripts/env.sh  # PYTHON, LAUNCH, flag_value, merge_stage
+OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
+MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
+
+"${LAUNCH[@]}" rl_training.py \
+  --model_name_or_path "$MODEL" \
+  --reward_model_name_or_path "$REWARD_MODEL" \
+  --train_file_dir "$TRAIN" \
+  --validation_file_dir "$VALIDATION" \
+  --output_dir "$OUTPUT" \
+  --max_source_length 256 \
+  --max_target_length 64 \
+  --max_steps 5 \
+  --batch_size 32 \
+  --mini_batch_size 16 \
+  --ppo_epochs 2 \
+  --learning_rate 2e-4 \
+  --eval_on_start \
+  --save_steps 1 \
+  "$@"
+
+merge_stage "$MODEL" "$OUTPUT" "$MERGED"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Lint and tests, on a fresh clone too: bash scripts/run_tests.sh [pytest arguments]; -m "not slow" for the fast part.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+: "${PYTHON:=}"  # an existing environment's python: nothing is installed then
+if [ -z "$PYTHON" ]; then
+  PYTHON=.venv/bin/python
+  [ -x "$PYTHON" ] || python3 -m venv .venv
+  "$PYTHON" -m pip install --quiet -r requirements.txt -r tests/requirements.txt
+fi
+bin=$(dirname "$PYTHON")
+"$bin/ruff" check .
+"$bin/shellcheck" scripts/*.sh .ci/run
+"$PYTHON" -m pytest "$@"

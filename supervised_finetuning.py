@@ -1,0 +1,109 @@
+"""Stage 2: supervised fine-tuning, to answer instructions and hold conversations.
+
+    python supervised_finetuning.py --model_name_or_path outputs/pt-merged --train_file_dir data/finetune/train \
+        --validation_file_dir data/finetune/validation --output_dir outputs/sft
+
+Reads   conversations in any of the forms of data/README.md.
+Trains  a LoRA adapter (--use_peft False: all weights) on the assistant's turns and the tokens that end them.
+Writes  the adapter, tokenizer, metrics (held-out loss of the answers) and curves into output_dir.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from peft import TaskType
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+
+from arguments import (
+    AdapterArguments,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    TokenWeightedEvaluation,
+    parse_arguments,
+    run_stage,
+)
+
+
+@dataclass
+class FinetuningArguments(RunArguments, TrainingArguments):
+    """transformers.TrainingArguments with this project's defaults."""
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak rate. 2e-4 suits LoRA; all weights want 2e-5."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Rows of like length share a batch: less padding."}
+    )
+
+
+def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
+    """Rows {"input_ids", "labels", "length"}; labels are -100 outside the assistant's turns."""
+
+    def encode(row):
+        encoded = data_args.encode(tokenizer, row["messages"])
+        return encoded | {"length": len(encoded["input_ids"])}
+
+    return rows.map(
+        encode,
+        remove_columns=rows.column_names,
+        num_proc=data_args.preprocessing_num_workers,
+        desc="Tokenizing",
+    )
+
+
+class FinetuningTrainer(TokenWeightedEvaluation, Trainer):
+    """transformers.Trainer that computes logits only where a token is trained.
+
+    trl.SFTTrainer's loss scores every position on a CPU, the prompt's too, and recomputes them in the backward pass.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy of the trained tokens: their sum over num_items_in_batch, the count over all ranks."""
+        labels = inputs.pop("labels")[:, 1:]
+        keep = (labels != -100).any(dim=0).nonzero().squeeze(1)  # positions at which some row is trained
+        outputs = model(**inputs, use_cache=False, logits_to_keep=keep)
+        logits, targets = outputs.logits.float().flatten(0, 1), labels[:, keep].flatten()
+        loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        if num_items_in_batch is None:  # models that take no loss arguments: the mean of this batch alone
+            loss = loss / (targets != -100).sum().clamp(min=1)
+        else:
+            loss = loss * self.accelerator.num_processes / num_items_in_batch  # DDP averages over ranks
+        return (loss, outputs) if return_outputs else loss
+
+
+def main():
+    model_args, adapter_args, data_args, training_args = parse_arguments(
+        ModelArguments, AdapterArguments, DataArguments, FinetuningArguments
+    )
+    set_seed(training_args.seed)
+
+    tokenizer = model_args.load_tokenizer()
+    train_rows, eval_rows = data_args.load_conversations()
+    train_dataset = build_dataset(train_rows, tokenizer, data_args)
+    eval_dataset = build_dataset(eval_rows, tokenizer, data_args).sort("length")  # less padding
+
+    model = model_args.load_model(AutoModelForCausalLM)
+    model = adapter_args.apply(model, TaskType.CAUSAL_LM)
+
+    trainer = FinetuningTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=training_args.checkpoint())
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_model()
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    training_args.finish(trainer)
+
+
+if __name__ == "__main__":
+    run_stage(main)
