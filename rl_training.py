@@ -17,6 +17,7 @@ import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 
 import torch
 from datasets import Dataset
@@ -245,21 +246,23 @@ class ActorCritic(nn.Module):
 
     def trained(self) -> tuple[list, list]:
         """Trained parameters of the policy and of the value function."""
-        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        critic = [p for n, p in named if ".value." in n or n.startswith("value_head")]
-        return [p for n, p in named if not any(p is q for q in critic)], critic
+        policy, critic = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                of_value = name.startswith(("copies.value.", "value_head.")) or (self.lora and ".value." in name)
+                (critic if of_value else policy).append(parameter)
+        return policy, critic
 
 
 def full_precision_head(model) -> None:
     """Keep the output layer out of autocast: bfloat16 logits near 20 lie 0.125 apart, too coarse for a KL."""
-    head = model.get_output_embeddings()
-    forward = head.forward
 
-    def forward_outside_autocast(hidden):
+    def forward(head, hidden):
         with torch.autocast(hidden.device.type, enabled=False):
-            return forward(hidden.to(head.weight.dtype))
+            return type(head).forward(head, hidden.to(head.weight.dtype))
 
-    head.forward = forward_outside_autocast
+    head = model.get_output_embeddings()
+    head.forward = MethodType(forward, head)  # a bound method follows its head when a model is copied
 
 
 def same_model(first: str | None, second: str) -> bool:
@@ -365,6 +368,7 @@ class PPOTrainer(Trainer):
         self.eos_ids = eos_ids(self.model.policy, self.processing_class)
         if external_reward is not None:
             external_reward.to(self.args.device)
+        set_seed(self.args.seed + self.args.process_index)  # ranks sample different answers
 
     def total(self, tensor):
         """Sum over ranks."""
@@ -571,7 +575,7 @@ class PPOTrainer(Trainer):
     def sum_gradients(self) -> None:
         """The losses are shares of a global mean, so gradients add up over ranks; DDP's own mean is not used."""
         if self.args.world_size > 1:
-            for parameter in [*self.model.trained()[0], *self.model.trained()[1]]:
+            for parameter in sum(self.model.trained(), []):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 parameter.grad = self.total(parameter.grad)

@@ -115,7 +115,7 @@ class DataArguments:
             held_out, train = train[:count], train[count:]
         if not train:
             raise UserError(f"{self.train_file_dir or self.dataset_name}: no training records left")
-        train, held_out = train[: self.max_train_samples], held_out[: self.max_eval_samples]
+        train, held_out = sample(train, self.max_train_samples), sample(held_out, self.max_eval_samples)
         logger.info(f"{len(train)} training and {len(held_out)} held-out records")
         return Dataset.from_list(train), Dataset.from_list(held_out)
 
@@ -151,6 +151,13 @@ class DataArguments:
                 yield from read_file(path)
             except BadRecord as error:
                 bad.append(str(error))
+
+
+def sample(rows: list, count: int | None) -> list:
+    """At most `count` rows, picked over all files alike (a folder's first rows are often of one file), in order."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(42).sample(range(len(rows)), count))]
 
 
 def render(tokenizer, messages: list[dict], **kwargs) -> str:

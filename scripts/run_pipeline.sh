@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole recipe with one command: PT -> merge -> SFT -> merge -> RM -> merge -> RL -> merge, then the table.
-# Usage: bash scripts/run_pipeline.sh [--fresh] [--seed N]
+# Usage: bash scripts/run_pipeline.sh [--fresh] [flags that every stage knows, e.g. --seed 1 --max_train_samples 100]
 # A second call goes on after the last finished stage, and inside an unfinished one from its checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,14 +9,9 @@ cd "$(dirname "$0")/.."
 : "${OUTPUTS:=outputs}"
 : "${PYTHON:=}"                              # an existing environment's python: nothing is installed then
 
-FRESH="" SEED=42
-while [ $# -gt 0 ]; do
-  case $1 in
-    --fresh) FRESH=yes ;;
-    --seed) SEED=${2:?--seed needs a number} && shift ;;
-    *) echo "error: unknown argument $1: run_pipeline.sh knows --fresh and --seed N" >&2 && exit 2 ;;
-  esac
-  shift
+FRESH="" FLAGS=()
+for flag in "$@"; do
+  if [ "$flag" = --fresh ]; then FRESH=yes; else FLAGS+=("$flag"); fi
 done
 
 if [ -z "$PYTHON" ]; then
@@ -32,16 +27,18 @@ if [ "$MODEL" = models/SmolLM2-135M-Instruct ]; then
   mkdir -p models && "$PYTHON" scripts/get_default_model.py "$MODEL"
 fi
 
-# stage name model output merged: unless it is done already, run it, and note how long it took.
+# stage name model flags...: unless it is done already, run it, and note how long it took.
 stage() {
-  [ -f "$OUTPUTS/$1.done" ] && echo "$1: done already" && return
-  local started=$SECONDS
-  MODEL=$2 OUTPUT=$3 MERGED=$4 bash "scripts/run_$1.sh" --seed "$SEED"
-  echo "$((SECONDS - started)) s" >"$OUTPUTS/$1.done"
+  local name=$1 model=$2 started=$SECONDS
+  shift 2
+  [ -f "$OUTPUTS/$name.done" ] && echo "$name: done already" && return
+  MODEL=$model OUTPUT=$OUTPUTS/$name MERGED=$OUTPUTS/$name-merged bash "scripts/run_$name.sh" "$@" "${FLAGS[@]}"
+  echo "$((SECONDS - started)) s" >"$OUTPUTS/$name.done"
 }
+# Steps are bounded so that the whole stays under 20 minutes on two CPU cores.
 export REWARD_MODEL=$OUTPUTS/rm
-stage pt "$MODEL" "$OUTPUTS/pt" "$OUTPUTS/pt-merged"
-stage sft "$OUTPUTS/pt-merged" "$OUTPUTS/sft" "$OUTPUTS/sft-merged"
-stage rm "$OUTPUTS/sft-merged" "$OUTPUTS/rm" "$OUTPUTS/rm-merged"
-stage rl "$OUTPUTS/sft-merged" "$OUTPUTS/rl" "$OUTPUTS/rl-merged"
+stage pt "$MODEL"
+stage sft "$OUTPUTS/pt-merged" --max_steps 36
+stage rm "$OUTPUTS/sft-merged" --max_steps 32
+stage rl "$OUTPUTS/sft-merged" --max_steps 4 --max_eval_samples 60
 "$PYTHON" scripts/report.py "$MODEL" "$OUTPUTS"
