@@ -35,6 +35,7 @@ class RewardArguments(RunArguments, RewardConfig):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "Pairs of like length share a batch: less padding."}
     )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The sampler above reads a column, length."})
     center_rewards_coefficient: float | None = field(
         default=0.01, metadata={"help": "Keeps scores around 0, so that PPO's rewards are."}
     )
@@ -62,6 +63,15 @@ def longer_wins(dataset: Dataset) -> float:
     return sum((chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in lengths) / len(lengths)
 
 
+class PairTrainer(RewardTrainer):
+    """trl.RewardTrainer that puts the length-only baseline and the number of pairs beside the held-out accuracy."""
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        if "eval_loss" in logs:
+            logs |= {"eval_longer_wins": longer_wins(self.eval_dataset), "eval_pairs": len(self.eval_dataset)}
+        super().log(logs, *args, **kwargs)
+
+
 def main():
     model_args, adapter_args, data_args, training_args = parse_arguments(
         ModelArguments, AdapterArguments, DataArguments, RewardArguments
@@ -77,7 +87,7 @@ def main():
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model = adapter_args.apply(model, TaskType.SEQ_CLS)
 
-    trainer = RewardTrainer(
+    trainer = PairTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -90,7 +100,7 @@ def main():
         trainer.save_metrics("train", result.metrics)
         trainer.save_model()
     if training_args.do_eval:
-        metrics = trainer.evaluate() | {"eval_longer_wins": longer_wins(eval_dataset), "eval_pairs": len(eval_dataset)}
+        metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     training_args.finish(trainer)

@@ -365,7 +365,7 @@ class PPOTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.data_args, self.external_reward = data_args, external_reward
         self.kl_coef, self.stats, self.rollout, self.policy_stopped = self.args.init_kl_coef, [], None, False
-        self.eos_ids = eos_ids(self.model.policy, self.processing_class)
+        self.eos_ids = eos_ids(self.model.policy, self.processing_class, data_args)
         if external_reward is not None:
             external_reward.to(self.args.device)
         set_seed(self.args.seed + self.args.process_index)  # ranks sample different answers
@@ -642,11 +642,13 @@ class PPOTrainer(Trainer):
         self.kl_coef = json.loads((folder / "value" / "state.json").read_text())["kl_coef"]
 
 
-def eos_ids(model, tokenizer) -> list[int]:
-    """All ids that end an answer: the tokenizer's eos and those of the model's generation_config."""
+def eos_ids(model, tokenizer, data_args: DataArguments) -> list[int]:
+    """All ids that end an answer: the tokenizer's eos, the model's, and the one that SFT trains to end a turn."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_token_id, *(i for i in configured if i is not None)})
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    trained = data_args.encode(tokenizer, turn)["input_ids"][-1]
+    return sorted({tokenizer.eos_token_id, trained, *(i for i in configured if i is not None)})
 
 
 def concatenate(pieces: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -81,27 +81,28 @@ class DataArguments:
         """Tokens of a conversation that ends with an answer.
 
         Returns input_ids and labels of equal length; labels are -100 except on assistant turns and on the token that
-        ends each. Both stop with the last answer's end. Of a long conversation the oldest exchanges go first, then the
-        start of the prompt beyond max_source_length and the end of the answer beyond max_target_length.
+        ends each. Both stop with the last answer's end. What comes before the last answer is cut to max_source_length
+        as encode_prompt does, the end of the answer beyond max_target_length is cut off.
         """
-        system = messages[:1] if messages[0]["role"] == "system" else []
-        limit = self.max_source_length + self.max_target_length
         while True:
-            ids, labels = encode_turns(tokenizer, messages)
-            later = [i for i, m in enumerate(messages) if m["role"] == "user"][1:]
-            if len(ids) <= limit or not later:
+            ids, labels, start = encode_turns(tokenizer, messages)
+            if start <= self.max_source_length or not (shorter := without_oldest(messages)):
                 break
-            messages = system + messages[later[0] :]
-        if len(ids) > limit:
-            start = next(i for i in range(len(labels), 0, -1) if labels[i - 1] == -100)  # of the last answer
-            keep = slice(max(0, start - self.max_source_length), start + self.max_target_length)
-            ids, labels = ids[keep], labels[keep]
-        return {"input_ids": ids, "labels": labels}
+            messages = shorter
+        keep = slice(max(0, start - self.max_source_length), start + self.max_target_length)
+        return {"input_ids": ids[keep], "labels": labels[keep]}
 
     def encode_prompt(self, tokenizer, messages: list[dict]) -> list[int]:
-        """Tokens of a conversation that awaits an answer, at most max_source_length of them, the latest kept."""
-        text = render(tokenizer, messages, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"][-self.max_source_length :]
+        """Tokens of a conversation that awaits an answer, at most max_source_length of them.
+
+        Of a long one the oldest exchanges go first, the system text stays; then the start of what is left is cut.
+        """
+        while True:
+            text = render(tokenizer, messages, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) <= self.max_source_length or not (shorter := without_oldest(messages)):
+                return ids[-self.max_source_length :]
+            messages = shorter
 
     def _load(self, form: Callable) -> tuple[Dataset, Dataset]:
         train = self._read(self.train_file_dir, "train", form)
@@ -121,8 +122,10 @@ class DataArguments:
 
     def _read(self, folder: str | None, split: str, form: Callable) -> list[dict]:
         rows, bad = [], []
-        for place, record in self._records(folder, split, bad):
+        for place, record in self._records(folder, split):
             try:
+                if isinstance(record, BadRecord):
+                    raise record
                 rows.append(form(record))
             except BadRecord as error:
                 bad.append(f"{place}: {error}")
@@ -133,7 +136,7 @@ class DataArguments:
             logger.warning(f"Skipped {len(bad)} bad records\n  {shown}")
         return rows
 
-    def _records(self, folder: str | None, split: str, bad: list[str]):
+    def _records(self, folder: str | None, split: str):
         if folder is None:
             try:
                 dataset = load_dataset(self.dataset_name, self.dataset_config_name, split=split)
@@ -147,10 +150,7 @@ class DataArguments:
         if not files:
             raise UserError(f"{folder} holds no file that ends in {', '.join(SUFFIXES)}")
         for path in files:
-            try:
-                yield from read_file(path)
-            except BadRecord as error:
-                bad.append(str(error))
+            yield from read_file(path)
 
 
 def sample(rows: list, count: int | None) -> list:
@@ -158,6 +158,13 @@ def sample(rows: list, count: int | None) -> list:
     if count is None or count >= len(rows):
         return rows
     return [rows[i] for i in sorted(random.Random(42).sample(range(len(rows)), count))]
+
+
+def without_oldest(messages: list[dict]) -> list[dict] | None:
+    """The conversation without its first question and answer; None when there is only one."""
+    later = [i for i, message in enumerate(messages) if message["role"] == "user"][1:]
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    return system + messages[later[0] :] if later else None
 
 
 def render(tokenizer, messages: list[dict], **kwargs) -> str:
@@ -171,8 +178,8 @@ def render(tokenizer, messages: list[dict], **kwargs) -> str:
         return render(tokenizer, [first, *messages[2:]], **kwargs)
 
 
-def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
-    """input_ids and labels of a whole conversation (see DataArguments.encode), untruncated.
+def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int], int]:
+    """input_ids and labels of a whole conversation (see DataArguments.encode), and where the last answer starts.
 
     The template is rendered with a marker in place of each answer, so that an answer is found by place and not by its
     words, whatever the template does around it.
@@ -192,16 +199,18 @@ def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]
     return mask_answers(tokenizer, encoded["input_ids"], encoded["offset_mapping"], spans)
 
 
-def mask_answers(tokenizer, ids, offsets, spans) -> tuple[list[int], list[int]]:
+def mask_answers(tokenizer, ids, offsets, spans) -> tuple[list[int], list[int], int]:
     """Labels that are -100 outside the character `spans` and the special token that follows each.
 
-    Everything after the last answer's end is cut off; where the template puts no special token there, eos is added.
+    Everything after the last answer's end is cut off; where the template puts no special token there, eos is added. A
+    token that begins before its span ("Assistant:" + " a") is the answer's. Returns where the last answer starts too.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
-    labels, position = [-100] * len(ids), 0
+    labels, position, answer = [-100] * len(ids), 0, 0
     for start, end in spans:
-        while position < len(ids) and offsets[position][0] < start:
+        while position < len(ids) and offsets[position][1] <= start:
             position += 1
+        answer = position
         while position < len(ids) and offsets[position][0] < end:
             labels[position] = ids[position]
             position += 1
@@ -210,5 +219,5 @@ def mask_answers(tokenizer, ids, offsets, spans) -> tuple[list[int], list[int]]:
             labels[closing] = ids[closing]
             position = closing + 1
     if position and labels[position - 1] in special:
-        return ids[:position], labels[:position]
-    return ids[:position] + [tokenizer.eos_token_id], labels[:position] + [tokenizer.eos_token_id]
+        return ids[:position], labels[:position], answer
+    return ids[:position] + [tokenizer.eos_token_id], labels[:position] + [tokenizer.eos_token_id], answer

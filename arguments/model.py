@@ -93,11 +93,11 @@ class ModelArguments:
         tokenizer.padding_side = "right"
         if tokenizer.eos_token is None:
             raise UserError(f"the tokenizer in {source} has no eos token: answers could never end")
-        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-            tokenizer.pad_token = pad_candidate(tokenizer, config.get_text_config().vocab_size)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
             logger.info("The tokenizer has no chat template: using the plain User/Assistant one")
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+            tokenizer.pad_token = pad_candidate(tokenizer, config.get_text_config().vocab_size)
         return tokenizer
 
     def load_model(self, auto_class, **kwargs):
@@ -153,5 +153,6 @@ def pad_candidate(tokenizer, vocab_size: int) -> str:
     special = [t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special and i < vocab_size]
     named = [token for token in special if "pad" in token.lower()]
     others = [token for token in (tokenizer.unk_token, *special) if token]
-    in_use = {tokenizer.eos_token, tokenizer.bos_token}
-    return next((token for token in (*named, *others) if token not in in_use), tokenizer.eos_token)
+    template = str(tokenizer.chat_template)  # a token that a turn starts or ends with is no padding
+    free = (t for t in (*named, *others) if t not in (tokenizer.eos_token, tokenizer.bos_token) and t not in template)
+    return next(free, tokenizer.eos_token)

@@ -6,6 +6,8 @@ Documents are strings. A conversation is a list of {"role", "content"} messages.
 
 import gzip
 import json
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ ROLES = {
     "tool": "tool",
 }
 INVISIBLE = " \t\r\n\u3000\u200b\ufeff"
+BETWEEN_RECORDS = re.compile(rf"[{INVISIBLE},]*")
 SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
 
 
@@ -38,53 +41,61 @@ def find_files(folder: str) -> list[Path]:
 def read_file(path: Path) -> Iterator[tuple[str, object]]:
     """Yield (file:line, record) for each record; a record of a .txt file is {"text": line}.
 
-    Raises:
-        BadRecord: when the file is neither UTF-8 nor GB18030, or a line is no JSON.
+    A line that cannot be read yields its BadRecord in place of a record, so that the rest of the file is still seen.
     """
-    raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-    text = decode(raw, path)
-    if ".txt" in path.suffixes:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip(INVISIBLE):
-                yield f"{path}:{number}", {"text": line}
-    elif text.lstrip().startswith("["):
-        yield from read_json_array(text, path)
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+        text = decode(raw)
+    except (BadRecord, OSError, EOFError, zlib.error) as error:
+        yield str(path), BadRecord(f"cannot be read: {error}")
+        return
+    if path.name.removesuffix(".gz").endswith(".txt"):
+        records = (
+            (number, {"text": line}) for number, line in enumerate(text.split("\n"), 1) if line.strip(INVISIBLE)
+        )
+    elif text.lstrip(INVISIBLE).startswith("["):
+        records = read_json_array(text)
     else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip(INVISIBLE):
-                yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
+        records = read_json_lines(text)
+    yield from ((f"{path}:{number}", record) for number, record in records)
 
 
-def decode(raw: bytes, path: Path) -> str:
-    for encoding in ("utf-8-sig", "gb18030"):
+def decode(raw: bytes) -> str:
+    for encoding in ("utf-8", "gb18030"):
         try:
-            return raw.decode(encoding)
+            return raw.decode(encoding).removeprefix("\ufeff")
         except UnicodeDecodeError:
             continue
-    raise BadRecord(f"{path}: neither UTF-8 nor GB18030 text")
+    raise BadRecord("neither UTF-8 nor GB18030 text")
 
 
-def parse_json(text: str, place: str):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadRecord(f"{place}: not JSON ({error.msg} at column {error.colno}): {text.strip()[:60]}") from error
+def read_json_lines(text: str) -> Iterator[tuple[int, object]]:
+    """(line, record) of each line that holds one."""
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.strip(INVISIBLE)
+        if line:
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                yield number, BadRecord(f"not JSON ({error.msg} at column {error.colno}): {line[:60]}")
 
 
-def read_json_array(text: str, path: Path) -> Iterator[tuple[str, object]]:
-    """Records of a JSON array, each with the line it starts on."""
-    decoder, position = json.JSONDecoder(), text.index("[") + 1
-    line, counted = 1, 0
+def read_json_array(text: str) -> Iterator[tuple[int, object]]:
+    """(line it starts on, record) of each record of a JSON array."""
+    decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
     while True:
-        position += len(text[position:]) - len(text[position:].lstrip(INVISIBLE + ","))
-        if text[position : position + 1] in ("]", ""):
-            return
+        position = BETWEEN_RECORDS.match(text, position).end()
         line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]":
+            break
         try:
             record, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            raise BadRecord(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
-        yield f"{path}:{line}", record
+            yield error.lineno, BadRecord(f"not JSON ({error.msg} at column {error.colno}); the rest is not read")
+            return
+        yield line, record
+    if text[position + 1 :].strip(INVISIBLE):
+        yield line, BadRecord(f"text after the array's end: {text[position + 1 :].strip(INVISIBLE)[:60]}")
 
 
 def clean(value) -> str:
@@ -101,13 +112,16 @@ def to_messages(turns, closed: bool) -> list[dict]:
 
     With `closed`, questions after the last answer go too.
     """
+    if not isinstance(turns, list):
+        raise BadRecord(f"expected a list of turns, found {str(turns)[:60]}")
     messages = []
     for turn in turns:
         if not isinstance(turn, dict):
             raise BadRecord(f"expected a turn like {{'role', 'content'}}, found {str(turn)[:60]}")
-        role = ROLES.get(turn.get("role", turn.get("from")))
+        name = turn.get("role") or turn.get("from")
+        role = ROLES.get(str(name))
         if role is None:
-            raise BadRecord(f"unknown role {turn.get('role', turn.get('from'))!r}, expected one of {', '.join(ROLES)}")
+            raise BadRecord(f"unknown role {name!r}, expected one of {', '.join(ROLES)}")
         content = clean(turn.get("content", turn.get("value")))
         if not content or (role == "assistant" and not any(m["role"] == "user" for m in messages)):
             continue
@@ -122,8 +136,8 @@ def to_messages(turns, closed: bool) -> list[dict]:
 
 def with_history(record: dict, question: str) -> list[dict]:
     """System prompt, history [[question, answer], ...] and `question` as messages."""
-    turns = [{"role": "system", "content": record.get("system")}]
-    for exchange in record.get("history") or []:
+    turns, history = [{"role": "system", "content": record.get("system")}], record.get("history") or []
+    for exchange in history if isinstance(history, list) else [history]:
         if not isinstance(exchange, list | tuple) or len(exchange) != 2:
             raise BadRecord(f"expected history as [[question, answer], ...], found {str(exchange)[:60]}")
         turns += [{"role": "user", "content": exchange[0]}, {"role": "assistant", "content": exchange[1]}]
@@ -131,9 +145,10 @@ def with_history(record: dict, question: str) -> list[dict]:
 
 
 def need(record, form: str) -> dict:
+    """The record without its null keys."""
     if not isinstance(record, dict):
         raise BadRecord(f"expected {form}, found {type(record).__name__}")
-    return record
+    return {key: value for key, value in record.items() if value is not None}
 
 
 def to_document(record) -> str:
@@ -176,8 +191,8 @@ def to_conversation(record) -> list[dict]:
         messages = to_messages(record.get("messages") or record.get("conversations") or [], closed=True)
     elif "instruction" in record or "completion" in record:
         answer = record.get("output", record.get("completion"))
-        answer = answer[-1].get("content") if isinstance(answer, list) and answer else answer
-        messages = to_messages([*to_prompt(record), {"role": "assistant", "content": answer}], closed=True)
+        messages = [*to_prompt(record), {"role": "assistant", "content": last_answer(answer)}]
+        messages = to_messages(messages, closed=True)
     else:
         raise BadRecord(f"expected {form}, found keys {', '.join(record)}")
     if not messages:
@@ -201,6 +216,8 @@ def to_pair(record) -> dict:
     pair = {"prompt": prompt, "chosen": last_answer(chosen), "rejected": last_answer(rejected)}
     if not all(pair.values()):
         raise BadRecord(f"{next(k for k, v in pair.items() if not v)} is empty; expected {form}")
+    if prompt[-1]["role"] not in ("user", "tool"):
+        raise BadRecord("there is no question")
     if pair["chosen"] == pair["rejected"]:
         raise BadRecord("chosen and rejected are the same text")
     return pair
@@ -211,5 +228,7 @@ def last_answer(answer) -> str:
     if isinstance(answer, list) and answer:
         answer = answer[-1]
     if isinstance(answer, dict):
+        if ROLES.get(str(answer.get("role") or answer.get("from") or "assistant")) != "assistant":
+            raise BadRecord(f"expected an answer, found a turn of {answer.get('role') or answer.get('from')}")
         answer = answer.get("content", answer.get("value"))
     return clean(answer)

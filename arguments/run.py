@@ -121,7 +121,9 @@ class RunArguments:
             "choices": ["auto", "bf16", "fp16", "fp32"],
         },
     )
-    bf16: bool | None = field(default=None, metadata={"help": "Same as --precision bf16."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Same as --precision bf16; False: not bf16.", "nargs": "?", "const": True}
+    )
     activation_checkpointing: bool | None = field(
         default=False,
         metadata={"help": "Recompute activations: less memory, about 30%% slower.", "nargs": "?", "const": True},
@@ -149,7 +151,9 @@ class RunArguments:
             logger.warning("fp16 needs a GPU: taking what this CPU does best instead")
             asked = "auto"
         if asked == "auto":
-            asked = "bf16" if native_bf16() else "fp16" if torch.cuda.is_available() else "fp32"
+            asked = (
+                "bf16" if native_bf16() and self.bf16 is not False else "fp16" if torch.cuda.is_available() else "fp32"
+            )
         self.precision, self.bf16, self.fp16 = asked, asked == "bf16", asked == "fp16"
         device = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -158,8 +162,13 @@ class RunArguments:
 
     def checkpoint(self) -> str | None:
         """The checkpoint to go on from: the one asked for, else the newest in output_dir, else None."""
-        if self.resume_from_checkpoint:
-            return self.resume_from_checkpoint
+        asked = self.resume_from_checkpoint
+        if asked and str(asked).lower() not in ("true", "false"):
+            if not Path(asked).is_dir():
+                raise UserError(
+                    f"--resume_from_checkpoint {asked} is no folder: name a checkpoint-N of an earlier run"
+                )
+            return asked
         if not Path(self.output_dir).is_dir():
             return None
         if self.fresh:
