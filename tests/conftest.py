@@ -1,0 +1,132 @@
+"""How the tests launch the scripts, and the records they launch them on."""
+
+import os
+
+# No network, and one thread: models this small only get slower with more. Set before anything imports torch.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import contextlib
+import io
+import json
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+DOCUMENTS = (
+    "The heart pumps blood through the body. Blood carries oxygen from the lungs to every organ, and waste away.",
+    "Influenza is an infection of the airways. It begins suddenly, with fever, cough and muscle pain.",
+    "Asthma narrows the airways. Inhaled medicines open them and calm the inflammation underneath.",
+    "High blood pressure is seldom felt. Less salt, more movement and medicines taken daily bring it down.",
+    "A sprained ankle swells within minutes. Rest, cold and a bandage help for the first two days.",
+    "Iron deficiency makes people tired and pale. The doctor looks for the cause before treating it.",
+    "流感是一种呼吸道感染，起病急，常有发热、咳嗽和肌肉疼痛。",
+    "高血压往往没有感觉。少吃盐、多运动、每天按时吃药可以把血压降下来。",
+)
+QUESTIONS = (
+    ("What does the heart do?", "It pumps blood through the body.", "It digests food."),
+    ("What are the symptoms of influenza?", "Fever, cough and muscle pain that begin suddenly.", "A broken leg."),
+    ("How is asthma treated?", "With inhaled medicines that open the airways.", "With cold water, every morning."),
+    ("When should I see a doctor?", "At once when breathing is hard.", "Never, it always passes by itself."),
+    ("Is high blood pressure felt?", "Seldom, so it should be measured.", "Yes, always, as a pain in the foot."),
+    ("What helps a sprained ankle?", "Rest, cold and a bandage.", "Running."),
+    ("流感有什么症状？", "发热、咳嗽和肌肉疼痛。", "没有任何症状，不用管。"),
+    ("高血压患者平时要注意什么？", "少吃盐，多运动，按时吃药。", "多吃盐。"),
+)
+
+
+def write_lines(folder: Path, rows: list[dict], name: str = "rows.jsonl") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def write_records(root: Path, documents=DOCUMENTS, questions=QUESTIONS) -> Path:
+    """One folder a stage under `root`, in the forms of 2023 (and {"prompt"} for stage 4); returns `root`."""
+    write_lines(root / "pt", [{"text": text} for text in documents])
+    write_lines(root / "sft", [{"instruction": q, "input": "", "output": good} for q, good, _ in questions])
+    pairs = [{"question": q, "response_chosen": good, "response_rejected": bad} for q, good, bad in questions]
+    write_lines(root / "rm", pairs)
+    write_lines(root / "rl", [{"prompt": q} for q, _, _ in questions])
+    return root
+
+
+@dataclass
+class Outcome:
+    """How a script ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.startswith("error:")]
+
+    def ok(self) -> "Outcome":
+        assert self.code == 0, self.stderr[-3000:]
+        return self
+
+
+def in_process(script: str, *flags) -> Outcome:
+    """Run a script as `python script flags` would, but in this process: its main() without ten seconds of imports."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    kept = sys.argv, os.environ.copy(), Path.cwd()
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    sys.argv = [script, *map(str, flags)]
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        sys.argv = kept[0]
+        os.environ.clear()
+        os.environ.update(kept[1])
+        os.chdir(kept[2])
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def in_subprocess(*command, **environment) -> Outcome:
+    """Run `python command` from the repository root, as users do."""
+    ended = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return Outcome(ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory) -> Path:
+    """Folders pt, sft, rm and rl of eight English and Chinese records each."""
+    return write_records(tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(family): the folder of a small random model, made once."""
+    from tiny_models import save_tiny
+
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def build(family: str) -> str:
+        if family not in made:
+            made[family] = save_tiny(family, root / family)
+        return made[family]
+
+    return build

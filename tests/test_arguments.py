@@ -1,0 +1,318 @@
+"""The command line: old flags, typos, precision, splits, resuming, and what a run leaves behind."""
+
+import json
+import sys
+
+import pytest
+import torch
+from loguru import logger
+
+from arguments import AdapterArguments, DataArguments, ModelArguments, UserError, parse_arguments, run_stage
+from arguments.run import RENAMED_FLAGS, modern_flags, native_bf16, plot_curves
+from merge_peft_adapter import MergeArguments
+from pretraining import PretrainingArguments
+from reward_modeling import RewardArguments
+from rl_training import PPOArguments
+from supervised_finetuning import FinetuningArguments
+
+GROUPS = ModelArguments, AdapterArguments, DataArguments, FinetuningArguments
+STAGES = PretrainingArguments, FinetuningArguments, RewardArguments, PPOArguments
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+
+
+@pytest.fixture(autouse=True)
+def no_traces(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def logged():
+    """The log lines of this test."""
+    lines = []
+    sink = logger.add(lambda message: lines.append(str(message).strip()), format="{level}: {message}")
+    yield lines
+    logger.remove(sink)
+
+
+@pytest.fixture
+def required(tmp_path):
+    return ["--model_name_or_path", "m", "--train_file_dir", "d", "--output_dir", str(tmp_path / "out")]
+
+
+def parse(argv, groups=GROUPS):
+    """All attributes of the parsed groups, the later groups' first."""
+    return {k: v for group in parse_arguments(*groups, argv=argv) for k, v in vars(group).items()}
+
+
+# flags
+
+
+@pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [
+        ("--learning_rat", "did you mean --learning_rate"),
+        ("--lora_rnk=4", "did you mean --lora_rank"),
+        ("--train_file_dirr", "did you mean --train_file_dir"),
+        ("--evaluation_strategyy", "did you mean --evaluation_strategy"),
+        ("--warmup_ration", "did you mean --warmup_ratio"),
+        ("--zzzzzzzz", "--help lists the flags"),
+        ("stray", "--help lists the flags"),
+    ],
+)
+def test_unknown_flags_name_the_nearest(required, flag, nearest):
+    with pytest.raises(UserError, match=f"unknown argument {flag}: .*{nearest}"):
+        parse([*required, flag])
+
+
+RENAMED = {  # words after the flag: attribute and its value
+    "--overwrite_output_dir": [([], "fresh", True), (["True"], "fresh", True), (["False"], "fresh", False)],
+    "--warmup_ratio": [(["0.1"], "warmup_steps", 0.1)],
+    "--evaluation_strategy": [(["steps"], "eval_strategy", "steps")],
+    "--torch_dtype": [(["bfloat16"], "dtype", "bfloat16")],
+    "--gradient_checkpointing": [
+        ([], "activation_checkpointing", True),
+        (["False"], "activation_checkpointing", False),
+    ],
+    "--gradient_checkpointing_kwargs": [
+        (['{"use_reentrant": false}'], "activation_checkpointing_kwargs", {"use_reentrant": False})
+    ],
+    "--no_cuda": [([], "use_cpu", True)],
+    "--per_gpu_train_batch_size": [(["3"], "per_device_train_batch_size", 3)],
+    "--per_gpu_eval_batch_size": [(["3"], "per_device_eval_batch_size", 3)],
+    "--log_with": [(["none"], "report_to", [])],
+    "--save_safetensors": [([], "seed", 7), (["False"], "seed", 7)],  # dropped, and its value with it
+    "--fp16_opt_level": [(["O1"], "seed", 7)],
+}
+
+
+def test_every_renamed_flag_is_tested():
+    assert set(RENAMED) == set(RENAMED_FLAGS)
+
+
+@pytest.mark.parametrize("equals", [False, True])
+@pytest.mark.parametrize(("flag", "words", "name", "value"), [(k, *row) for k in RENAMED for row in RENAMED[k]])
+def test_renamed_flags_still_work(required, logged, flag, words, name, value, equals):
+    flagged = ["=".join([flag, *words])] if equals else [flag, *words]
+    assert parse([*required, *flagged, "--seed", "7"])[name] == value
+    assert sum(flag in line for line in logged if line.startswith("WARNING")) == 1
+
+
+def test_modern_flags_leaves_other_words_alone(logged):
+    argv = ["--seed", "-1", "--save_safetensors", "False", "--fresh", "--lr=--no_cuda", "x"]
+    assert modern_flags(argv) == ["--seed", "-1", "--fresh", "--lr=--no_cuda", "x"]
+    assert len(logged) == 1
+
+
+@pytest.mark.parametrize("missing", ["--model_name_or_path", "--train_file_dir", "--output_dir"])
+def test_missing_required_flags(required, missing):
+    at = required.index(missing)
+    with pytest.raises(UserError, match=f"{missing} is missing"):
+        parse(required[:at] + required[at + 2 :])
+
+
+@pytest.mark.parametrize(
+    ("groups", "argv", "message"),
+    [
+        (PPOArguments, ["--output_dir", "o"], "--reward_model_name_or_path is missing"),
+        (MergeArguments, ["--output_dir", "o"], "--peft_model_path is missing"),
+        (MergeArguments, ["--peft_model_path", "p"], "--output_dir is missing"),
+        (AdapterArguments, ["--lora_rank", "0"], "--lora_rank is 0, expected at least 1"),
+        (AdapterArguments, ["--lora_dropout", "1"], r"--lora_dropout is 1.0, expected a share in \[0, 1\)"),
+        (AdapterArguments, ["--lora_rank", "four"], "--lora_rank.*: invalid int value: 'four'"),
+        (AdapterArguments, ["--lora_rank"], "--lora_rank.*: expected one argument"),
+        (DataArguments, ["--train_file_dir", "d", "--max_source_length", "0"], "--max_source_length is 0"),
+        (DataArguments, ["--train_file_dir", "d", "--max_target_length", "-1"], "--max_target_length is -1"),
+        (DataArguments, ["--train_file_dir", "d", "--bad_records", "drop"], "--bad_records.*: invalid choice: 'drop'"),
+        (PretrainingArguments, ["--output_dir", "o", "--block_size", "1"], "--block_size is 1, expected at least 2"),
+        (PretrainingArguments, ["--output_dir", "o", "--streaming"], "--streaming .*set --max_steps"),
+        (
+            PPOArguments,
+            ["--output_dir", "o", "--reward_model_name_or_path", "r", "--mini_batch_size", "3"],
+            "--batch_size 8 is no multiple of --mini_batch_size 3",
+        ),
+        (
+            PPOArguments,
+            ["--output_dir", "o", "--reward_model_name_or_path", "r", "--ppo_epochs", "0"],
+            "--ppo_epochs is 0, expected at least 1",
+        ),
+        (FinetuningArguments, ["--output_dir", "o", "--eval_strategy", "sometimes"], "sometimes"),
+    ],
+)
+def test_refused_values(groups, argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(argv, [groups])
+
+
+def test_run_stage_ends_with_one_line_and_code_2(capsys):
+    def main():
+        raise UserError("no such thing")
+
+    with pytest.raises(SystemExit) as exit_:
+        run_stage(main)
+    logger.remove()  # run_stage logs to this test's stderr
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: no such thing\n"
+
+
+def test_ppo_steps_are_rollouts(tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--reward_model_name_or_path", "r", "--max_steps", "5", "--save_steps", "2"]
+    args = parse([*argv, "--batch_size", "6", "--mini_batch_size", "3", "--ppo_epochs", "4"], [PPOArguments])
+    assert (args["rollouts"], args["max_steps"], args["save_steps"], args["logging_steps"]) == (5, 40, 16, 8)
+
+
+# precision
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("flags", [["--fp16"], ["--precision", "fp16"], ["--precision=auto"], []])
+def test_without_gpu_fp16_falls_back(required, logged, flags):
+    args = parse([*required, *flags])
+    best = "bf16" if native_bf16() else "fp32"
+    assert (args["precision"], args["fp16"], args["bf16"]) == (best, False, best == "bf16")
+    assert any("fp16 needs a GPU" in line for line in logged) == any("fp16" in flag for flag in flags)
+    assert args["use_cpu"] is True
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [(["--precision", "fp32"], "fp32"), (["--precision", "bf16"], "bf16"), (["--bf16", "True"], "bf16")],
+)
+def test_precision_is_as_asked_in_every_stage(tmp_path, stage, flags, precision):
+    reward = ["--reward_model_name_or_path", "r"] if stage is PPOArguments else []
+    args = parse(["--output_dir", str(tmp_path), *reward, *flags], [stage])
+    assert (args["precision"], args["fp16"], args["bf16"]) == (precision, False, precision == "bf16")
+
+
+@pytest.mark.parametrize(("flags", "expected"), [(["--bf16"], True), (["--bf16", "False"], False)])
+def test_bf16_as_transformers_has_it(required, monkeypatch, flags, expected):
+    monkeypatch.setattr("arguments.run.native_bf16", lambda: True)
+    assert parse([*required, *flags])["bf16"] is expected
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [(None, torch.float32), ("auto", torch.float32), ("float16", torch.float32), ("bfloat16", torch.bfloat16)],
+)
+def test_dtype_of_frozen_weights(flag, expected):
+    assert ModelArguments(model_name_or_path="m", dtype=flag)._torch_dtype() == expected
+
+
+# splits
+
+
+def held_out(folder, rows, share, **kwargs):
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"t{i}"}) + "\n" for i in range(rows)))
+    train, held = DataArguments(str(folder), validation_split_percentage=share, **kwargs).load_documents()
+    assert not set(train["text"]) & set(held["text"])
+    return len(train), sorted(held["text"])
+
+
+def test_split_percentage_and_fraction_mean_the_same(tmp_path):
+    train, fifth = held_out(tmp_path, 100, 5)
+    assert (train, len(fifth)) == (95, 5)
+    assert held_out(tmp_path, 100, 0.05) == (95, fifth)
+
+
+@pytest.mark.parametrize(("rows", "share", "count"), [(100, 1, 1), (200, 1, 2), (10, 0.5, 5), (10, 50, 5), (3, 5, 1)])
+def test_split_sizes(tmp_path, rows, share, count):
+    train, held = held_out(tmp_path, rows, share)
+    assert (train, len(held)) == (rows - count, count)
+
+
+def test_sample_limits(tmp_path):
+    train, held = held_out(tmp_path, 100, 10, max_train_samples=7, max_eval_samples=2)
+    assert (train, len(held)) == (7, 2)
+
+
+def test_one_record_cannot_be_split(tmp_path):
+    with pytest.raises(UserError, match="no training records left"):
+        held_out(tmp_path, 1, 5)
+
+
+# going on, starting over
+
+
+def run_arguments(folder, **kwargs):
+    return FinetuningArguments(output_dir=str(folder), **kwargs)
+
+
+def touch(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def left(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_checkpoint_is_the_newest_by_number(tmp_path, logged):
+    assert run_arguments(tmp_path / "nowhere").checkpoint() is None
+    assert run_arguments(tmp_path).checkpoint() is None
+    touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x")
+    assert run_arguments(tmp_path).checkpoint() == str(tmp_path / "checkpoint-10")
+    assert any("--fresh starts over" in line for line in logged)
+
+
+def test_checkpoint_asked_for_wins(tmp_path):
+    touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x")
+    asked = str(tmp_path / "checkpoint-9")
+    assert run_arguments(tmp_path, resume_from_checkpoint=asked, fresh=True).checkpoint() == asked
+    assert left(tmp_path) == ["checkpoint-10/x", "checkpoint-9/x"]
+
+
+@pytest.mark.parametrize("asked", ["True", "False"])
+def test_checkpoint_asked_for_by_no_name_is_the_newest(tmp_path, asked):
+    assert run_arguments(tmp_path, resume_from_checkpoint=asked).checkpoint() is None
+    touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x")
+    assert run_arguments(tmp_path, resume_from_checkpoint=asked).checkpoint() == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize("name", ["checkpoint-11", "checkpoint-9/x"])
+def test_checkpoint_asked_for_is_a_folder(tmp_path, name):
+    touch(tmp_path, "checkpoint-9/x")
+    with pytest.raises(UserError, match=f"--resume_from_checkpoint .*{name} is no folder"):
+        run_arguments(tmp_path, resume_from_checkpoint=str(tmp_path / name), fresh=True).checkpoint()
+    assert left(tmp_path) == ["checkpoint-9/x"]
+
+
+def test_fresh_removes_checkpoints_alone(tmp_path):
+    touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x", "adapter_config.json", "config.json", "model.safetensors")
+    assert run_arguments(tmp_path, fresh=True).checkpoint() is None
+    assert left(tmp_path) == ["adapter_config.json", "config.json", "model.safetensors"]
+
+
+def test_merged_output_needs_fresh(tmp_path):
+    merged = ["merge.json", "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "adapter/x"]
+    touch(tmp_path, *merged, "model.safetensors.index.json", "checkpoint-3/x", "all_results.json")
+    with pytest.raises(UserError, match="already holds a merged model: --fresh"):
+        run_arguments(tmp_path)
+    assert "model.safetensors" in left(tmp_path)
+    assert run_arguments(tmp_path, fresh=True).checkpoint() is None
+    assert left(tmp_path) == ["all_results.json"]
+
+
+def test_plot_curves(tmp_path):
+    history = [
+        {"step": 0, "eval_loss": 3.0, "eval_runtime": 1.0, "eval_rewards/margin": 0.1, "epoch": 0},
+        {"step": 1, "loss": 2.0, "learning_rate": 0.1, "grad_norm": None, "epoch": 0.5},
+        {"step": 2, "loss": 1.0, "learning_rate": 0.2, "grad_norm": 1.0, "epoch": 1.0},
+        {"step": 2, "eval_loss": 1.5, "eval_runtime": 1.0, "eval_rewards/margin": 0.2, "eval_pairs": 1, "epoch": 1.0},
+        {"step": 2, "train_loss": 1.5, "train_runtime": 9.0, "total_flos": 1e9, "epoch": 1.0},
+    ]
+    plot_curves(history, tmp_path)
+    assert left(tmp_path) == ["training_learning_rate.png", "training_loss.png", "training_rewards_margin.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in left(tmp_path))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_can_be_printed(stage, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stage.py", "--help"])  # a bare % in a help text breaks argparse
+    with pytest.raises(SystemExit) as exit_:
+        parse_arguments(ModelArguments, AdapterArguments, DataArguments, stage)
+    assert exit_.value.code == 0
+    assert "--validation_split_percentage" in capsys.readouterr().out

@@ -1,0 +1,296 @@
+"""Which tokens of a conversation are trained, what truncation keeps, and that RL's prompts are SFT's."""
+
+from itertools import groupby
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from arguments import DataArguments, UserError
+from arguments.data import encode_turns
+from arguments.model import PLAIN_CHAT_TEMPLATE, pad_candidate
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CORPUS = ["user assistant system", "Drink water and rest.", "请多喝水，好好休息。", "hello hello a b"] * 3
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
+NO_END = (
+    "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+SAME_LINE = (  # as Vicuna's: the space belongs to the answer's first token
+    "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+SPACE_BEFORE_END = (  # as Llama 2's
+    "{% for m in messages %}{{ m.role }}:\n{{ m.content }}{% if m.role == 'assistant' %} {{ eos_token }}{% endif %}\n"
+    "{% endfor %}"
+)
+
+
+def make_tokenizer(template=CHATML, eos="<|im_end|>", special=SPECIAL, **kwargs):
+    """A byte-level BPE of a few merges."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, **kwargs)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def chatml():
+    return make_tokenizer()
+
+
+def data_args(source=256, target=256):
+    return DataArguments(train_file_dir="unused", max_source_length=source, max_target_length=target)
+
+
+def chat(*contents, system=None):
+    """Alternating questions and answers, after a system text."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def trained(tokenizer, encoded):
+    """The text of each stretch of trained tokens."""
+    stretches = groupby(zip(encoded["input_ids"], encoded["labels"], strict=True), key=lambda pair: pair[1] != -100)
+    stretches = [list(pairs) for is_trained, pairs in stretches if is_trained]
+    assert all(token == label for pairs in stretches for token, label in pairs)
+    return [tokenizer.decode([token for token, _ in pairs]) for pairs in stretches]
+
+
+END = "<|im_end|>"
+CONVERSATIONS = {
+    "one turn": (chat("hello", "Drink water."), ["Drink water." + END]),
+    "system, two turns": (
+        chat("What helps?", "Drink water\nand rest.", "Thanks!", "Get well soon.", system="Be brief."),
+        ["Drink water\nand rest." + END, "Get well soon." + END],
+    ),
+    "Chinese": (
+        chat("感冒怎么办？", "请多喝水，好好休息。", "还有呢？", "发热时看医生。", system="请简短。"),
+        ["请多喝水，好好休息。" + END, "发热时看医生。" + END],
+    ),
+    "mixed, emoji": (chat("What is 感冒?", "感冒 is a cold 🤧"), ["感冒 is a cold 🤧" + END]),
+    "one character": (chat("a", "a", "b or a?", "b", "是吗？", "是"), ["a" + END, "b" + END, "是" + END]),
+    "answers inside the question": (
+        chat("Say hello and rest. hello", "hello", "hello", "hello hello"),
+        ["hello" + END, "hello hello" + END],
+    ),
+    "answers like role names": (chat("user", "assistant", "assistant", "user"), ["assistant" + END, "user" + END]),
+    "line breaks at the ends": (chat("hello", "\n\nhello \n"), ["\n\nhello \n" + END]),
+    "a marker's characters": (chat("\ue0000 \ue0001\ue001", "a"), ["a" + END]),
+}
+
+
+@pytest.mark.parametrize(("messages", "golden"), CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_trains_exactly_the_answers_and_their_ends(chatml, messages, golden):
+    encoded = data_args().encode(chatml, messages)
+    assert trained(chatml, encoded) == golden
+    whole = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    assert chatml.decode(encoded["input_ids"]) == whole.removesuffix("\n")  # nothing after the last end token
+
+
+def test_tool_results_are_not_trained(chatml):
+    messages = [*chat("hello", "f()"), {"role": "tool", "content": "b"}, {"role": "assistant", "content": "a"}]
+    assert trained(chatml, data_args().encode(chatml, messages)) == ["f()" + END, "a" + END]
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "golden", "text"),
+    [
+        (
+            PLAIN_CHAT_TEMPLATE,
+            "<|endoftext|>",
+            ["a<|endoftext|>", "b 水<|endoftext|>"],
+            "Be brief.\nUser:\nhello\nAssistant:\na<|endoftext|>\nUser:\na\nAssistant:\nb 水<|endoftext|>",
+        ),
+        (
+            CHATML,
+            "<|endoftext|>",  # the template's own end token stands, and no second one
+            ["a<|im_end|>", "b 水<|im_end|>"],
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+            "a<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb 水<|im_end|>",
+        ),
+        (
+            NO_END,
+            "<|endoftext|>",
+            ["a", "b 水<|endoftext|>"],
+            "system:\nBe brief.\nuser:\nhello\nassistant:\na\nuser:\na\nassistant:\nb 水<|endoftext|>",
+        ),
+        (
+            NO_SYSTEM,
+            "<|im_end|>",
+            ["a<|im_end|>", "b 水<|im_end|>"],
+            "<|im_start|>user\nBe brief.\n\nhello<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb 水<|im_end|>",
+        ),
+    ],
+    ids=["plain", "other eos", "no end token", "no system role"],
+)
+def test_templates(template, eos, golden, text):
+    tokenizer = make_tokenizer(template, eos)
+    encoded = data_args().encode(tokenizer, chat("hello", "a", "a", "b 水", system="Be brief."))
+    assert trained(tokenizer, encoded) == golden
+    assert tokenizer.decode(encoded["input_ids"]) == text
+
+
+def test_answer_on_the_line_of_its_header():
+    tokenizer = make_tokenizer(SAME_LINE)
+    encoded = data_args().encode(tokenizer, chat("hello", "a", "b", "Drink water."))
+    assert [text.strip() for text in trained(tokenizer, encoded)] == ["a" + END, "Drink water." + END]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out"),
+        ("{% for m in messages %}{{ m.content | upper | replace('\ue000', '') }}{% endfor %}", "rewrites"),
+        ("{{ raise_exception('not today') }}", "refuses a conversation: not today"),
+    ],
+)
+@pytest.mark.parametrize("system", [None, "s"])
+def test_refused_templates(template, message, system):
+    with pytest.raises(UserError, match=message):
+        data_args().encode(make_tokenizer(template), chat("hello", "a", system=system))
+
+
+# truncation
+
+LONG = chat("one one one", "a1", "two two", "a2", "three", "a3", system="s")
+
+
+# In CHATML a turn is 3 tokens before a question (5 before an answer), a token a character, and 2 after it. Before the
+# last answer LONG has 7 (system) + 3+11+2 + 5+2+2 + 3+7+2 + 5+2+2 + 3+5+2 + 5 = 68 tokens; 43 without the first
+# exchange, 22 without the second, too.
+S = "<|im_start|>system\ns<|im_end|>\n"
+FIRST = "<|im_start|>user\none one one<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
+SECOND = "<|im_start|>user\ntwo two<|im_end|>\n<|im_start|>assistant\na2<|im_end|>\n"
+THIRD = "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "before", "answers"),
+    [
+        (69, S + FIRST + SECOND + THIRD, ["a1" + END, "a2" + END]),
+        (68, S + FIRST + SECOND + THIRD, ["a1" + END, "a2" + END]),  # exactly fits
+        (67, S + SECOND + THIRD, ["a2" + END]),  # one token too many
+        (43, S + SECOND + THIRD, ["a2" + END]),
+        (42, S + THIRD, []),
+        (22, S + THIRD, []),
+        (21, S.removeprefix("<|im_start|>") + THIRD, []),  # nothing older left: the start goes
+        (7, "<|im_end|>\n<|im_start|>assistant\n", []),
+        (1, "\n", []),
+    ],
+)
+@pytest.mark.parametrize(("target", "answer"), [(4, "a3" + END), (3, "a3" + END), (2, "a3"), (1, "a")])
+def test_truncation(chatml, source, before, answers, target, answer):
+    args = data_args(source, target)
+    encoded = args.encode(chatml, LONG)
+    assert chatml.decode(encoded["input_ids"]) == before + answer
+    assert trained(chatml, encoded) == [*answers, answer]
+    prompt = args.encode_prompt(chatml, LONG[:-1])
+    assert chatml.decode(prompt) == before
+    assert prompt + chatml(answer)["input_ids"] == encoded["input_ids"]
+
+
+def cut(tokenizer, messages, source, target):
+    """What truncation keeps, before and after the answer's start, as token texts."""
+    encoded = data_args(source, target).encode(tokenizer, messages)
+    texts, labels = [tokenizer.decode([i]) for i in encoded["input_ids"]], encoded["labels"]
+    start = max(i for i, label in enumerate(labels, 1) if label == -100)
+    assert labels == [-100] * start + encoded["input_ids"][start:]
+    return texts[:start], texts[start:]
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN_CHAT_TEMPLATE, NO_END])
+def test_truncation_keeps_the_header_and_start_of_the_last_answer(template):
+    tokenizer = make_tokenizer(template)
+    header = data_args(5).encode_prompt(tokenizer, LONG[:-1])
+    before, answer = cut(tokenizer, [*LONG[:-1], {"role": "assistant", "content": "1 2 3 4 5 6"}], 5, 3)
+    assert before == [tokenizer.decode([i]) for i in header]
+    assert "".join(before).endswith("ssistant\n" if template == CHATML else "ssistant:\n")
+    assert answer == ["1", " ", "2"]
+
+
+def test_truncation_takes_the_last_answer_after_a_tool(chatml):
+    tool = [{"role": "tool", "content": "b"}, {"role": "assistant", "content": "1 2 3"}]
+    before, answer = cut(chatml, [*chat("hello " * 20, "f()"), *tool], 6, 4)
+    assert "".join(before).endswith("assistant\n") and answer == ["1", " ", "2", " "]
+
+
+def test_truncation_with_a_space_before_the_end_token():
+    before, answer = cut(make_tokenizer(SPACE_BEFORE_END), chat("hello " * 9, "1 2 3 4 5 6"), 5, 3)
+    assert "".join(before).endswith("ssistant:\n") and answer == ["1", " ", "2"]
+
+
+# RL samples after encode_prompt; the reward model learned on encode
+
+
+@pytest.mark.parametrize("answer", ["Drink water and rest.", "请多喝水。", "a", "🤧", "1 2"])
+@pytest.mark.parametrize("template", [CHATML, PLAIN_CHAT_TEMPLATE, NO_END, NO_SYSTEM])
+@pytest.mark.parametrize("question", [["hello"], ["hello", "a", "怎么办？"]])
+@pytest.mark.parametrize("system", [None, "请简短。"])
+@pytest.mark.parametrize(("source", "target"), [(256, 256), (40, 3), (25, 2), (4, 1)])
+def test_prompt_and_answer_and_eos_are_the_whole(template, question, answer, system, source, target, chatml):
+    chatml.chat_template = template
+    try:
+        args = data_args(source, target)
+        prompt = args.encode_prompt(chatml, chat(*question, system=system))
+        whole = args.encode(chatml, chat(*question, answer, system=system))["input_ids"]
+        assert prompt + (chatml(answer)["input_ids"] + [chatml.eos_token_id])[:target] == whole
+        assert len(prompt) <= source
+    finally:
+        chatml.chat_template = CHATML
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN_CHAT_TEMPLATE, NO_END, NO_SYSTEM, SAME_LINE])
+def test_the_last_answer_starts_where_the_prompt_ends(template):
+    tokenizer = make_tokenizer(template)
+    prompt = data_args().encode_prompt(tokenizer, LONG[:-1])
+    ids, labels, start = encode_turns(tokenizer, LONG)
+    assert (ids[:start], labels[start:]) == (prompt, ids[start:])
+
+
+# padding
+
+BOTH = ["<|endoftext|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("special", "kwargs", "vocab_size", "expected"),
+    [
+        (SPECIAL, {"eos": "<|im_end|>"}, 330, "<|endoftext|>"),
+        (SPECIAL, {"eos": "<|im_end|>", "bos_token": "<|endoftext|>", "template": NO_END}, 330, "<|im_start|>"),
+        (SPECIAL, {"eos": "<|endoftext|>", "unk_token": "<|im_end|>", "template": NO_END}, 330, "<|im_end|>"),
+        (SPECIAL, {"eos": "<|im_end|>", "bos_token": "<|endoftext|>"}, 330, "<|im_end|>"),  # a turn's start is none
+        (SPECIAL, {"eos": "<|endoftext|>", "unk_token": "<|im_start|>"}, 330, "<|endoftext|>"),
+        (["<pad>", *BOTH], {"eos": "<|im_end|>", "template": CHATML + "<pad>"}, 330, "<|endoftext|>"),
+        (SPECIAL, {"eos": "<|im_end|>", "template": None}, 330, "<|endoftext|>"),
+        ([*BOTH, "<|vision_pad|>"], {"eos": "<|im_end|>"}, 330, "<|vision_pad|>"),
+        (["<PAD>", *BOTH], {"eos": "<|im_end|>", "unk_token": "<|endoftext|>"}, 330, "<PAD>"),
+        ([*BOTH, "<pad>"], {"eos": "<|im_end|>"}, 2, "<|endoftext|>"),  # <pad> is id 2: no embedding
+        (["</s>"], {"eos": "</s>"}, 330, "</s>"),  # nothing else: eos itself
+        (["<s>", "</s>"], {"eos": "</s>", "bos_token": "<s>"}, 330, "</s>"),
+    ],
+)
+def test_pad_candidate(special, kwargs, vocab_size, expected):
+    assert pad_candidate(make_tokenizer(special=special, **kwargs), vocab_size) == expected
+
+
+def test_pad_candidate_is_a_special_token():
+    ordinary = SimpleNamespace(content="<pad>", special=False)
+    tokenizer = SimpleNamespace(
+        added_tokens_decoder={0: ordinary}, unk_token=None, eos_token="</s>", bos_token=None, chat_template=None
+    )
+    assert pad_candidate(tokenizer, 10) == "</s>"

@@ -1,0 +1,329 @@
+"""PPO's arithmetic against numbers worked out by hand, and a bandit whose optimum is known."""
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from rl_training import (
+    ActorCritic,
+    adapted_kl_coef,
+    advantages_and_returns,
+    concatenate,
+    last_token,
+    policy_loss,
+    prompt_order,
+    score_head,
+    trim,
+    value_loss,
+    whiten,
+)
+
+
+def close(found, expected, **kwargs):
+    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), **kwargs)
+
+
+def one_rank(tensor):
+    return tensor
+
+
+# advantages
+
+# gamma .9, lam .8: delta_t = r_t + .9 V_(t+1) - V_t and A_t = delta_t + .72 A_(t+1), inside the mask alone
+RAGGED = {  # mask, rewards, values, advantages, returns
+    "gaps before and after": (  # delta: 1 + .9*1 - .5 = 1.4 and 2 - 1 = 1;  A: 1.4 + .72*1, 1
+        [0, 1, 1, 0],
+        [9, 1, 2, 9],
+        [5, 0.5, 1, 7],
+        [0, 2.12, 1, 0],
+        [0, 2.62, 2, 0],
+    ),
+    "whole row": (  # delta: .08, .07, .06, .6;  A: .6, .06 + .432, .07 + .35424, .08 + .3054528
+        [1, 1, 1, 1],
+        [0, 0, 0, 1],
+        [0.1, 0.2, 0.3, 0.4],
+        [0.3854528, 0.42424, 0.492, 0.6],
+        [0.4854528, 0.62424, 0.792, 1.0],
+    ),
+    "gap before, one token": ([0, 0, 0, 1], [9, 9, 9, -1], [9, 9, 9, 2], [0, 0, 0, -3], [0, 0, 0, -1]),
+    "gap after, one token": ([1, 0, 0, 0], [3, 9, 9, 9], [1, 9, 9, 9], [2, 0, 0, 0], [3, 0, 0, 0]),
+    "nothing": ([0, 0, 0, 0], [9, 9, 9, 9], [9, 9, 9, 9], [0, 0, 0, 0], [0, 0, 0, 0]),
+}
+
+
+def test_advantages_by_hand():
+    mask, rewards, values, advantages, returns = (
+        torch.tensor(rows, dtype=torch.float32) for rows in zip(*RAGGED.values(), strict=True)
+    )
+    found = advantages_and_returns(rewards, values, mask, 0.9, 0.8)
+    close(found[0], advantages)
+    close(found[1], returns)
+
+
+def random_batch(seed, rows=7, width=11):
+    """Rewards, values and a mask with one stretch of random place and length a row."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, rows, width, generator=generator)
+    ends = torch.randint(0, width + 1, (rows, 2), generator=generator).sort(1).values
+    columns = torch.arange(width)
+    return rewards, values, ((columns >= ends[:, :1]) & (columns < ends[:, 1:])).float(), ends.tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("gamma", "lam"), [(0.9, 0.8), (1.0, 0.95), (1.0, 1.0), (0.5, 0.0)])
+def test_advantages_equal_a_naive_loop(seed, gamma, lam):
+    rewards, values, mask, ends = random_batch(seed)
+    expected = torch.zeros_like(rewards)
+    for row, (start, end) in enumerate(ends):
+        for t in range(start, end):  # the definition: a discounted sum of deltas, without recursion
+            for k in range(t, end):
+                following = values[row, k + 1] if k + 1 < end else 0.0
+                delta = rewards[row, k] + gamma * following - values[row, k]
+                expected[row, t] += (gamma * lam) ** (k - t) * delta
+    advantages, returns = advantages_and_returns(rewards, values, mask, gamma, lam)
+    close(advantages, expected, atol=1e-5, rtol=1e-5)
+    close(returns, (expected + values) * mask, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_discount_returns_are_rewards_to_go(seed):
+    rewards, values, mask, _ = random_batch(seed)
+    to_go = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
+    advantages, returns = advantages_and_returns(rewards, values, mask, 1.0, 1.0)
+    close(advantages, (to_go - values) * mask, atol=1e-5, rtol=1e-5)
+    close(returns, to_go, atol=1e-5, rtol=1e-5)
+
+
+def test_whiten():
+    x, mask = torch.tensor([[1.0, 99, 2], [99, 3, 99]]), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    close(whiten(x, mask, one_rank), [[-1, 0, 0], [0, 1, 0]])  # mean 2, variance (1 + 0 + 1) / 2
+    close(whiten(x, mask, lambda sums: 2 * sums), mask * (x - 2) * (5 / 4) ** 0.5)  # two like ranks: variance 4 / 5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whitened_moments(seed):
+    x, _, mask, _ = random_batch(seed, rows=30)
+    kept = whiten(5 * x + 3, mask, one_rank)[mask.bool()]
+    close(kept.mean(), 0.0, atol=1e-5, rtol=0)
+    close(kept.var(unbiased=True), 1.0, atol=1e-4, rtol=0)
+
+
+def test_whiten_of_one_or_equal_numbers_is_finite():
+    close(whiten(torch.tensor([[5.0, 7]]), torch.tensor([[1.0, 0]]), one_rank), [[0, 0]])
+    close(whiten(torch.full((2, 2), 5.0), torch.ones(2, 2), one_rank), [[0, 0], [0, 0]])
+
+
+# losses, clip .2: loss and its gradient
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.0, 1.0, -1.0, -1.0),
+        (1.1, 2.0, -2.2, -2.2),  # inside on both sides
+        (0.9, -2.0, 1.8, 1.8),
+        (1.5, 1.0, -1.2, 0.0),  # good and already likelier: clipped
+        (0.5, -1.0, 0.8, 0.0),  # bad and already less likely: clipped
+        (1.5, -1.0, 1.5, 1.5),  # moved the wrong way: never clipped
+        (0.5, 1.0, -0.5, -0.5),
+    ],
+)
+def test_policy_loss(ratio, advantage, loss, gradient):
+    old = torch.tensor([[-2.0, -1.0]])
+    logp = (old + torch.tensor([[ratio, 3.0]]).log()).requires_grad_()
+    found = policy_loss(logp, old, torch.tensor([[advantage, 5.0]]), torch.tensor([[1.0, 0.0]]), 0.2)
+    found.backward()
+    close(found.detach(), loss)
+    close(logp.grad, [[gradient, 0.0]])  # d(-A rho) / d logp = -A rho; the second token is masked
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "loss", "gradient"),
+    [
+        (1.1, 2.0, 0.405, -0.9),  # the old value is 1: inside, .9^2 / 2
+        (1.5, 2.0, 0.32, 0.0),  # max(.5^2, (1.2 - 2)^2) / 2: clipped
+        (0.5, 0.0, 0.32, 0.0),  # max(.5^2, .8^2) / 2: clipped
+        (1.5, 0.0, 1.125, 1.5),  # max(1.5^2, 1.2^2) / 2: moved the wrong way
+        (0.5, 2.0, 1.125, -1.5),
+    ],
+)
+def test_value_loss(value, target, loss, gradient):
+    values = torch.tensor([[value, 8.0]], requires_grad=True)
+    found = value_loss(values, torch.ones(1, 2), torch.tensor([[target, 0.0]]), torch.tensor([[1.0, 0.0]]), 0.2)
+    found.backward()
+    close(found.detach(), loss)
+    close(values.grad, [[gradient, 0.0]])
+
+
+def test_losses_are_sums_over_tokens():
+    zeros, ones = torch.zeros(2, 3), torch.ones(2, 3)
+    assert policy_loss(zeros, zeros, 2 * ones, ones, 0.2).item() == -12
+    assert value_loss(zeros, zeros, 2 * ones, ones, 0.2).item() == 12
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [(6.0, 0.05), (12.0, 0.050064), (60.0, 0.050064), (0.0, 0.049936), (6.6, 0.050032), (5.4, 0.049968)],
+)
+def test_adapted_kl_coef(kl, expected):
+    assert adapted_kl_coef(0.05, kl, target=6.0, samples=64, horizon=10000) == pytest.approx(expected, abs=1e-12)
+
+
+def test_bandit_reaches_the_known_optimum():
+    """max E[r] - beta KL(pi, ref) is softmax(log ref + r / beta)."""
+    torch.manual_seed(0)
+    beta, rewards, samples = 0.5, torch.tensor([1.0, 0.0, 0.5, -1.0]), 1024
+    reference = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()
+    optimum = (reference + rewards / beta).softmax(0)
+    close(optimum, [0.3729, 0.2019, 0.4116, 0.0137], atol=1e-4, rtol=0)
+    logits = reference.clone().requires_grad_()
+    optimizer, mask, seen = torch.optim.Adam([logits], lr=0.03), torch.ones(samples, 1), []
+    for step in range(250):
+        with torch.no_grad():
+            old = logits.log_softmax(0)
+            actions = torch.multinomial(old.exp(), samples, replacement=True).unsqueeze(1)
+            reward = -beta * (old - reference)[actions] + rewards[actions]
+            baseline = reward.mean().expand_as(reward)
+            advantages, _ = advantages_and_returns(reward, baseline, mask, 1.0, 0.95)
+        for _ in range(4):
+            loss = policy_loss(logits.log_softmax(0)[actions], old[actions], advantages, mask, 0.2) / samples
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if step >= 200:
+            seen.append(logits.detach().softmax(0))
+    close(torch.stack(seen).mean(0), optimum, atol=0.05, rtol=0)
+
+
+# the order of prompts
+
+
+@pytest.mark.parametrize(
+    ("prompts", "per_rollout", "rollouts", "repeats"), [(5, 2, 7, 3), (12, 4, 6, 1), (3, 8, 2, 2)]
+)
+def test_prompt_order(prompts, per_rollout, rollouts, repeats):
+    order = prompt_order(prompts, per_rollout, rollouts, repeats, seed=42)
+    assert len(order) == per_rollout * rollouts * repeats
+    steps = [order[i : i + per_rollout] for i in range(0, len(order), per_rollout)]
+    once = steps[::repeats]
+    assert steps == [chunk for chunk in once for _ in range(repeats)]  # each rollout's prompts, `repeats` times
+    flat = [index for chunk in once for index in chunk]
+    passes = [flat[i : i + prompts] for i in range(0, len(flat), prompts)]
+    assert all(sorted(p) == list(range(prompts)) for p in passes[:-1])  # all prompts before any comes again
+    assert len(set(passes[-1])) == len(passes[-1])
+
+
+def test_prompt_order_depends_on_the_seed_alone():
+    order = prompt_order(50, 4, 20, 2, seed=1)
+    assert order == prompt_order(50, 4, 20, 2, seed=1) != prompt_order(50, 4, 20, 2, seed=2)
+    assert prompt_order(50, 4, 30, 2, seed=1)[: len(order)] == order  # a longer run starts as a shorter one
+    assert sorted(order[:100:2]) != order[:100:2]
+
+
+def test_two_ranks_share_every_rollout():
+    batch, repeats = 2, 3
+    order = prompt_order(8, 2 * batch, 4, repeats, seed=0)
+    sampler = BatchSampler(order, batch, drop_last=False)
+    ranks = [list(BatchSamplerShard(sampler, num_processes=2, process_index=rank)) for rank in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1]) == 4 * repeats
+    for steps in ranks:  # a rank has the same prompts in all steps of a rollout
+        assert all(len({tuple(b) for b in steps[i : i + repeats]}) == 1 for i in range(0, len(steps), repeats))
+    both = [first + second for first, second in zip(*ranks, strict=True)]
+    assert [index for step in both for index in step] == order
+    assert all(len(set(step)) == 2 * batch for step in both)
+
+
+# scores
+
+
+@pytest.mark.parametrize(
+    ("ids", "pad", "expected"),
+    [
+        ([5, 6, 2, 0, 0], 0, 2),
+        ([5, 6, 7, 8, 2], 0, 4),
+        ([5, 0, 7, 2, 0], 0, 3),  # a pad token inside is no padding
+        ([5, 6, 2, 2, 2], 2, 1),  # pad == eos: one token early, as in AutoModelForSequenceClassification
+        ([5, 2, 6, 2, 2], 2, 2),
+        ([0, 0, 0, 0, 0], 0, 0),
+    ],
+)
+def test_last_token(ids, pad, expected):
+    assert last_token(torch.tensor([ids]), pad).tolist() == [expected]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        eos_token_id=2,
+        num_labels=1,
+    )
+    policy = LlamaForCausalLM(config).eval()
+    return ActorCritic(policy, score_head(16, None), None, lora=False).eval()
+
+
+def padded(rows, width, pad=0):
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+
+
+@torch.no_grad()
+def score(tiny, rows, width):
+    ids, mask = padded(rows, width)
+    outputs = tiny.outputs("value", tiny.value_head, ids, mask)
+    return outputs.gather(1, last_token(ids, 0).unsqueeze(1)).squeeze(1)
+
+
+ROWS = [[5, 6, 7, 2], [8, 9, 10, 11, 12, 2], [13, 2]]
+
+
+def test_score_does_not_depend_on_padding(tiny):
+    alone = torch.cat([score(tiny, [row], len(row)) for row in ROWS])
+    assert len(set(alone.tolist())) == 3
+    close(score(tiny, ROWS, 6), alone, atol=1e-5, rtol=1e-5)
+    close(score(tiny, ROWS, 11), alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pad", [0, 2])
+def test_score_is_that_of_sequence_classification(tiny, pad):
+    reward = LlamaForSequenceClassification(tiny.config).eval()
+    reward.config.pad_token_id = pad
+    reward.model.load_state_dict(tiny.policy.model.state_dict())
+    reward.score.load_state_dict(tiny.value_head.state_dict())
+    ids, mask = padded(ROWS, 8, pad)
+    outputs = tiny.outputs("value", tiny.value_head, ids, mask)
+    found = outputs.gather(1, last_token(ids, pad).unsqueeze(1)).squeeze(1)
+    close(found, reward(input_ids=ids, attention_mask=mask).logits[:, 0], atol=1e-5, rtol=1e-5)
+
+
+# batches
+
+
+def piece(rows, width, fill):
+    ids, mask = padded(rows, width, pad=9)
+    return {"ids": ids, "mask": mask, "logp": fill * mask[:, 1:].float(), "score": torch.full((len(rows),), fill)}
+
+
+def test_concatenate_and_trim():
+    joined = concatenate([piece([[1, 2]], 3, 0.5), piece([[3, 4, 5, 6], [7]], 5, -1.0)], pad_token_id=9)
+    assert joined["ids"].tolist() == [[1, 2, 9, 9, 9], [3, 4, 5, 6, 9], [7, 9, 9, 9, 9]]
+    assert joined["mask"].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
+    assert joined["logp"].tolist() == [[0.5, 0, 0, 0], [-1, -1, -1, 0], [0, 0, 0, 0]]
+    assert joined["score"].tolist() == [0.5, -1, -1]
+
+    trimmed = trim(joined)
+    assert trimmed["ids"].tolist() == [[1, 2, 9, 9], [3, 4, 5, 6], [7, 9, 9, 9]]
+    assert trimmed["mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert trimmed["logp"].tolist() == [[0.5, 0, 0], [-1, -1, -1], [0, 0, 0]]
+    assert trimmed["score"].tolist() == [0.5, -1, -1]
+    again = trim(trimmed)
+    assert all(torch.equal(again[name], trimmed[name]) for name in trimmed)
