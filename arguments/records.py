@@ -76,8 +76,8 @@ def read_json_lines(text: str) -> Iterator[tuple[int, object]]:
         if line:
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, BadRecord(f"not JSON ({error.msg} at column {error.colno}): {line[:60]}")
+            except (ValueError, RecursionError) as error:  # json.JSONDecodeError, a huge number, deep nesting
+                yield number, BadRecord(f"not JSON ({error}): {line[:60]}")
 
 
 def read_json_array(text: str) -> Iterator[tuple[int, object]]:
@@ -90,8 +90,8 @@ def read_json_array(text: str) -> Iterator[tuple[int, object]]:
             break
         try:
             record, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            yield error.lineno, BadRecord(f"not JSON ({error.msg} at column {error.colno}); the rest is not read")
+        except (ValueError, RecursionError) as error:
+            yield getattr(error, "lineno", line), BadRecord(f"not JSON ({error}); the rest is not read")
             return
         yield line, record
     if text[position + 1 :].strip(INVISIBLE):

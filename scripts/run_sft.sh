@@ -22,7 +22,8 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --max_source_length 256 \
   --max_target_length 256 \
   --num_train_epochs 1 \
-  --per_device_train_batch_size 8 \
+  --per_device_train_batch_size 4 \
+  --gradient_accumulation_steps 2 \
   --learning_rate 5e-4 \
   --warmup_steps 0.1 \
   --lr_scheduler_type cosine \

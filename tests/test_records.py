@@ -286,7 +286,7 @@ def test_a_line_that_cannot_be_read_is_found_in_its_place(tmp_path):
     places, found = zip(*read_file(path), strict=True)
     assert places == (f"{path}:1", f"{path}:2", f"{path}:3")
     assert isinstance(found[1], BadRecord)
-    assert re.fullmatch(r"not JSON \(.* at column 2\): \{oops", str(found[1]))
+    assert re.fullmatch(r"not JSON \(.*column 2.*\): \{oops", str(found[1]))
     assert (found[0], found[2]) == ({"text": "one"}, {"text": "three"})
 
 
