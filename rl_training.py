@@ -363,6 +363,10 @@ class PPOTrainer(Trainer):
 
     def __init__(self, *args, data_args, external_reward=None, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.do_eval and len(self.eval_dataset) < self.args.world_size:
+            raise UserError(
+                f"{len(self.eval_dataset)} held-out prompts for {self.args.world_size} processes: add some"
+            )
         self.data_args, self.external_reward = data_args, external_reward
         self.kl_coef, self.stats, self.rollout, self.policy_stopped = self.args.init_kl_coef, [], None, False
         self.eos_ids = eos_ids(self.model.policy, self.processing_class, data_args)

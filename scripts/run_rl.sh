@@ -27,7 +27,7 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --batch_size 32 \
   --mini_batch_size 16 \
   --ppo_epochs 2 \
-  --learning_rate 2e-4 \
+  --learning_rate 1e-3 \
   --eval_on_start \
   --save_steps 1 \
   "$@"

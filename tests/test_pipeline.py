@@ -1,0 +1,124 @@
+"""The whole recipe with one command on the real default model (slow: minutes, and a download on a fresh clone)."""
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM
+
+from arguments import DataArguments, ModelArguments
+from scripts.report import ROWS
+
+pytestmark = pytest.mark.slow
+
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+STAGES = ("pt", "sft", "rm", "rl")
+# Two steps, for the first is warm-up at rate 0; in RL, two rollouts of 32 short answers.
+FLAGS = shlex.split(
+    "--max_train_samples 16 --max_eval_samples 4 --max_steps 2 --max_source_length 96 --max_target_length 8 --seed 1"
+)
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Is flu a virus?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "流感？"},
+    {"role": "assistant", "content": "是。"},
+]
+
+
+def run_pipeline(outputs, *flags) -> str:
+    """What `bash scripts/run_pipeline.sh flags` prints, both streams together."""
+    hidden = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "MODEL")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    ended = subprocess.run(
+        ["bash", "scripts/run_pipeline.sh", *flags],
+        cwd=ROOT,
+        env=environment | {"PYTHON": sys.executable, "OUTPUTS": str(outputs)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1800,
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """Its outputs folder and what it printed."""
+    outputs = tmp_path_factory.mktemp("pipeline") / "outputs"
+    return outputs, run_pipeline(outputs, *FLAGS)
+
+
+@pytest.fixture(scope="module")
+def default_model() -> str:
+    """Its folder, made as run_pipeline.sh makes it."""
+    MODEL.parent.mkdir(exist_ok=True)
+    subprocess.run([sys.executable, "scripts/get_default_model.py", str(MODEL)], cwd=ROOT, check=True)
+    return str(MODEL)
+
+
+def assert_table(printed: str, outputs) -> None:
+    """Every row, with the numbers of the stage's all_results.json before and after."""
+    for stage, what, before, after, unit, count in ROWS:
+        found = json.loads((outputs / stage.lower() / "all_results.json").read_text())
+        row = re.search(rf"^{stage} +{re.escape(what)} +(\S+) +(\S+) +(\d+) {unit}$", printed, re.MULTILINE)
+        assert row, f"no row {stage} {what} in\n{printed[-3000:]}"
+        assert [float(row[1]), float(row[2])] == pytest.approx([found[before], found[after]], abs=1e-3)
+        assert int(row[3]) == found[count]
+    assert "time per stage: PT " in printed
+    assert printed.count("\n  base  ") == printed.count("\n  SFT   ") == printed.count("\n  RL    ") == 3
+
+
+def test_pipeline(pipeline):
+    outputs, printed = pipeline
+    assert_table(printed, outputs)
+    assert all((outputs / f"{stage}.done").exists() for stage in STAGES)
+    for stage in STAGES:
+        assert json.loads((outputs / f"{stage}-merged" / "merge.json").read_text())["parity"]["equal_top1"] > 0.95
+    results = {stage: json.loads((outputs / stage / "all_results.json").read_text()) for stage in STAGES}
+    assert results["pt"]["eval_perplexity"] < results["pt"]["eval_perplexity_before"] < 100
+    assert results["rl"]["eval_kl_before"] == 0.0
+    assert results["rl"]["eval_length"] <= 8 and results["rl"]["eval_prompts"] == 4
+
+
+def test_second_call_repeats_nothing(pipeline):
+    outputs, _ = pipeline
+    weights = {path: path.stat().st_mtime_ns for path in outputs.rglob("*.safetensors")}
+    printed = run_pipeline(outputs, *FLAGS)
+    assert [line for line in printed.splitlines() if line.endswith("done already")] == [
+        f"{stage}: done already" for stage in STAGES
+    ]
+    assert_table(printed, outputs)
+    assert weights == {path: path.stat().st_mtime_ns for path in outputs.rglob("*.safetensors")}
+
+
+def test_default_model_knows_english(default_model):
+    tokenizer = ModelArguments(model_name_or_path=default_model).load_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(default_model, dtype=torch.float32)
+    text = "The sun rises in the east and sets in the west. The moon goes around the earth once a month."  # seen: 9.5
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert math.exp(model(input_ids=ids, labels=ids).loss.item()) < 30
+
+
+def test_golden_mask_of_default_model(default_model):
+    """Ids of a conversation in SmolLM2's template; trained are the two answers and the <|im_end|> after each."""
+    tokenizer = ModelArguments(model_name_or_path=default_model).load_tokenizer()
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
+    system = [1, 9690, 198, 6077, 5453, 30, 2, 198]
+    first = [1, 4093, 198, 4182, 2366, 253, 3329, 47, 2, 198, 1, 520, 9531, 198]
+    second = [198, 1, 4093, 198, 43222, 219, 177, 222, 249, 8083, 249, 2, 198, 1, 520, 9531, 198]
+    answers = [[10539, 30, 2], [27830, 19076, 2]]
+    assert [tokenizer.decode(answer) for answer in answers] == ["Yes.<|im_end|>", "是。<|im_end|>"]
+    assert DataArguments(train_file_dir="unused").encode(tokenizer, CONVERSATION) == {
+        "input_ids": system + first + answers[0] + second + answers[1],
+        "labels": [-100] * len(system + first) + answers[0] + [-100] * len(second) + answers[1],
+    }

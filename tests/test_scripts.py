@@ -1,0 +1,526 @@
+"""The scripts, launched as users do: every stage on small random models, with numbers pinned.
+
+Most launches run the script's __main__ in this process (conftest.in_process), which spares its imports; the commands
+of 2023, one error and the run on two ranks are processes of their own.
+"""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DOCUMENTS, QUESTIONS, ROOT, in_process, in_subprocess, write_records
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, save_tiny_bert
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+SCRIPTS = {
+    "pt": "pretraining.py",
+    "sft": "supervised_finetuning.py",
+    "rm": "reward_modeling.py",
+    "rl": "rl_training.py",
+}
+MERGE = "merge_peft_adapter.py"
+# Four prompts, one rollout, eight new tokens; three steps elsewhere. A high rate: adapters of a few steps must matter.
+SHORT = {
+    "pt": ("--block_size", 32, "--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2),
+    "sft": ("--max_source_length", 64, "--max_target_length", 32, "--max_steps", 3, "--learning_rate", 1e-2),
+    "rm": (*("--max_source_length", 64, "--max_target_length", 32, "--max_steps", 3, "--learning_rate", 1e-2),),
+    "rl": (
+        *("--max_source_length", 64, "--max_target_length", 8, "--max_steps", 1, "--learning_rate", 1e-2),
+        *("--batch_size", 4, "--ppo_epochs", 2, "--max_train_samples", 4),
+    ),
+}
+ADAPTER = "adapter_model.safetensors"
+PROBES = ("What helps a sprained ankle? Rest", "高血压患者平时")
+
+
+def stage(name: str, model, data: Path, output: Path, *flags) -> list:
+    """Flags of a short run of the stage `name`."""
+    folders = ("--train_file_dir", data / name, "--validation_file_dir", data / name)
+    common = ("--model_name_or_path", model, "--output_dir", output, "--max_eval_samples", 4, "--logging_steps", 1)
+    return [SCRIPTS[name], *common, *folders, *SHORT[name], *flags]
+
+
+def merge(base, adapter, output) -> list:
+    return [MERGE, "--base_model_name_or_path", base, "--peft_model_path", adapter, "--output_dir", output]
+
+
+def results(output: Path) -> dict:
+    return json.loads((output / "all_results.json").read_text())
+
+
+def history(output: Path, key: str) -> list[float]:
+    """Every value that the run logged under `key`."""
+    rows = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [row[key] for row in rows if key in row]
+
+
+@torch.no_grad()
+def logits(model, tokenizer) -> torch.Tensor:
+    """Logits of the probes at every token (or their scores), flat."""
+    found = [model.eval()(**tokenizer(p, return_tensors="pt", return_token_type_ids=False)).logits for p in PROBES]
+    return torch.cat([one.float().flatten() for one in found])
+
+
+def assert_merged(auto_class, base, adapter: Path, merged: Path, moved: float = 1e-3) -> None:
+    """from_pretrained(merged) computes what base + adapter does, and the adapter made a difference of `moved`."""
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    kwargs = {"num_labels": 1} if auto_class is AutoModelForSequenceClassification else {}
+    plain = auto_class.from_pretrained(base, dtype=torch.float32, **kwargs)
+    plain.config.pad_token_id = tokenizer.pad_token_id
+    before = logits(plain, tokenizer)
+    expected = logits(PeftModel.from_pretrained(plain, adapter), tokenizer)
+    found = logits(auto_class.from_pretrained(merged, dtype=torch.float32), tokenizer)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - before).abs().max() > moved, "the adapter changed nothing: this test would pass without it"
+
+
+# --- every family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_through_all_stages(family, tiny, records, tmp_path):
+    model, previous = tiny(family), tiny(family)
+    for name in ("pt", "sft", "rm"):
+        in_process(*stage(name, previous, records, tmp_path / name)).ok()
+        in_process(*merge(previous, tmp_path / name, tmp_path / f"{name}-merged")).ok()
+        assert json.loads((tmp_path / f"{name}-merged/merge.json").read_text())["parity"]["equal_top1"] > 0.99
+        previous = tmp_path / f"{name}-merged" if name != "rm" else previous
+    rl = tmp_path / "rl"
+    ended = in_process(*stage("rl", previous, records, rl, "--reward_model_name_or_path", tmp_path / "rm")).ok()
+    assert "one base model in memory" in ended.stderr
+    in_process(*merge(previous, rl, tmp_path / "rl-merged")).ok()
+
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "rl-merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rl-merged")
+    text = "流感 and asthma?\n  Yes."
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert final.config.model_type == AutoModelForCausalLM.from_pretrained(model).config.model_type
+    assert_merged(AutoModelForCausalLM, previous, rl, tmp_path / "rl-merged", moved=1e-5)
+    assert all(0 < results(tmp_path / name)["eval_loss"] < 7 for name in ("pt", "sft", "rm"))
+    assert history(rl, "kl")[0] == 0.0
+    assert results(rl)["eval_length"] <= 8
+
+
+# --- the commands of 2023
+
+FLAGS_2023 = shlex.split(
+    """--model_type bloom --torch_dtype float16 --fp16 --device_map auto --do_train --do_eval --use_peft True
+    --seed 42 --max_train_samples 1000 --max_eval_samples 10 --num_train_epochs 1 --learning_rate 1e-2
+    --warmup_ratio 0.05 --weight_decay 0.01 --logging_strategy steps --logging_steps 1 --eval_steps 50
+    --evaluation_strategy steps --save_steps 500 --save_strategy steps --save_total_limit 3
+    --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1
+    --preprocessing_num_workers 1 --overwrite_output_dir --overwrite_cache --ddp_timeout 30000
+    --logging_first_step True --target_modules all --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05
+    --report_to tensorboard --ddp_find_unused_parameters False --gradient_checkpointing True"""
+)
+LENGTHS_2023 = ["--max_source_length", "64", "--max_target_length", "32"]
+RL_FLAGS_2023 = shlex.split(
+    """--model_type bloom --torch_dtype float16 --device_map auto --max_train_samples 1000 --use_peft True
+    --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05 --do_train --max_steps 1 --learning_rate 1e-2 --save_steps 50
+    --batch_size 8 --max_source_length 64 --max_target_length 8 --early_stopping True --target_kl 0.1
+    --reward_baseline 0.0 --log_with tensorboard"""
+)
+RENAMED = ("--overwrite_output_dir", "--warmup_ratio", "--evaluation_strategy", "--torch_dtype")
+STAGE_FILES = {
+    *("all_results.json", "train_results.json", "eval_results.json", "trainer_state.json", "training_args.bin"),
+    *("tokenizer.json", "tokenizer_config.json", "runs"),
+}
+
+
+def assert_stage_files(output: Path, *adapter_files: str) -> None:
+    present = {path.name for path in output.iterdir()}
+    assert present >= STAGE_FILES | set(adapter_files)
+    assert [*(output / "runs").rglob("events.out.tfevents*")]
+
+
+def assert_curves(output: Path, *names: str) -> None:
+    for name in names:
+        assert (output / f"training_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_commands_of_2023(tiny, records, tmp_path):
+    """Base bloom-560m, adapters outputs-*-v1, and each merged into its own folder, as that README told."""
+    base = shutil.copytree(tiny("bloom"), tmp_path / "bloom-560m")
+    outputs = {name: tmp_path / f"outputs-{name}-v1" for name in SCRIPTS}
+    bases = {"pt": base, "sft": outputs["pt"], "rm": outputs["sft"], "rl": outputs["sft"]}
+    data = {"pt": "pt", "sft": "sft", "rm": "rm", "rl": "sft"}  # RL on the SFT records
+    for name, script in SCRIPTS.items():
+        folder = records / data[name]
+        flags = {"pt": [*FLAGS_2023, "--block_size", 32], "rl": RL_FLAGS_2023}.get(name, FLAGS_2023 + LENGTHS_2023)
+        flags = [*flags, "--train_file_dir", folder, "--validation_file_dir", folder, "--output_dir", outputs[name]]
+        if name == "rl":
+            flags += ["--reward_model_name_or_path", outputs["rm"]]
+        ended = in_subprocess(script, "--model_name_or_path", bases[name], *flags).ok()
+        for flag in RENAMED if name != "rl" else ("--torch_dtype", "--log_with"):
+            assert ended.stderr.count(f"{flag} is the old name of --") == 1
+        assert "fp16 needs a GPU" in ended.stderr or name == "rl" or torch.cuda.is_available()
+        assert name != "rl" or "an adapter on the policy's base: one base model in memory" in ended.stderr
+        assert_stage_files(outputs[name], "adapter_config.json", ADAPTER)
+        if name != "rl":  # one rollout is a point, not a curve
+            assert_curves(outputs[name], "loss", "accuracy" if name == "rm" else "grad_norm")
+
+        launch = in_subprocess if name == "pt" else in_process
+        launch(*merge(bases[name], outputs[name], outputs[name]), "--model_type", "bloom").ok()
+        generates = () if name == "rm" else ("generation_config.json",)
+        assert_stage_files(outputs[name], "config.json", "model.safetensors", "adapter", *generates)
+        assert not (outputs[name] / "adapter_config.json").exists()
+        auto_class = AutoModelForSequenceClassification if name == "rm" else AutoModelForCausalLM
+        assert_merged(auto_class, bases[name], outputs[name] / "adapter", outputs[name])
+
+    lengths = history(outputs["rl"], "length")
+    assert len(lengths) == 1 and lengths[0] <= 8
+    assert results(outputs["rl"])["eval_prompts"] == len(QUESTIONS)
+
+    # The same command again, with --overwrite_output_dir: a new adapter, and nothing of the merge beside it.
+    again = stage("sft", outputs["pt"], records, outputs["sft"], "--overwrite_output_dir")
+    in_process(*again).ok()
+    assert (outputs["sft"] / "adapter_config.json").exists()
+    assert not any((outputs["sft"] / name).exists() for name in ("adapter", "config.json", "model.safetensors"))
+
+
+# --- all weights
+
+
+def test_all_weights_in_every_stage(tiny, records, tmp_path):
+    """--use_peft False needs no merge; RL takes a reward model that is whole, and one merged from an adapter."""
+    previous, full = tiny("qwen3"), ("--use_peft", False, "--learning_rate", 1e-3)
+    for name in ("pt", "sft", "rm"):
+        in_process(*stage(name, previous, records, tmp_path / name, *full)).ok()
+        assert not (tmp_path / name / "adapter_config.json").exists()
+        previous = tmp_path / name if name != "rm" else previous
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").num_labels == 1
+
+    in_process(*stage("rm", previous, records, tmp_path / "rm-lora")).ok()
+    in_process(*merge(previous, tmp_path / "rm-lora", tmp_path / "rm-merged")).ok()
+    for reward in ("rm", "rm-merged"):
+        output = tmp_path / f"rl-{reward}"
+        flags = ("--reward_model_name_or_path", tmp_path / reward, *full)
+        ended = in_process(*stage("rl", previous, records, output, *flags)).ok()
+        assert "a model of its own: loaded beside" in ended.stderr
+        assert history(output, "kl")[0] == 0.0
+        tokenizer = AutoTokenizer.from_pretrained(output)
+        before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (previous, output))
+        assert (logits(after, tokenizer) - logits(before, tokenizer)).abs().max() > 1e-5
+        values = load_file(output / "value" / "model.safetensors")
+        assert any((values[k] - v).abs().max() > 1e-6 for k, v in after.state_dict().items() if k in values)
+
+
+# --- numbers
+
+# What this very test finds (it shows that when it fails) on a CPU: tiny llama, eight records, seed 42, float32, three
+# steps; SFT and RM see all eight at each, so their order does not matter. torch 2.13, transformers 5.23, trl 1.16.
+PINNED = {"pt": 5.932436, "sft": 5.905325, "rm": 0.391601}
+
+
+def test_pinned_losses(tiny, records, tmp_path):
+    found = {}
+    for name in PINNED:
+        flags = ("--precision", "fp32", "--seed", 42, "--per_device_train_batch_size", 8, "--max_eval_samples", 8)
+        in_process(*stage(name, tiny("llama"), records, tmp_path / name, *flags, "--use_cpu")).ok()
+        found[name] = results(tmp_path / name)["eval_loss"]
+    assert found == pytest.approx(PINNED, rel=1e-4)
+
+
+# --- errors
+
+
+def test_errors_end_with_one_message(tiny, records, tmp_path):
+    """Exit code 2, one message that names the cause, no traceback, and no output folder."""
+    llama, output, missing = tiny("llama"), tmp_path / "out", tmp_path / "missing"
+    adapter = tmp_path / "adapter"
+    in_process(*stage("pt", llama, records, adapter)).ok()
+    broken = write_records(tmp_path / "broken")
+    for name in ("pt", "sft", "rm", "rl"):
+        with (broken / name / "rows.jsonl").open("a", encoding="utf-8") as file:
+            file.write('{"text": "cut o\n')
+    cases = [
+        (stage(name, llama, records, output, "--lora_rnk", 4), "--lora_rnk: did you mean --lora_rank?")
+        for name in SCRIPTS
+    ]
+    rl = ("--reward_model_name_or_path", llama)
+    cases += [(stage(name, missing, records, output, *rl[: 2 * (name == "rl")]), str(missing)) for name in SCRIPTS]
+    cases += [(stage(name, llama, missing, output, *rl[: 2 * (name == "rl")]), "no such folder") for name in SCRIPTS]
+    cases += [(stage(name, llama, broken, output, *rl[: 2 * (name == "rl")]), "rows.jsonl:9: not") for name in SCRIPTS]
+    cases += [
+        (stage(name, adapter, records, output, *rl[: 2 * (name == "rl")]), "It holds an adapter: merge it first")
+        for name in SCRIPTS
+    ]
+    cases += [
+        (stage("rl", llama, records, output), "--reward_model_name_or_path is missing"),
+        (stage("rl", llama, records, output, *rl), "has no score head"),
+        (stage("rl", llama, records, output, rl[0], adapter), "not a reward model"),
+        (stage("rl", llama, records, output, rl[0], missing), str(missing)),
+        (stage("rl", llama, records, output, *rl, "--batch_size", 4, "--mini_batch_size", 3), "--batch_size 4"),
+        (stage("pt", llama, records, output, "--block_size", "many"), "--block_size"),
+        (stage("pt", llama, records, output, "--lr_scheduler_type", "cosin"), "cosin"),
+        (stage("pt", llama, records, output, "--target_modules", "nothing_of_that_name"), "--target_modules"),
+        (stage("pt", llama, records, output, "--peft_path", missing), "--peft_path"),
+        (merge(llama, adapter, ""), "--output_dir is missing"),
+        (merge(llama, missing, output), "holds no adapter_config.json"),
+        (merge(missing, adapter, output), str(missing)),
+        (merge(tiny("bloom"), adapter, output), "is not an adapter of this base"),
+    ]
+    wrong = []
+    for command, message in cases:
+        try:
+            ended = in_process(*command)
+            found = (ended.code, len(ended.errors), "Traceback" in ended.stderr, output.exists())
+            if found != (2, 1, False, False) or message not in ended.stderr[ended.stderr.index("error:") :]:
+                wrong.append((command, message, found, ended.stderr[-400:]))
+        except Exception as error:  # a traceback, for the user
+            wrong.append((command, message, repr(error)[:400]))
+        shutil.rmtree(output, ignore_errors=True)
+    assert not wrong, "\n\n".join(map(str, wrong))
+
+
+def test_error_in_a_process_of_its_own(tmp_path):
+    ended = in_subprocess("rl_training.py", "--model_name_or_pth", "x", "--output_dir", tmp_path / "out")
+    assert ended.code == 2 and ended.stdout == "" and "Traceback" not in ended.stderr
+    assert ended.errors == ["error: unknown argument --model_name_or_pth: did you mean --model_name_or_path?"]
+    assert not (tmp_path / "out").exists()
+
+
+# --- resume
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_interrupted_run_goes_on(name, tiny, records, tmp_path):
+    """Killed after its first checkpoint, a run ends with the weights of one that was not."""
+    steps = ("--max_steps", 4, "--save_steps", 2, "--per_device_train_batch_size", 2)
+    weights = [ADAPTER]
+    if name == "rl":
+        in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+        steps = ("--max_steps", 2, "--save_steps", 1, "--reward_model_name_or_path", tmp_path / "rm")
+        weights += ["value/model.safetensors", "value/head.safetensors"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    in_process(*stage(name, tiny("llama"), records, whole, *steps, "--lora_dropout", 0.1)).ok()
+    checkpoints = sorted(path.name for path in whole.glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-2", "checkpoint-4"]
+
+    shutil.copytree(whole / checkpoints[0], cut / checkpoints[0])
+    ended = in_process(*stage(name, tiny("llama"), records, cut, *steps, "--lora_dropout", 0.1)).ok()
+    assert f"Going on from {cut / checkpoints[0]}" in ended.stderr
+    for file in weights:
+        one, other = load_file(whole / file), load_file(cut / file)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        halfway = load_file(cut / checkpoints[0] / file)
+        assert any(not torch.equal(one[key], halfway[key]) for key in one), "nothing happened after the checkpoint"
+    keys = ("eval_loss", "eval_perplexity", "eval_accuracy", "eval_reward", "eval_kl")
+    assert all(results(whole).get(key) == results(cut).get(key) for key in keys)
+
+
+# --- Chinese
+
+
+def test_chinese_record_in_every_stage(tiny, tmp_path):
+    """A document, a conversation, a pair and a prompt, all Chinese: the tokens trained on decode to the text."""
+    from arguments import DataArguments
+    from pretraining import PretrainingArguments, build_blocks
+    from reward_modeling import build_dataset as build_pairs
+    from rl_training import build_dataset as build_prompts
+    from supervised_finetuning import build_dataset as build_conversations
+
+    document, (question, good, bad) = DOCUMENTS[-1], QUESTIONS[-1]
+    data = write_records(tmp_path / "data", [document] * 2, [(question, good, bad)] * 2)
+    for name in SCRIPTS:
+        flags = ("--reward_model_name_or_path", tmp_path / "rm", "--batch_size", 2) if name == "rl" else ()
+        in_process(*stage(name, tiny("qwen3"), data, tmp_path / name, *flags)).ok()
+    tokenizer = {name: AutoTokenizer.from_pretrained(tmp_path / name) for name in SCRIPTS}
+
+    def rows(name):
+        loads = {"pt": "load_documents", "sft": "load_conversations", "rm": "load_pairs", "rl": "load_prompts"}
+        arguments = DataArguments(train_file_dir=str(data / name), validation_file_dir=str(data / name))
+        return arguments, getattr(arguments, loads[name])()[0]
+
+    args = PretrainingArguments(output_dir=str(tmp_path / "unused"), block_size=512)
+    block = build_blocks(rows("pt")[1], tokenizer["pt"], args)[0]
+    trained = [i for i in block["labels"] if i != -100]
+    assert tokenizer["pt"].decode(trained) == (document + "<|im_end|>") * 2
+
+    arguments, read = rows("sft")
+    row = build_conversations(read, tokenizer["sft"], arguments)[0]
+    assert tokenizer["sft"].decode([i for i in row["labels"] if i != -100]) == f"{good}<|im_end|>"
+    asked = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer["sft"].decode(row["input_ids"]) == f"{asked}{good}<|im_end|>"
+
+    arguments, read = rows("rm")
+    row = build_pairs(read, tokenizer["rm"], arguments)[0]
+    decoded = [tokenizer["rm"].decode(row[key]) for key in ("chosen_ids", "rejected_ids")]
+    assert decoded == [f"{asked}{good}<|im_end|>", f"{asked}{bad}<|im_end|>"]
+
+    arguments, read = rows("rl")
+    assert tokenizer["rl"].decode(build_prompts(read, tokenizer["rl"], arguments)[0]["input_ids"]) == asked
+    samples = (tmp_path / "rl" / "samples.jsonl").read_text(encoding="utf-8")
+    assert question in samples and json.loads(samples.splitlines()[0])["prompt"][-1]["content"] == question
+
+
+# --- the roles of PPO
+
+
+def make_trainer(tiny, data: Path, reward: Path, output: Path, *flags):
+    """The trainer that rl_training.main() builds, before it trains."""
+    import rl_training as rl
+    from arguments import AdapterArguments, DataArguments, ModelArguments, parse_arguments
+
+    _, *argv = stage("rl", tiny("llama"), data, output, "--reward_model_name_or_path", reward, *flags)
+    groups = (ModelArguments, AdapterArguments, DataArguments, rl.PPOArguments)
+    model_args, adapter_args, data_args, args = parse_arguments(*groups, argv=list(map(str, argv)))
+    tokenizer = model_args.load_tokenizer()
+    datasets = [rl.build_dataset(rows, tokenizer, data_args) for rows in data_args.load_prompts()]
+    model, external = rl.build_actor_critic(model_args, adapter_args, data_args, args)
+    return rl.PPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
+        processing_class=tokenizer,
+        data_collator=lambda rows: {"rows": rows},
+        data_args=data_args,
+        external_reward=external,
+    )
+
+
+def test_roles_of_ppo(tiny, records, tmp_path):
+    """One base in memory: every role computes what it would alone, also after policy and value have moved."""
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+    trainer = make_trainer(tiny, records, tmp_path / "rm", tmp_path / "rl", "--precision", "fp32", "--use_cpu")
+    with torch.no_grad():
+        check_roles(trainer, tiny("llama"), tmp_path / "rm")
+
+
+def check_roles(trainer, llama: str, adapter: Path) -> None:
+    trainer.model.eval()
+    tokenizer, pad = trainer.processing_class, trainer.processing_class.pad_token_id
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    prompts = [row["input_ids"] for row in rows]
+    texts = ("Fever.", "休息", "a" * 9, "At once")
+    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    batch = trainer.assemble(prompts, answers)
+    assert (batch["ids"] == pad).any(dim=1).sum() == 3, "this test needs padded rows"
+
+    for name, parameter in trainer.model.named_parameters():  # as if trained for long
+        if parameter.requires_grad and ("default" in name or ".value." in name):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    plain = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    keep = torch.arange(batch["ids"].shape[1] - 1)
+    expected = plain(input_ids=batch["ids"], attention_mask=batch["mask"], logits_to_keep=keep).logits
+    assert torch.equal(trainer.model.logits("reference", batch["ids"], batch["mask"], keep), expected)
+    assert not torch.allclose(trainer.model.logits("policy", batch["ids"], batch["mask"], keep), expected, atol=1e-2)
+
+    base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
+    reward = PeftModel.from_pretrained(base, adapter).eval()
+    alone = [reward(input_ids=torch.tensor([p + a])).logits.item() for p, a in zip(prompts, answers, strict=True)]
+    messages = [row["prompt"] for row in rows]
+    together = trainer.scores(batch, messages, answers).tolist()
+    singles = [
+        trainer.scores(trainer.assemble([p], [a]), [m], [a]).item()
+        for p, a, m in zip(prompts, answers, messages, strict=True)
+    ]
+    assert together == pytest.approx(singles, abs=1e-5)
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len({round(score, 3) for score in alone}) > 1, "this test needs scores that differ"
+
+
+def test_first_rollout_is_the_reference(tiny, records, tmp_path):
+    """The KL before any update is exactly zero, also in bfloat16; and what the base asks for when it samples stays."""
+    base = tiny("llama")
+    generation = (Path(base) / "generation_config.json").read_bytes()
+    in_process(*stage("rm", base, records, tmp_path / "rm")).ok()
+    for precision in ("fp32", "bf16"):
+        output = tmp_path / f"rl-{precision}"
+        flags = ("--reward_model_name_or_path", tmp_path / "rm", "--precision", precision, "--eval_on_start")
+        in_process(*stage("rl", base, records, output, *flags, "--max_steps", 2)).ok()
+        assert_curves(output, "loss", "reward", "kl", "length", "entropy")
+        first, second = history(output, "kl")
+        assert first == 0.0 and second != 0.0
+        assert results(output)["eval_kl_before"] == 0.0 != results(output)["eval_kl"]
+    in_process(*merge(base, output, tmp_path / "rl-merged")).ok()
+    assert (Path(base) / "generation_config.json").read_bytes() == generation
+    for folder in (base, tmp_path / "rl-merged"):
+        asked = json.loads((Path(folder) / "generation_config.json").read_text())
+        assert (asked["do_sample"], asked["top_k"], asked["temperature"]) == (True, 5, 0.2)
+
+
+def test_external_reward_model(tiny, records, tmp_path):
+    """BERT with its own tokenizer and no chat template scores what the policy says, as text."""
+    bert = save_tiny_bert(tmp_path / "bert")
+    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", "--reward_model_name_or_path", bert)).ok()
+    assert "a model of its own: loaded beside" in ended.stderr
+    model = AutoModelForSequenceClassification.from_pretrained(bert).eval()
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    samples = [json.loads(line) for line in (tmp_path / "rl" / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert len(samples) == 4
+    for sample in samples:
+        pair = tokenizer(sample["prompt"][-1]["content"], sample["answer"], return_tensors="pt")
+        assert model(**pair).logits.item() == pytest.approx(sample["score"], abs=0.05)  # there in bfloat16, perhaps
+    in_process(*merge(tiny("llama"), tmp_path / "rl", tmp_path / "rl-merged")).ok()
+
+
+# --- two ranks
+
+ON_TWO_RANKS = """
+import json, os, runpy, sys, torch
+from transformers import Trainer
+
+commands, folder = json.loads(open(sys.argv[1]).read()), sys.argv[2]
+train = Trainer.train
+
+
+def train_and_show(self, *args, **kwargs):
+    result = train(self, *args, **kwargs)
+    trained = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+    torch.save(trained, f"{folder}/{os.path.basename(sys.argv[0])}.{os.environ['RANK']}")
+    return result
+
+
+Trainer.train = train_and_show
+for command in commands:
+    sys.argv = command
+    os.environ.pop("TENSORBOARD_LOGGING_DIR", None)  # the first script's
+    runpy.run_path(command[0], run_name="__main__")
+"""
+
+
+def test_two_ranks(tiny, records, tmp_path):
+    """torchrun with two gloo ranks: SFT as on one with the same global batch; RL ends, with ranks that agree."""
+    llama = tiny("llama")
+    in_process(*stage("rm", llama, records, tmp_path / "rm")).ok()
+    exact = ("--precision", "fp32", "--use_cpu", "--train_sampling_strategy", "random", "--max_eval_samples", 7)
+    batch = "--per_device_train_batch_size"
+    one, two, rl = tmp_path / "one", tmp_path / "two", tmp_path / "rl"
+    in_process(*stage("sft", llama, records, one, *exact, batch, 4)).ok()
+
+    reward = ("--reward_model_name_or_path", tmp_path / "rm", "--batch_size", 2, "--max_steps", 2, "--eval_on_start")
+    commands = [
+        stage("sft", llama, records, two, *exact, batch, 2),
+        stage("rl", llama, records, rl, "--use_cpu", *reward, "--max_eval_samples", 3, "--max_train_samples", 8),
+    ]
+    (tmp_path / "driver.py").write_text(ON_TWO_RANKS)
+    (tmp_path / "commands.json").write_text(json.dumps([list(map(str, command)) for command in commands]))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    in_subprocess(*torchrun, tmp_path / "driver.py", tmp_path / "commands.json", tmp_path, PYTHONPATH=str(ROOT)).ok()
+
+    alone, shared = load_file(one / ADAPTER), load_file(two / ADAPTER)
+    assert alone.keys() == shared.keys()
+    for key in alone:
+        torch.testing.assert_close(shared[key], alone[key], atol=1e-4, rtol=0)
+    for script in ("supervised_finetuning.py", "rl_training.py"):
+        first, second = (torch.load(tmp_path / f"{script}.{rank}") for rank in (0, 1))
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    saved = load_file(rl / ADAPTER)
+    last = {k.replace(".default", "").replace("policy.", "", 1): v for k, v in first.items() if ".default." in k}
+    assert last.keys() == saved.keys() and all(torch.equal(last[key], saved[key]) for key in saved)
+
+    assert len((rl / "samples.jsonl").read_text("utf-8").splitlines()) == 2 * 2  # of rank 0's two prompts, twice
+    for output in (two, rl):
+        writers = {path.name.split(".")[-2] for path in (output / "runs").rglob("events.out.tfevents*")}
+        assert len(writers) == 1, "more than one process wrote"
+    assert results(rl)["eval_prompts"] == 3 and history(rl, "kl")[0] == 0.0
+    assert results(two)["eval_tokens"] == results(one)["eval_tokens"]
+    assert results(two)["eval_loss"] == pytest.approx(results(one)["eval_loss"], rel=1e-4)
