@@ -259,7 +259,7 @@ def full_precision_head(model) -> None:
 
     def forward(head, hidden):
         with torch.autocast(hidden.device.type, enabled=False):
-            return type(head).forward(head, hidden.to(head.weight.dtype))
+            return type(head).forward(head, hidden.to(head.weight.dtype).contiguous())
 
     head = model.get_output_embeddings()
     head.forward = MethodType(forward, head)  # a bound method follows its head when a model is copied
@@ -448,7 +448,7 @@ class PPOTrainer(Trainer):
         """Log-probabilities and entropies [batch, time-1] of the response tokens under a role; zero elsewhere."""
         response = batch["response_mask"]
         keep = response.any(dim=0).nonzero().squeeze(1)
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             logits = self.model.logits(name, batch["ids"], batch["mask"], keep) / self.args.temperature
         logp_all = logits.log_softmax(-1)
         chosen = logp_all.gather(-1, batch["ids"][:, 1:][:, keep].unsqueeze(-1)).squeeze(-1)
@@ -458,7 +458,7 @@ class PPOTrainer(Trainer):
 
     def token_values(self, batch: dict) -> torch.Tensor:
         """Values [batch, time-1] of the states before each token; zero outside the response."""
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             values = self.model.outputs("value", self.model.value_head, batch["ids"], batch["mask"])
         return values[:, :-1] * batch["response_mask"]
 
@@ -467,15 +467,14 @@ class PPOTrainer(Trainer):
         if self.external_reward is not None:
             texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
             turns = [[*m, {"role": "assistant", "content": text}] for m, text in zip(messages, texts, strict=True)]
-            with self.compute_loss_context_manager():
-                return self.external_reward(turns)
-        with self.compute_loss_context_manager():
+            return self.external_reward(turns)  # in the dtype it was loaded in
+        with self.accelerator.autocast():
             outputs = self.model.outputs("reward", self.model.reward_head, batch["ids"], batch["mask"])
         return outputs.gather(1, last_token(batch["ids"], self.processing_class.pad_token_id).unsqueeze(1)).squeeze(1)
 
     @torch.no_grad()
-    def sample(self, rows: list[dict]) -> dict:
-        """Answer `rows` of the prompt dataset and look at the answers with every role."""
+    def sample(self, rows: list[dict], values: bool = True) -> dict:
+        """Answer `rows` of the prompt dataset and look at the answers with every role, the critic if `values`."""
         self.model.eval()
         prompts = [row["input_ids"] for row in rows]
         answers = self.generate(prompts)
@@ -485,7 +484,8 @@ class PPOTrainer(Trainer):
             piece = self.assemble([prompts[i] for i in part], [answers[i] for i in part])
             piece["logp"], piece["entropy"] = self.token_logp("policy", piece)
             piece["ref_logp"], _ = self.token_logp("reference", piece)
-            piece["values"] = self.token_values(piece)
+            if values:
+                piece["values"] = self.token_values(piece)
             piece["score"] = self.scores(piece, [rows[i]["prompt"] for i in part], [answers[i] for i in part])
             pieces.append(piece)
         batch = concatenate(pieces, self.processing_class.pad_token_id)
@@ -600,7 +600,7 @@ class PPOTrainer(Trainer):
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.args.seed)
-            batch = self.sample(rows)
+            batch = self.sample(rows, values=False)
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.describe(batch).items()}
         metrics |= {f"{metric_key_prefix}_prompts": len(eval_dataset or self.eval_dataset)}
         self.show(rows, batch)
