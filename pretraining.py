@@ -104,6 +104,7 @@ def main():
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         data_collator=default_data_collator,
+        callbacks=training_args.callbacks(),
     )
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.checkpoint())

@@ -93,6 +93,7 @@ def main():
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
+        callbacks=training_args.callbacks(),
     )
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.checkpoint())

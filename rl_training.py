@@ -3,10 +3,11 @@
     python rl_training.py --model_name_or_path outputs/sft-merged --reward_model_name_or_path outputs/rm \
         --train_file_dir data/prompts/train --validation_file_dir data/prompts/validation --output_dir outputs/rl
 
-Reads   prompts: the SFT records, or {"prompt"}; a reward model: the adapter of stage 3, merged or not.
+Reads   prompts: the SFT records, or {"prompt"}; a reward model: the adapter of stage 3, merged or not; with it or
+        instead of it Python functions (--reward_functions).
 Trains  a LoRA adapter (--use_peft False: all weights) for the policy, and another with a head for the value function.
-Writes  the policy's adapter, tokenizer, metrics (held-out reward, KL, length), sampled answers and curves into
-        output_dir; the value function into output_dir/value.
+Writes  the policy's adapter, tokenizer, metrics (held-out reward, KL, length, win rate), sampled answers and curves
+        into output_dir; the value function into output_dir/value.
 
 One base model is in memory: policy, value and reward are adapters on it and the reference is the base with adapters
 off. Formulas: "The N implementation details of RLHF with PPO" and arXiv 2403.17031; GAE: arXiv 1506.02438.
@@ -14,32 +15,40 @@ off. Formulas: "The N implementation details of RLHF with PPO" and arXiv 2403.17
 
 import copy
 import json
+import random
+import statistics
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from loguru import logger
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     Trainer,
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import TensorBoardCallback
 
 from arguments import (
     AdapterArguments,
     DataArguments,
+    GuardArguments,
     ModelArguments,
+    RewardModel,
+    RewardSourceArguments,
     RunArguments,
     UserError,
     parse_arguments,
@@ -51,7 +60,6 @@ from arguments import (
 class PPOArguments(RunArguments, TrainingArguments):
     """transformers.TrainingArguments for PPO. max_steps, save_steps, eval_steps and logging_steps count rollouts."""
 
-    reward_model_name_or_path: str = field(default="", metadata={"help": "Output folder of stage 3. Required."})
     max_steps: int = field(
         default=100, metadata={"help": "Rollouts: each samples batch_size answers and learns from them."}
     )
@@ -63,6 +71,9 @@ class PPOArguments(RunArguments, TrainingArguments):
     critic_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the value function; default: twice."}
     )
+    critic_warmup: int = field(
+        default=0, metadata={"help": "Rollouts at the start that train the value function only."}
+    )
     adam_epsilon: float = field(default=1e-5, metadata={"help": "1e-5 as in the original PPO."})
     save_steps: float = field(default=50, metadata={"help": "Checkpoint every that many rollouts."})
     logging_steps: float = field(default=1, metadata={"help": "Log every that many rollouts."})
@@ -72,6 +83,13 @@ class PPOArguments(RunArguments, TrainingArguments):
         default=6.0, metadata={"help": "KL per answer (nats) that the adaptive controller wants."}
     )
     kl_horizon: int = field(default=10000, metadata={"help": "Answers over which the controller reacts."})
+    kl_estimator: str = field(
+        default="k1",
+        metadata={
+            "help": "Of the KL that is logged; the reward is always priced by k1.",
+            "choices": ["k1", "k2", "k3"],
+        },
+    )
     early_stopping: bool = field(
         default=False, metadata={"help": "Stop updating the policy in a rollout at target_kl."}
     )
@@ -91,8 +109,6 @@ class PPOArguments(RunArguments, TrainingArguments):
     whiten_advantages: bool = field(default=True, metadata={"help": "Mean 0 and variance 1 over a rollout."})
 
     def __post_init__(self):
-        if not self.reward_model_name_or_path:
-            raise UserError("--reward_model_name_or_path is missing: name the output folder of the reward stage")
         self.mini_batch_size = self.mini_batch_size or self.batch_size
         for flag in ("max_steps", "batch_size", "mini_batch_size", "micro_batch_size", "ppo_epochs"):
             if getattr(self, flag) < 1:
@@ -132,12 +148,12 @@ def advantages_and_returns(rewards, values, mask, gamma: float, lam: float):
     return advantages, (advantages + values) * mask
 
 
-def whiten(x, mask, total):
-    """Mean 0, variance 1 (Bessel-corrected) over the mask; `total` sums a tensor over all ranks."""
-    count, first, second = total(torch.stack([mask.sum(), (x * mask).sum(), (x * x * mask).sum()]).double())
-    mean = first / count
-    variance = (second - count * mean**2) / (count - 1).clamp(min=1)
-    return ((x - mean.float()) * torch.rsqrt(variance + 1e-8).float()) * mask
+def whiten(x, mask):
+    """Mean 0, variance 1 (Bessel-corrected) over the mask; zero elsewhere."""
+    count = mask.sum()
+    mean = (x * mask).sum() / count
+    variance = (((x - mean) * mask) ** 2).sum() / (count - 1).clamp(min=1)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip: float):
@@ -152,6 +168,15 @@ def value_loss(values, old_values, returns, mask, clip: float):
     return 0.5 * (mask * torch.max((values - returns) ** 2, (clipped - returns) ** 2)).sum()
 
 
+def kl_estimate(logp, ref_logp, estimator: str):
+    """Per-token estimates of KL(policy || reference) from the policy's samples (John Schulman, "Approximating KL").
+
+    k1 is unbiased and can be negative, k2 has less variance and some bias, k3 is unbiased and never negative.
+    """
+    log_ratio = logp - ref_logp
+    return {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": torch.exp(-log_ratio) - 1 + log_ratio}[estimator]
+
+
 def adapted_kl_coef(coef: float, kl: float, target: float, samples: int, horizon: int) -> float:
     """Proportional controller of Ziegler et al. (arXiv 1909.08593): at most +-20% of the error counts."""
     return coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * samples / horizon)
@@ -164,6 +189,68 @@ def prompt_order(prompts: int, per_rollout: int, rollouts: int, repeats: int, se
         order += torch.randperm(prompts, generator=generator).tolist()
     chunks = [order[i * per_rollout : (i + 1) * per_rollout] for i in range(rollouts)]
     return [index for chunk in chunks for _ in range(repeats) for index in chunk]
+
+
+# --- answers
+
+
+def distinct(ids: list[int], n: int) -> float:
+    """Share of different n-grams among all of an answer's (arXiv 1510.03055); 1 where it has none."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def correlation(first: list[float], second: list[float]) -> float:
+    """Pearson's, or 0 where one side is constant."""
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return 0.0
+    return torch.corrcoef(torch.tensor([first, second], dtype=torch.float64))[0, 1].item()
+
+
+def uniforms(seeds: list[str], count: int) -> torch.Tensor:
+    """Numbers [len(seeds), count] in [0, 1), each row a function of its seed alone."""
+    generators = [random.Random(seed) for seed in seeds]
+    return torch.tensor([[g.random() for _ in range(count)] for g in generators], dtype=torch.float64)
+
+
+class InverseTransformSampling(LogitsProcessor):
+    """Sampling with given uniform numbers [batch, tokens]: leaves one token possible, for greedy decoding to take.
+
+    An answer then depends on its own numbers alone, not on its neighbours in the batch, on the rank, or on what was
+    sampled before; and a CPU needs a tenth of the time of torch.multinomial.
+    """
+
+    def __init__(self, numbers: torch.Tensor, prompt_width: int, temperature: float):
+        self.numbers, self.prompt_width, self.temperature = numbers, prompt_width, temperature
+
+    def __call__(self, input_ids, scores):
+        cumulative = (scores / self.temperature).softmax(-1).double().cumsum(-1)
+        number = self.numbers[:, input_ids.shape[1] - self.prompt_width, None]
+        chosen = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
+        chosen = chosen.clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.Tensor]:
+    """A batch of answers. ids, mask [batch, time]: prompt and answer, right-padded; the rest is [batch, answer].
+
+    answer_mask marks real tokens, tokens are their ids, columns the positions whose logits predict them; every tensor
+    that the answers carry, one number a token, is padded with 0.
+    """
+
+    def stacked(rows, value=0):
+        return pad_sequence(rows, batch_first=True, padding_value=value)
+
+    rows = [torch.tensor(answer["prompt"] + answer["ids"]) for answer in answers]
+    tokens = [torch.tensor(answer["ids"]) for answer in answers]
+    before = torch.tensor([[len(answer["prompt"]) - 1] for answer in answers])
+    batch = {"ids": stacked(rows, pad_token_id), "mask": stacked([torch.ones_like(row) for row in rows])}
+    batch |= {"tokens": stacked(tokens), "answer_mask": stacked([torch.ones(len(ids)) for ids in tokens])}
+    columns = before + torch.arange(batch["tokens"].shape[1])
+    batch["columns"] = columns.clamp(max=batch["ids"].shape[1] - 2)
+    carried = [name for name, value in answers[0].items() if torch.is_tensor(value)]
+    batch |= {name: stacked([answer[name] for answer in answers]) for name in carried}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 # --- the models
@@ -269,64 +356,18 @@ def same_model(first: str | None, second: str) -> bool:
     return first is not None and (first == second or Path(first).resolve() == Path(second).resolve())
 
 
-def find_reward_adapter(path: str) -> Path | None:
-    """The folder of a reward adapter at `path` (or in its adapter/, after a merge in place), if there is one."""
-    folders = [folder for folder in (Path(path), Path(path) / "adapter") if (folder / "adapter_config.json").exists()]
-    if not folders:
-        return None
-    task = PeftConfig.from_pretrained(folders[0]).task_type
-    if task != TaskType.SEQ_CLS:
-        raise UserError(f"--reward_model_name_or_path {path} is a {task} adapter, not a reward model: train one first")
-    return folders[0]
-
-
-class ExternalReward(nn.Module):
-    """A reward model that is not an adapter on the policy's base: its own weights, tokenizer and template."""
-
-    def __init__(self, path: str, data_args: DataArguments, model_args: ModelArguments):
-        super().__init__()
-        adapter, kwargs = find_reward_adapter(path), model_args.hub_kwargs | {"dtype": model_args._torch_dtype()}
-        source = PeftConfig.from_pretrained(adapter).base_model_name_or_path if adapter else path
-        try:
-            architectures = AutoConfig.from_pretrained(source, **model_args.hub_kwargs).architectures or []
-            if not adapter and not any("SequenceClassification" in name for name in architectures):
-                raise UserError(f"--reward_model_name_or_path {path} is a {architectures}, which has no score head")
-            self.model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **kwargs)
-            self.tokenizer = AutoTokenizer.from_pretrained(path, **model_args.hub_kwargs)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--reward_model_name_or_path {path}: {str(error).strip().splitlines()[0]}") from error
-        if adapter:
-            self.model = PeftModel.from_pretrained(self.model, adapter)
-        self.tokenizer.padding_side = "right"
-        self.data_args = data_args
-        self.requires_grad_(False).eval()
-
-    def forward(self, conversations: list[list[dict]]):
-        """Scores [batch] of conversations that end with an answer."""
-        device = next(self.model.parameters()).device
-        if self.tokenizer.chat_template:
-            rows = [{"input_ids": self.data_args.encode(self.tokenizer, m)["input_ids"]} for m in conversations]
-            batch = self.tokenizer.pad(rows, return_tensors="pt")
-        else:
-            prompts = ["\n".join(m["content"] for m in messages[:-1]) for messages in conversations]
-            answers = [messages[-1]["content"] for messages in conversations]
-            batch = self.tokenizer(prompts, answers, truncation=True, padding=True, return_tensors="pt")
-        return self.model(**batch.to(device)).logits[:, 0].float()
-
-
-def build_actor_critic(
-    model_args, adapter_args, data_args, training_args
-) -> tuple[ActorCritic, ExternalReward | None]:
+def build_actor_critic(model_args, adapter_args, data_args, reward_args) -> tuple[ActorCritic, RewardModel | None]:
     """Load the base once and put the roles on it, as far as the reward model allows."""
-    path = training_args.reward_model_name_or_path
-    adapter = find_reward_adapter(path)
+    adapter, reward_model = reward_args.find_adapter(), None
     base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path if adapter else None
     shared = adapter_args.use_peft and same_model(base_name, model_args.model_name_or_path)
-    external = None if shared else ExternalReward(path, data_args, model_args)
-    why = (
-        "an adapter on the policy's base: one base model in memory" if shared else "a model of its own: loaded beside"
-    )
-    logger.info(f"Reward model {path} is {why}")
+    if shared:
+        logger.info(f"Reward model {adapter} is an adapter on the policy's base: one base model in memory")
+    elif reward_args.reward_model_name_or_path:
+        why = f"is an adapter on {base_name}" if adapter else "is a whole model"
+        why = "shares no base with a policy that trains all weights" if not adapter_args.use_peft else why
+        logger.info(f"Reward model {reward_args.reward_model_name_or_path} {why}: loaded beside the policy")
+        reward_model = reward_args.load_model(data_args, model_args)
 
     policy = model_args.load_model(AutoModelForCausalLM)
     full_precision_head(policy)
@@ -342,7 +383,7 @@ def build_actor_critic(
         policy.add_adapter("value", adapter_args.peft_config(TaskType.CAUSAL_LM))
     disable_dropout(policy)
     reward_head = score_head(hidden_size, head_state) if shared else None
-    return ActorCritic(policy, score_head(hidden_size, head_state), reward_head, adapter_args.use_peft), external
+    return ActorCritic(policy, score_head(hidden_size, head_state), reward_head, adapter_args.use_peft), reward_model
 
 
 def disable_dropout(model) -> None:
@@ -358,25 +399,24 @@ def disable_dropout(model) -> None:
 class PPOTrainer(Trainer):
     """transformers.Trainer whose training step takes mini-batches from a rollout that it samples itself.
 
-    Checkpoints fall between rollouts, so a resumed run samples and learns as the uninterrupted one does.
+    An answer is a dict: prompt and ids (tokens), text, finished, score, and one number a token in the tensors logp,
+    ref_logp, entropy, values, advantages, returns. Every rank holds the answers of all. Checkpoints fall between
+    rollouts, so a resumed run samples and learns as the uninterrupted one does.
     """
 
-    def __init__(self, *args, data_args, external_reward=None, **kwargs):
+    def __init__(self, *args, data_args, reward_args, guard_args, reward_model=None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.do_eval and len(self.eval_dataset) < self.args.world_size:
             raise UserError(
                 f"{len(self.eval_dataset)} held-out prompts for {self.args.world_size} processes: add some"
             )
-        self.data_args, self.external_reward = data_args, external_reward
-        self.kl_coef, self.stats, self.rollout, self.policy_stopped = self.args.init_kl_coef, [], None, False
+        self.data_args, self.guards = data_args, guard_args
+        self.reward_model = reward_model and reward_model.to(self.args.device)
+        self.reward_functions, self.reward_weights = reward_args.load_functions(), reward_args.weights()
+        self.kl_coef, self.history = self.args.init_kl_coef, []
+        self.rollout, self.stats, self.good, self.policy_stopped = [], [], [], False
+        self.reference_scores: list[float] = []
         self.eos_ids = eos_ids(self.model.policy, self.processing_class, data_args)
-        if external_reward is not None:
-            external_reward.to(self.args.device)
-        set_seed(self.args.seed + self.args.process_index)  # ranks sample different answers
-
-    def total(self, tensor):
-        """Sum over ranks."""
-        return self.accelerator.reduce(tensor, reduction="sum")
 
     def _get_train_sampler(self, dataset=None):
         per_rollout = self.args.batch_size * self.args.world_size
@@ -396,30 +436,29 @@ class PPOTrainer(Trainer):
 
     # rollout
 
-    @torch.no_grad()
-    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
+    def generate(self, role: str, prompts: list[list[int]], seeds: list[str]) -> list[list[int]]:
         """One sampled answer per prompt, up to and with its eos. Prompts of like length are sampled together."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        args, order = self.args, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        numbers = uniforms(seeds, self.data_args.max_target_length).to(args.device)
         answers: dict[int, list[int]] = {}
-        with self.model.role("policy") as model:
-            kept, model.generation_config = model.generation_config, self.sampling_config()
-            for start in range(0, len(order), 4 * self.args.micro_batch_size):
-                chunk = order[start : start + 4 * self.args.micro_batch_size]
+        with self.model.role(role) as model, self.accelerator.autocast():
+            kept, model.generation_config = model.generation_config, self.decoding()
+            for start in range(0, len(order), 4 * args.micro_batch_size):
+                chunk = order[start : start + 4 * args.micro_batch_size]
                 padded = self.processing_class.pad(
                     {"input_ids": [prompts[i] for i in chunk]}, padding_side="left", return_tensors="pt"
-                ).to(self.args.device)
-                sampled = model.generate(**padded)[:, padded["input_ids"].shape[1] :].tolist()
-                answers |= {i: self.until_eos(ids) for i, ids in zip(chunk, sampled, strict=True)}
+                ).to(args.device)
+                width = padded["input_ids"].shape[1]
+                sampling = InverseTransformSampling(numbers[chunk], width, args.temperature)
+                sampled = model.generate(**padded, logits_processor=LogitsProcessorList([sampling]))
+                answers |= {i: self.until_eos(ids) for i, ids in zip(chunk, sampled[:, width:].tolist(), strict=True)}
             model.generation_config = kept
         return [answers[i] for i in range(len(prompts))]
 
-    def sampling_config(self) -> GenerationConfig:
-        """Plain sampling: the model's own generation_config may ask for top-k or penalties PPO must not have."""
+    def decoding(self) -> GenerationConfig:
+        """Nothing but the sampling above: the model's own generation_config may ask for top-k or penalties."""
         return GenerationConfig(
-            do_sample=True,
-            temperature=self.args.temperature,
-            top_k=0,
-            top_p=1.0,
+            do_sample=False,
             max_new_tokens=self.data_args.max_target_length,
             min_new_tokens=self.args.min_target_length,
             eos_token_id=self.eos_ids,
@@ -430,136 +469,142 @@ class PPOTrainer(Trainer):
         end = next((i + 1 for i, token in enumerate(ids) if token in self.eos_ids), len(ids))
         return ids[:end]
 
-    def assemble(self, prompts, answers) -> dict[str, torch.Tensor]:
-        """ids and mask [batch, time], right-padded; response_mask [batch, time-1] marks the tokens answered.
+    def micro_batches(self, answers: list[dict]) -> Iterator[tuple[list[dict], dict[str, torch.Tensor]]]:
+        """The answers with their batches, those of like length together: less padding."""
+        by_length = sorted(answers, key=lambda answer: len(answer["prompt"]) + len(answer["ids"]))
+        for start in range(0, len(answers), self.args.micro_batch_size):
+            chosen = by_length[start : start + self.args.micro_batch_size]
+            yield chosen, collate(chosen, self.processing_class.pad_token_id, self.args.device)
 
-        Everything [batch, time-1] is aligned with the token predicted, ids[:, 1:].
-        """
-        rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        width, pad = max(map(len, rows)), self.processing_class.pad_token_id
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.args.device)
-        mask, response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.float32)
-        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            mask[i, : len(row)] = 1
-            response[i, len(prompt) : len(row)] = 1
-        return {"ids": ids, "mask": mask, "response_mask": response[:, 1:]}
-
-    def token_logp(self, name: str, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies [batch, time-1] of the response tokens under a role; zero elsewhere."""
-        response = batch["response_mask"]
-        keep = response.any(dim=0).nonzero().squeeze(1)
+    def token_logp(self, role: str, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies [batch, answer] of the answers' tokens; entropies only without gradients."""
+        mask, columns = batch["answer_mask"], batch["columns"]
+        keep = columns.unique()  # sorted
         with self.accelerator.autocast():
-            logits = self.model.logits(name, batch["ids"], batch["mask"], keep) / self.args.temperature
-        logp_all = logits.log_softmax(-1)
-        chosen = logp_all.gather(-1, batch["ids"][:, 1:][:, keep].unsqueeze(-1)).squeeze(-1)
-        entropy = torch.zeros_like(chosen) if torch.is_grad_enabled() else -(logp_all.exp() * logp_all).sum(-1)
-        zeros = torch.zeros_like(response)
-        return zeros.index_copy(1, keep, chosen) * response, zeros.index_copy(1, keep, entropy) * response
+            logits = self.model.logits(role, batch["ids"], batch["mask"], keep) / self.args.temperature
+        log_partition = logits.logsumexp(-1)
+        where = torch.searchsorted(keep, columns)
+        rows = torch.arange(len(columns), device=columns.device).unsqueeze(1)
+        logp = logits[rows, where, batch["tokens"]] - log_partition.gather(1, where)
+        if torch.is_grad_enabled():
+            return logp * mask, torch.zeros_like(mask)
+        entropy = log_partition - (logits.softmax(-1) * logits).sum(-1)
+        return logp * mask, entropy.gather(1, where) * mask
 
     def token_values(self, batch: dict) -> torch.Tensor:
-        """Values [batch, time-1] of the states before each token; zero outside the response."""
+        """Values [batch, answer] of the states before each token."""
         with self.accelerator.autocast():
             values = self.model.outputs("value", self.model.value_head, batch["ids"], batch["mask"])
-        return values[:, :-1] * batch["response_mask"]
+        return values.gather(1, batch["columns"]) * batch["answer_mask"]
 
-    def scores(self, batch: dict, messages, answers) -> torch.Tensor:
-        """The reward model's score [batch] of each answer."""
-        if self.external_reward is not None:
-            texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
-            turns = [[*m, {"role": "assistant", "content": text}] for m, text in zip(messages, texts, strict=True)]
-            return self.external_reward(turns)  # in the dtype it was loaded in
-        with self.accelerator.autocast():
-            outputs = self.model.outputs("reward", self.model.reward_head, batch["ids"], batch["mask"])
-        return outputs.gather(1, last_token(batch["ids"], self.processing_class.pad_token_id).unsqueeze(1)).squeeze(1)
+    def scores(self, batch: dict, answers: list[dict], rows: list[dict]) -> dict[str, list[float]]:
+        """What each reward source says of the answers, unweighted."""
+        found = {}
+        turns = [[{"role": "assistant", "content": answer["text"]}] for answer in answers]
+        if self.reward_model is not None:
+            conversations = [row["prompt"] + turn for row, turn in zip(rows, turns, strict=True)]
+            found["model"] = self.reward_model(conversations).tolist()  # in the dtype it was loaded in
+        elif self.model.reward_head is not None:
+            with self.accelerator.autocast():
+                outputs = self.model.outputs("reward", self.model.reward_head, batch["ids"], batch["mask"])
+            last = last_token(batch["ids"], self.processing_class.pad_token_id)
+            found["model"] = outputs.gather(1, last.unsqueeze(1)).squeeze(1).tolist()
+        records = [json.loads(row["record"]) for row in rows] if self.reward_functions else []
+        columns = {key: [record.get(key) for record in records] for key in {k for record in records for k in record}}
+        columns |= {"prompts": [row["prompt"] for row in rows], "completions": turns}
+        columns |= {"completion_ids": [answer["ids"] for answer in answers], "trainer_state": self.state}
+        for name, function in self.reward_functions.items():
+            found[name] = function_scores(name, function, columns)
+        return found
 
     @torch.no_grad()
-    def sample(self, rows: list[dict], values: bool = True) -> dict:
-        """Answer `rows` of the prompt dataset and look at the answers with every role, the critic if `values`."""
+    def sample(self, role: str, rows: list[dict], seeds: list[str], critic: bool = False) -> list[dict]:
+        """Answers of all ranks in order, each rank sampling for its own `rows`; with values if `critic`."""
         self.model.eval()
-        prompts = [row["input_ids"] for row in rows]
-        answers = self.generate(prompts)
-        order = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]).argsort()
-        pieces = []
-        for part in order.split(self.args.micro_batch_size):  # rows of like length together: less padding
-            piece = self.assemble([prompts[i] for i in part], [answers[i] for i in part])
-            piece["logp"], piece["entropy"] = self.token_logp("policy", piece)
-            piece["ref_logp"], _ = self.token_logp("reference", piece)
-            if values:
-                piece["values"] = self.token_values(piece)
-            piece["score"] = self.scores(piece, [rows[i]["prompt"] for i in part], [answers[i] for i in part])
-            pieces.append(piece)
-        batch = concatenate(pieces, self.processing_class.pad_token_id)
-        batch = {name: tensor[order.argsort().to(tensor.device)] for name, tensor in batch.items()}
-        batch["finished"] = torch.tensor([float(a[-1] in self.eos_ids) for a in answers], device=self.args.device)
-        return batch | {"answers": answers}
+        generated = self.generate(role, [row["input_ids"] for row in rows], seeds)
+        texts = self.processing_class.batch_decode(generated, skip_special_tokens=True)
+        answers = [
+            {"number": i, "prompt": row["input_ids"], "ids": ids, "text": text, "finished": ids[-1] in self.eos_ids}
+            for i, (row, ids, text) in enumerate(zip(rows, generated, texts, strict=True))
+        ]
+        for chosen, batch in self.micro_batches(answers):
+            logp, entropy = self.token_logp("policy", batch)
+            seen = {"logp": logp, "entropy": entropy, "ref_logp": self.token_logp("reference", batch)[0]}
+            if critic:
+                seen["values"] = self.token_values(batch)
+            scores = self.scores(batch, chosen, [rows[answer["number"]] for answer in chosen])
+            for i, answer in enumerate(chosen):
+                answer |= {name: tensor[i, : len(answer["ids"])].cpu() for name, tensor in seen.items()}
+                answer["scores"] = {name: values[i] for name, values in scores.items()}
+                answer["score"] = sum(self.reward_weights[k] * v for k, v in answer["scores"].items())
+        return gather_object(answers)
 
-    def collect(self, rows: list[dict]) -> dict:
-        """A rollout with advantages and returns."""
-        args, batch = self.args, self.sample(rows)
-        mask, score = batch["response_mask"], batch["score"] - args.reward_baseline
-        score = score.clamp(-args.reward_clip, args.reward_clip) - args.missing_eos_penalty * (1 - batch["finished"])
-        rewards = -self.kl_coef * (batch["logp"] - batch["ref_logp"])
-        last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
-        rewards[torch.arange(len(rewards)), last] += score
-        batch["advantages"], batch["returns"] = advantages_and_returns(
-            rewards, batch["values"], mask, args.gamma, args.gae_lambda
-        )
-        if args.whiten_advantages:
-            batch["advantages"] = whiten(batch["advantages"], mask, self.total)
-        self.stats.append(self.describe(batch) | {"kl_coef": self.kl_coef})
+    def collect(self, rows: list[dict], number: int) -> None:
+        """Sample rollout `number` and give every token its advantage and return."""
+        args, first = self.args, self.args.process_index * len(rows)
+        seeds = [f"{args.seed} rollout {number} answer {first + i}" for i in range(len(rows))]
+        self.rollout = self.sample("policy", rows, seeds, critic=True)
+        batch = collate(self.rollout, self.processing_class.pad_token_id, "cpu")
+        mask, rewards = batch["answer_mask"], -self.kl_coef * (batch["logp"] - batch["ref_logp"])
+        for i, answer in enumerate(self.rollout):
+            score = max(-args.reward_clip, min(args.reward_clip, answer["score"] - args.reward_baseline))
+            rewards[i, len(answer["ids"]) - 1] += score - args.missing_eos_penalty * (not answer["finished"])
+        advantages, returns = advantages_and_returns(rewards, batch["values"], mask, args.gamma, args.gae_lambda)
+        advantages = whiten(advantages, mask) if args.whiten_advantages else advantages
+        for i, answer in enumerate(self.rollout):
+            n = len(answer["ids"])
+            answer |= {"advantages": advantages[i, :n], "returns": returns[i, :n]}
+        self.history.append(self.describe(self.rollout))
+        self.stats.append(self.history[-1] | {"kl_coef": self.kl_coef})
         if args.adap_kl_ctrl:
-            samples = args.batch_size * args.world_size
-            self.kl_coef = adapted_kl_coef(
-                self.kl_coef, self.stats[-1]["kl"], args.kl_target, samples, args.kl_horizon
-            )
-        return batch
+            kl = self.history[-1]["kl"]
+            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, args.kl_target, len(self.rollout), args.kl_horizon)
 
-    def describe(self, batch: dict) -> dict[str, float]:
-        """Means over the answers of all ranks: reward, KL (nats per answer), entropy per token, length, eos rate."""
-        mask = batch["response_mask"]
-        count, reward, square, kl, entropy, length, finished = self.total(
-            torch.stack(
-                [
-                    torch.tensor(float(len(mask)), device=mask.device),
-                    batch["score"].sum(),
-                    (batch["score"] ** 2).sum(),
-                    (batch["logp"] - batch["ref_logp"]).sum(),
-                    batch["entropy"].sum(),
-                    mask.sum(),
-                    batch["finished"].sum(),
-                ]
-            )
-        ).tolist()
-        return {
-            "reward": reward / count,
-            "reward_std": max(square / count - (reward / count) ** 2, 0.0) ** 0.5,
-            "kl": kl / count,
-            "entropy": entropy / length,
-            "length": length / count,
-            "eos_rate": finished / count,
+    def describe(self, answers: list[dict]) -> dict[str, float]:
+        """Means over the answers: reward, KL (nats an answer), entropy (nats a token), length, repetition ..."""
+        scores, lengths = [answer["score"] for answer in answers], [len(answer["ids"]) for answer in answers]
+        kl = [kl_estimate(a["logp"], a["ref_logp"], self.args.kl_estimator).sum().item() for a in answers]
+        stats = {
+            "reward": statistics.fmean(scores),
+            "reward_std": torch.tensor(scores, dtype=torch.float64).std(correction=0).item(),
+            "reward_length": correlation(scores, lengths),
+            "kl": statistics.fmean(kl),
+            "entropy": sum(answer["entropy"].sum().item() for answer in answers) / sum(lengths),
+            "length": statistics.fmean(lengths),
+            "eos_rate": statistics.fmean(answer["finished"] for answer in answers),
+            "distinct_2": statistics.fmean(distinct(answer["ids"], 2) for answer in answers),
         }
+        sources = self.reward_weights if len(self.reward_weights) > 1 else ()
+        return stats | {f"reward_{name}": statistics.fmean(a["scores"][name] for a in answers) for name in sources}
 
     # update
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        step = self.state.global_step % self.args.steps_per_rollout
+        args = self.args
+        number, step = divmod(self.state.global_step, args.steps_per_rollout)
         if step == 0:
-            self.rollout, self.policy_stopped = self.collect(inputs["rows"]), False
-        epoch, part = divmod(step, self.args.batch_size // self.args.mini_batch_size)
-        generator = torch.Generator().manual_seed(self.args.seed + self.state.global_step - part)
-        shuffled = torch.randperm(self.args.batch_size, generator=generator)
-        rows = shuffled[part * self.args.mini_batch_size : (part + 1) * self.args.mini_batch_size]
+            self.collect(inputs["rows"], number)
+            self.policy_stopped = number < args.critic_warmup
+            if self.guards.stop_for(self.guards.alarms(self.history), self.state.global_step, args.output_dir):
+                return self.stop()
+            self.good = [parameter.detach().clone() for parameter in sum(self.model.trained(), [])]
+        size = args.mini_batch_size * args.world_size
+        epoch, part = divmod(step, len(self.rollout) // size)
+        shuffled = random.Random(f"{args.seed} rollout {number} epoch {epoch}").sample(self.rollout, len(self.rollout))
         self.model.train()
-        return self.update(rows.to(self.args.device))
+        loss = self.update(shuffled[part * size : (part + 1) * size])
+        finite = all(parameter.grad.isfinite().all() for parameter in self.with_gradients())
+        broken = {} if finite or self.accelerator.scaler is not None else {"not_finite": "a gradient is not finite"}
+        if self.guards.stop_for(broken, self.state.global_step, args.output_dir):
+            return self.stop()
+        return loss
 
-    def update(self, rows: torch.Tensor) -> torch.Tensor:
-        """Gradients of one mini-batch. Losses are means over the response tokens of all micro-batches and ranks."""
+    def update(self, answers: list[dict]) -> torch.Tensor:
+        """Gradients of one mini-batch. Losses are means over the tokens of all its answers, on all ranks."""
         args, sums = self.args, torch.zeros(3, device=self.args.device)
-        tokens = self.total(self.rollout["response_mask"][rows].sum())
-        by_length = rows[self.rollout["mask"][rows].sum(1).argsort()]
-        for chosen in by_length.split(args.micro_batch_size):
-            batch = trim({k: v[chosen] for k, v in self.rollout.items() if torch.is_tensor(v)})
-            mask = batch["response_mask"]
+        tokens = sum(len(answer["ids"]) for answer in answers)
+        for _, batch in self.micro_batches(answers[args.process_index :: args.world_size]):
+            mask = batch["answer_mask"]
             if not self.policy_stopped:  # forward and backward of one role before the next takes the base
                 logp, _ = self.token_logp("policy", batch)
                 loss = policy_loss(logp, batch["logp"], batch["advantages"], mask, args.clip_range) / tokens
@@ -570,19 +615,28 @@ class PPOTrainer(Trainer):
             loss = value_loss(values, batch["values"], batch["returns"], mask, args.value_clip_range) / tokens
             self.accelerator.backward(args.value_coef * loss)
             sums[1] += loss.detach()
-        self.sum_gradients()
-        policy, value, moved = self.total(sums).tolist()
+        if args.world_size > 1:  # shares of a global mean add up; DDP's own mean over ranks is not used
+            for parameter in self.with_gradients():
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
+        policy, value, moved = self.accelerator.reduce(sums, reduction="sum").tolist()
         self.policy_stopped |= args.early_stopping and moved > 1.5 * args.target_kl
         self.stats.append({"policy_loss": policy, "value_loss": value, "step_kl": moved})
         return torch.tensor(policy + args.value_coef * value, device=args.device)
 
-    def sum_gradients(self) -> None:
-        """The losses are shares of a global mean, so gradients add up over ranks; DDP's own mean is not used."""
-        if self.args.world_size > 1:
-            for parameter in sum(self.model.trained(), []):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad = self.total(parameter.grad)
+    def with_gradients(self) -> list[nn.Parameter]:
+        return [parameter for parameter in sum(self.model.trained(), []) if parameter.grad is not None]
+
+    @torch.no_grad()
+    def stop(self) -> torch.Tensor:
+        """End the training with the weights that sampled the last rollout that no guard stopped."""
+        trained = sum(self.model.trained(), [])
+        for parameter, good in zip(trained, self.good or trained, strict=True):
+            parameter.copy_(good)
+            parameter.grad = torch.zeros_like(parameter)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0  # the step that follows moves nothing
+        self.control.should_training_stop = True
+        return torch.zeros((), device=self.args.device)
 
     # evaluation, logging, saving
 
@@ -595,29 +649,43 @@ class PPOTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Sample one answer per held-out prompt, all ranks sharing the work; training's random state is untouched."""
-        rows = list(eval_dataset or self.eval_dataset)[self.args.process_index :: self.args.world_size]
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.args.seed)
-            batch = self.sample(rows, values=False)
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.describe(batch).items()}
-        metrics |= {f"{metric_key_prefix}_prompts": len(eval_dataset or self.eval_dataset)}
-        self.show(rows, batch)
+        """Sample one answer per held-out prompt, always with the same numbers, all ranks sharing the work."""
+        rows = list(eval_dataset or self.eval_dataset)
+        answers = self.answer_all("policy", rows)
+        if len(self.reference_scores) != len(rows):  # a policy that has not moved yet is the reference
+            moved = any(not torch.equal(answer["logp"], answer["ref_logp"]) for answer in answers)
+            reference = self.answer_all("reference", rows) if moved else answers
+            self.reference_scores = [answer["score"] for answer in reference]
+        pairs = list(zip((answer["score"] for answer in answers), self.reference_scores, strict=True))
+        wins = statistics.fmean((policy > other) + 0.5 * (policy == other) for policy, other in pairs)
+        found = self.describe(answers) | {"win_rate": wins, "prompts": len(rows)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.show(rows, answers)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def show(self, rows: list[dict], batch: dict, count: int = 4) -> None:
-        """Append the first held-out prompts with their answers and scores to samples.jsonl, and log one."""
+    def answer_all(self, role: str, rows: list[dict]) -> list[dict]:
+        seeds = [f"{self.args.seed} evaluation answer {i}" for i in range(len(rows))]
+        with self.accelerator.split_between_processes(list(zip(rows, seeds, strict=True))) as mine:
+            return self.sample(role, *map(list, zip(*mine, strict=True)))
+
+    def show(self, rows: list[dict], answers: list[dict], count: int = 4) -> None:
+        """The first held-out prompts with their answers: to samples.jsonl, to TensorBoard, and one to the log."""
         if not self.is_world_process_zero():
             return
-        texts = self.processing_class.batch_decode(batch["answers"][:count], skip_special_tokens=True)
+        step, shown = self.state.global_step, list(zip(rows, answers, self.reference_scores, strict=True))[:count]
         with (Path(self.args.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for row, text, score in zip(rows, texts, batch["score"].tolist(), strict=False):
-                line = {"step": self.state.global_step, "prompt": row["prompt"], "answer": text, "score": score}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        logger.info(f"{rows[0]['prompt'][-1]['content']!r} -> {texts[0]!r} (score {batch['score'][0]:.2f})")
+            for row, answer, reference in shown:
+                line = {"step": step, "prompt": row["prompt"], "answer": answer["text"], "score": answer["score"]}
+                file.write(json.dumps(line | {"reference_score": reference}, ensure_ascii=False) + "\n")
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
+                for i, (row, answer, _) in enumerate(shown):
+                    text = f"{row['prompt'][-1]['content']}\n\n{answer['text']}\n\nscore {answer['score']:.3f}"
+                    callback.tb_writer.add_text(f"samples/{i}", text, step)
+        row, answer, _ = shown[0]
+        logger.info(f"{row['prompt'][-1]['content']!r} -> {answer['text']!r} (score {answer['score']:.2f})")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -627,7 +695,8 @@ class PPOTrainer(Trainer):
         (folder / "value").mkdir(exist_ok=True)
         save_file({k: v.contiguous() for k, v in parts["value"].items()}, folder / "value" / "model.safetensors")
         save_file(parts["value_head"], folder / "value" / "head.safetensors")
-        (folder / "value" / "state.json").write_text(json.dumps({"kl_coef": self.kl_coef}))
+        state = {"kl_coef": self.kl_coef, "history": self.history}
+        (folder / "value" / "state.json").write_text(json.dumps(state))
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
@@ -643,7 +712,25 @@ class PPOTrainer(Trainer):
             self.model.policy.load_state_dict({k: v for s in shards for k, v in s.items()}, strict=False)
             self.model.copies["value"].load_state_dict(value, strict=False)
         self.model.value_head.load_state_dict(load_file(folder / "value" / "head.safetensors"))
-        self.kl_coef = json.loads((folder / "value" / "state.json").read_text())["kl_coef"]
+        state = json.loads((folder / "value" / "state.json").read_text())
+        self.kl_coef, self.history = state["kl_coef"], state["history"]
+
+    def _load_best_model(self) -> None:
+        logger.info(f"Taking the policy of {self.state.best_model_checkpoint}, best by {self.state.best_metric:.4f}")
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def function_scores(name: str, function, columns: dict[str, list]) -> list[float]:
+    """The numbers that a reward function returns; None counts as 0."""
+    try:
+        values = [0.0 if value is None else float(value) for value in function(**columns)]
+    except Exception as error:  # it is the user's code: say which function, and what it said
+        raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
+    if len(values) != len(columns["completions"]):
+        raise UserError(
+            f"reward function {name} returned {len(values)} numbers for {len(columns['completions'])} completions"
+        )
+    return values
 
 
 def eos_ids(model, tokenizer, data_args: DataArguments) -> list[int]:
@@ -655,27 +742,8 @@ def eos_ids(model, tokenizer, data_args: DataArguments) -> list[int]:
     return sorted({tokenizer.eos_token_id, trained, *(i for i in configured if i is not None)})
 
 
-def concatenate(pieces: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Micro-batches of different widths as one batch, right-padded."""
-    joined = {}
-    for name in pieces[0]:
-        tensors, fill = [piece[name] for piece in pieces], pad_token_id if name == "ids" else 0
-        if tensors[0].dim() == 2:
-            width = max(tensor.shape[1] for tensor in tensors)
-            tensors = [nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill) for tensor in tensors]
-        joined[name] = torch.cat(tensors)
-    return joined
-
-
-def trim(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch without the columns that are padding in every row."""
-    width = int(batch["mask"].sum(1).max())
-    cut = {"ids": width, "mask": width}
-    return {k: v if v.dim() == 1 else v[:, : cut.get(k, width - 1)] for k, v in batch.items()}
-
-
 def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
-    """Rows {"prompt": messages, "input_ids"}."""
+    """Rows {"prompt": messages, "record", "input_ids"}."""
     return rows.map(
         lambda row: {"input_ids": data_args.encode_prompt(tokenizer, row["prompt"])},
         num_proc=data_args.preprocessing_num_workers,
@@ -684,8 +752,8 @@ def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset
 
 
 def main():
-    model_args, adapter_args, data_args, training_args = parse_arguments(
-        ModelArguments, AdapterArguments, DataArguments, PPOArguments
+    model_args, adapter_args, data_args, reward_args, guard_args, training_args = parse_arguments(
+        ModelArguments, AdapterArguments, DataArguments, RewardSourceArguments, GuardArguments, PPOArguments
     )
     set_seed(training_args.seed)
 
@@ -694,7 +762,7 @@ def main():
     train_dataset = build_dataset(train_rows, tokenizer, data_args)
     eval_dataset = build_dataset(eval_rows, tokenizer, data_args)
 
-    model, external_reward = build_actor_critic(model_args, adapter_args, data_args, training_args)
+    model, reward_model = build_actor_critic(model_args, adapter_args, data_args, reward_args)
 
     trainer = PPOTrainer(
         model=model,
@@ -704,7 +772,10 @@ def main():
         processing_class=tokenizer,
         data_collator=lambda rows: {"rows": rows},
         data_args=data_args,
-        external_reward=external_reward,
+        reward_args=reward_args,
+        guard_args=guard_args,
+        reward_model=reward_model,
+        callbacks=training_args.callbacks(),
     )
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.checkpoint())

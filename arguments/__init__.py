@@ -2,13 +2,18 @@
 
 from arguments.adapter import AdapterArguments
 from arguments.data import DataArguments
+from arguments.guards import GuardArguments
 from arguments.model import ModelArguments
+from arguments.reward import RewardModel, RewardSourceArguments
 from arguments.run import RunArguments, TokenWeightedEvaluation, UserError, parse_arguments, run_stage
 
 __all__ = [
     "AdapterArguments",
     "DataArguments",
+    "GuardArguments",
     "ModelArguments",
+    "RewardModel",
+    "RewardSourceArguments",
     "RunArguments",
     "TokenWeightedEvaluation",
     "UserError",

@@ -1,5 +1,6 @@
 """Which records: folders, forms, lengths, splits; and how a conversation becomes tokens."""
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,8 +75,8 @@ class DataArguments:
         return self._load(to_pair)
 
     def load_prompts(self) -> tuple[Dataset, Dataset]:
-        """Training and held-out rows {"prompt": messages}."""
-        return self._load(lambda record: {"prompt": to_prompt(record)})
+        """Training and held-out rows {"prompt": messages, "record": the record as JSON, for reward functions}."""
+        return self._load(lambda record: {"prompt": to_prompt(record), "record": json.dumps(record, default=str)})
 
     def encode(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
         """Tokens of a conversation that ends with an answer.

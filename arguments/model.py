@@ -105,7 +105,7 @@ class ModelArguments:
         config = self.load_config()
         if "num_labels" in kwargs:
             config.num_labels = kwargs.pop("num_labels")
-        dtype = self._torch_dtype()
+        dtype = self.torch_dtype()
         try:
             model = auto_class.from_pretrained(
                 self.model_name_or_path,
@@ -123,7 +123,8 @@ class ModelArguments:
         )
         return model
 
-    def _torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
+        """Dtype of the frozen weights in memory."""
         if self.dtype == "float16" and not torch.cuda.is_available():
             logger.warning("float16 weights need a GPU: using float32")
         elif self.dtype not in (None, "auto"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import HfArgumentParser, TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
 
 # Flags of the 2023 scripts and what transformers 5 calls them. None: it does by default what the flag asked for.
 RENAMED_FLAGS = {
@@ -31,6 +32,7 @@ RENAMED_FLAGS = {
     "--save_safetensors": None,
     "--fp16_opt_level": None,
 }
+SEAL = "seal.json"
 
 
 class UserError(Exception):
@@ -161,7 +163,7 @@ class RunArguments:
         logger.info(f"Device {device}; training in {asked}, trained weights in float32")
 
     def checkpoint(self) -> str | None:
-        """The checkpoint to go on from: the one asked for, else the newest in output_dir, else None."""
+        """The checkpoint to go on from: the one asked for, else the newest whole one in output_dir, else None."""
         asked = self.resume_from_checkpoint
         if asked and str(asked).lower() not in ("true", "false"):
             if not Path(asked).is_dir():
@@ -175,10 +177,17 @@ class RunArguments:
             with self.main_process_first(desc="clearing the output folder"):
                 clear_output(Path(self.output_dir))
             return None
-        found = get_last_checkpoint(self.output_dir)
-        if found:
-            logger.info(f"Going on from {found} (--fresh starts over)")
-        return found
+        for found in reversed(sort_checkpoints(self.output_dir)):
+            if fault := checkpoint_fault(Path(found)):
+                logger.warning(f"Not going on from {found}: {fault}")
+            else:
+                logger.info(f"Going on from {found} (--fresh starts over)")
+                return found
+        return None
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What every stage's trainer does beside training."""
+        return [CheckpointSeal()]
 
     def finish(self, trainer) -> None:
         """Add the evaluation before training and the peak memory to all_results.json; write state and curves."""
@@ -195,6 +204,37 @@ class RunArguments:
         results = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(results | before | peak, indent=4, sort_keys=True))
         plot_curves(trainer.state.log_history, Path(self.output_dir))
+
+
+class CheckpointSeal(TrainerCallback):
+    """Writes the size and hash of every file of a checkpoint into it once all are there: no seal, not whole."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every rank saves its own random state
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / SEAL).unlink(missing_ok=True)
+            seal = {
+                str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()
+            }
+            (folder / "seal.tmp").write_text(json.dumps(seal, indent=1))
+            os.replace(folder / "seal.tmp", folder / SEAL)
+
+
+def digest(path: Path) -> list:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def checkpoint_fault(folder: Path) -> str | None:
+    """Why the checkpoint cannot be trusted, or None when it is whole."""
+    if not (folder / SEAL).exists():
+        return "its saving was interrupted"
+    seal = json.loads((folder / SEAL).read_text())
+    broken = [name for name, known in seal.items() if not (folder / name).is_file() or digest(folder / name) != known]
+    return f"changed since it was saved: {', '.join(broken)}" if broken else None
 
 
 def clear_output(folder: Path) -> None:

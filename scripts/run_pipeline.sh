@@ -39,6 +39,6 @@ stage() {
 export REWARD_MODEL=$OUTPUTS/rm
 stage pt "$MODEL"
 stage sft "$OUTPUTS/pt-merged" --max_steps 36
-stage rm "$OUTPUTS/sft-merged" --max_steps 24
+stage rm "$OUTPUTS/sft-merged" --max_steps 32
 stage rl "$OUTPUTS/sft-merged" --max_steps 4 --max_eval_samples 48
 "$PYTHON" scripts/report.py "$MODEL" "$OUTPUTS"

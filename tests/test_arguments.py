@@ -2,13 +2,23 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from loguru import logger
+from transformers import TrainerState
 
-from arguments import AdapterArguments, DataArguments, ModelArguments, UserError, parse_arguments, run_stage
-from arguments.run import RENAMED_FLAGS, modern_flags, native_bf16, plot_curves
+from arguments import (
+    AdapterArguments,
+    DataArguments,
+    ModelArguments,
+    RewardSourceArguments,
+    UserError,
+    parse_arguments,
+    run_stage,
+)
+from arguments.run import RENAMED_FLAGS, CheckpointSeal, modern_flags, native_bf16, plot_curves
 from merge_peft_adapter import MergeArguments
 from pretraining import PretrainingArguments
 from reward_modeling import RewardArguments
@@ -113,7 +123,12 @@ def test_missing_required_flags(required, missing):
 @pytest.mark.parametrize(
     ("groups", "argv", "message"),
     [
-        (PPOArguments, ["--output_dir", "o"], "--reward_model_name_or_path is missing"),
+        (RewardSourceArguments, [], "--reward_model_name_or_path is missing"),
+        (
+            RewardSourceArguments,
+            ["--reward_model_name_or_path", "r", "--reward_weights", "1,2"],
+            "--reward_weights holds 2 numbers for 1 sources: model",
+        ),
         (MergeArguments, ["--output_dir", "o"], "--peft_model_path is missing"),
         (MergeArguments, ["--peft_model_path", "p"], "--output_dir is missing"),
         (AdapterArguments, ["--lora_rank", "0"], "--lora_rank is 0, expected at least 1"),
@@ -127,12 +142,12 @@ def test_missing_required_flags(required, missing):
         (PretrainingArguments, ["--output_dir", "o", "--streaming"], "--streaming .*set --max_steps"),
         (
             PPOArguments,
-            ["--output_dir", "o", "--reward_model_name_or_path", "r", "--mini_batch_size", "3"],
+            ["--output_dir", "o", "--mini_batch_size", "3"],
             "--batch_size 8 is no multiple of --mini_batch_size 3",
         ),
         (
             PPOArguments,
-            ["--output_dir", "o", "--reward_model_name_or_path", "r", "--ppo_epochs", "0"],
+            ["--output_dir", "o", "--ppo_epochs", "0"],
             "--ppo_epochs is 0, expected at least 1",
         ),
         (FinetuningArguments, ["--output_dir", "o", "--eval_strategy", "sometimes"], "sometimes"),
@@ -155,7 +170,7 @@ def test_run_stage_ends_with_one_line_and_code_2(capsys):
 
 
 def test_ppo_steps_are_rollouts(tmp_path):
-    argv = ["--output_dir", str(tmp_path), "--reward_model_name_or_path", "r", "--max_steps", "5", "--save_steps", "2"]
+    argv = ["--output_dir", str(tmp_path), "--max_steps", "5", "--save_steps", "2"]
     args = parse([*argv, "--batch_size", "6", "--mini_batch_size", "3", "--ppo_epochs", "4"], [PPOArguments])
     assert (args["rollouts"], args["max_steps"], args["save_steps"], args["logging_steps"]) == (5, 40, 16, 8)
 
@@ -180,8 +195,7 @@ def test_without_gpu_fp16_falls_back(required, logged, flags):
     [(["--precision", "fp32"], "fp32"), (["--precision", "bf16"], "bf16"), (["--bf16", "True"], "bf16")],
 )
 def test_precision_is_as_asked_in_every_stage(tmp_path, stage, flags, precision):
-    reward = ["--reward_model_name_or_path", "r"] if stage is PPOArguments else []
-    args = parse(["--output_dir", str(tmp_path), *reward, *flags], [stage])
+    args = parse(["--output_dir", str(tmp_path), *flags], [stage])
     assert (args["precision"], args["fp16"], args["bf16"]) == (precision, False, precision == "bf16")
 
 
@@ -197,7 +211,7 @@ def test_bf16_as_transformers_has_it(required, monkeypatch, flags, expected):
     [(None, torch.float32), ("auto", torch.float32), ("float16", torch.float32), ("bfloat16", torch.bfloat16)],
 )
 def test_dtype_of_frozen_weights(flag, expected):
-    assert ModelArguments(model_name_or_path="m", dtype=flag)._torch_dtype() == expected
+    assert ModelArguments(model_name_or_path="m", dtype=flag).torch_dtype() == expected
 
 
 # splits
@@ -246,6 +260,13 @@ def touch(folder, *names):
         path.touch()
 
 
+def save_checkpoints(folder, *steps):
+    for step in steps:
+        touch(folder, f"checkpoint-{step}/x")
+        state = TrainerState(global_step=step, is_world_process_zero=True)
+        CheckpointSeal().on_save(SimpleNamespace(output_dir=folder, world_size=1), state, None)
+
+
 def left(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
@@ -253,9 +274,20 @@ def left(folder):
 def test_checkpoint_is_the_newest_by_number(tmp_path, logged):
     assert run_arguments(tmp_path / "nowhere").checkpoint() is None
     assert run_arguments(tmp_path).checkpoint() is None
-    touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x")
+    save_checkpoints(tmp_path, 9, 10)
     assert run_arguments(tmp_path).checkpoint() == str(tmp_path / "checkpoint-10")
     assert any("--fresh starts over" in line for line in logged)
+
+
+def test_checkpoint_is_whole(tmp_path, logged):
+    save_checkpoints(tmp_path, 8, 9, 10)
+    touch(tmp_path, "checkpoint-11/x")  # killed before the seal
+    (tmp_path / "checkpoint-10" / "x").unlink()
+    (tmp_path / "checkpoint-9" / "x").write_text("half")
+    assert run_arguments(tmp_path).checkpoint() == str(tmp_path / "checkpoint-8")
+    faults = [line for line in logged if "Not going on from" in line]
+    assert len(faults) == 3 and "checkpoint-11: its saving was interrupted" in faults[0]
+    assert all("changed since it was saved: x" in fault for fault in faults[1:])
 
 
 def test_checkpoint_asked_for_wins(tmp_path):
@@ -268,7 +300,7 @@ def test_checkpoint_asked_for_wins(tmp_path):
 @pytest.mark.parametrize("asked", ["True", "False"])
 def test_checkpoint_asked_for_by_no_name_is_the_newest(tmp_path, asked):
     assert run_arguments(tmp_path, resume_from_checkpoint=asked).checkpoint() is None
-    touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x")
+    save_checkpoints(tmp_path, 9, 10)
     assert run_arguments(tmp_path, resume_from_checkpoint=asked).checkpoint() == str(tmp_path / "checkpoint-10")
 
 

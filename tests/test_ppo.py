@@ -1,21 +1,28 @@
 """PPO's arithmetic against numbers worked out by hand, and a bandit whose optimum is known."""
 
+import math
+
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from arguments import GuardArguments
 from rl_training import (
     ActorCritic,
+    InverseTransformSampling,
     adapted_kl_coef,
     advantages_and_returns,
-    concatenate,
+    collate,
+    correlation,
+    distinct,
+    kl_estimate,
     last_token,
     policy_loss,
     prompt_order,
     score_head,
-    trim,
+    uniforms,
     value_loss,
     whiten,
 )
@@ -23,10 +30,6 @@ from rl_training import (
 
 def close(found, expected, **kwargs):
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), **kwargs)
-
-
-def one_rank(tensor):
-    return tensor
 
 
 # advantages
@@ -98,21 +101,20 @@ def test_without_discount_returns_are_rewards_to_go(seed):
 
 def test_whiten():
     x, mask = torch.tensor([[1.0, 99, 2], [99, 3, 99]]), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
-    close(whiten(x, mask, one_rank), [[-1, 0, 0], [0, 1, 0]])  # mean 2, variance (1 + 0 + 1) / 2
-    close(whiten(x, mask, lambda sums: 2 * sums), mask * (x - 2) * (5 / 4) ** 0.5)  # two like ranks: variance 4 / 5
+    close(whiten(x, mask), [[-1, 0, 0], [0, 1, 0]])  # mean 2, variance (1 + 0 + 1) / 2
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_whitened_moments(seed):
     x, _, mask, _ = random_batch(seed, rows=30)
-    kept = whiten(5 * x + 3, mask, one_rank)[mask.bool()]
+    kept = whiten(5 * x + 3, mask)[mask.bool()]
     close(kept.mean(), 0.0, atol=1e-5, rtol=0)
     close(kept.var(unbiased=True), 1.0, atol=1e-4, rtol=0)
 
 
 def test_whiten_of_one_or_equal_numbers_is_finite():
-    close(whiten(torch.tensor([[5.0, 7]]), torch.tensor([[1.0, 0]]), one_rank), [[0, 0]])
-    close(whiten(torch.full((2, 2), 5.0), torch.ones(2, 2), one_rank), [[0, 0], [0, 0]])
+    close(whiten(torch.tensor([[5.0, 7]]), torch.tensor([[1.0, 0]])), [[0, 0]])
+    close(whiten(torch.full((2, 2), 5.0), torch.ones(2, 2)), [[0, 0], [0, 0]])
 
 
 # losses, clip .2: loss and its gradient
@@ -308,22 +310,113 @@ def test_score_is_that_of_sequence_classification(tiny, pad):
 # batches
 
 
-def piece(rows, width, fill):
-    ids, mask = padded(rows, width, pad=9)
-    return {"ids": ids, "mask": mask, "logp": fill * mask[:, 1:].float(), "score": torch.full((len(rows),), fill)}
+def test_collate():
+    answers = [
+        {"prompt": [1, 2], "ids": [3], "score": 0.5, "logp": torch.tensor([-0.1])},
+        {"prompt": [4], "ids": [5, 6, 7], "score": 1.5, "logp": torch.tensor([-0.2, -0.3, -0.4])},
+    ]
+    batch = {name: tensor.tolist() for name, tensor in collate(answers, 9, "cpu").items()}
+    assert batch.pop("logp") == [pytest.approx([-0.1, 0, 0]), pytest.approx([-0.2, -0.3, -0.4])]
+    assert batch == {
+        "ids": [[1, 2, 3, 9], [4, 5, 6, 7]],
+        "mask": [[1, 1, 1, 0], [1, 1, 1, 1]],
+        "tokens": [[3, 0, 0], [5, 6, 7]],
+        "answer_mask": [[1, 0, 0], [1, 1, 1]],
+        "columns": [[1, 2, 2], [0, 1, 2]],  # where each token is predicted; padding points inside
+    }
 
 
-def test_concatenate_and_trim():
-    joined = concatenate([piece([[1, 2]], 3, 0.5), piece([[3, 4, 5, 6], [7]], 5, -1.0)], pad_token_id=9)
-    assert joined["ids"].tolist() == [[1, 2, 9, 9, 9], [3, 4, 5, 6, 9], [7, 9, 9, 9, 9]]
-    assert joined["mask"].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
-    assert joined["logp"].tolist() == [[0.5, 0, 0, 0], [-1, -1, -1, 0], [0, 0, 0, 0]]
-    assert joined["score"].tolist() == [0.5, -1, -1]
+# sampling
 
-    trimmed = trim(joined)
-    assert trimmed["ids"].tolist() == [[1, 2, 9, 9], [3, 4, 5, 6], [7, 9, 9, 9]]
-    assert trimmed["mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
-    assert trimmed["logp"].tolist() == [[0.5, 0, 0], [-1, -1, -1], [0, 0, 0]]
-    assert trimmed["score"].tolist() == [0.5, -1, -1]
-    again = trim(trimmed)
-    assert all(torch.equal(again[name], trimmed[name]) for name in trimmed)
+
+def test_sampling_is_the_inverse_of_the_distribution():
+    logits = torch.tensor([[0.1, 0.2, 0.0, 0.7]]).log()
+    for number, token in ((0.0, 0), (0.0999, 0), (0.1001, 1), (0.2999, 1), (0.3001, 3), (1 - 2**-53, 3)):
+        numbers = torch.tensor([[0.5, number]], dtype=torch.float64)
+        found = InverseTransformSampling(numbers, 2, 1.0)(torch.zeros(1, 3, dtype=torch.long), logits)
+        assert found.argmax().item() == token and found.isfinite().sum() == 1
+
+
+def test_sampled_shares_are_the_probabilities():
+    logits, rows = torch.tensor([0.0, 1.0, 2.0, -1.0]), 20000
+    numbers = uniforms([f"row {i}" for i in range(rows)], 1)
+    found = InverseTransformSampling(numbers, 5, 2.0)(torch.zeros(rows, 5, dtype=torch.long), logits.expand(rows, 4))
+    shares = found.argmax(1).bincount(minlength=4) / rows
+    close(shares, (logits / 2).softmax(0), atol=0.01, rtol=0)
+
+
+def test_uniforms_depend_on_their_seed_alone():
+    both, one = uniforms(["a", "b"], 5), uniforms(["b"], 3)
+    assert torch.equal(both[1, :3], one[0]) and not torch.equal(both[0], both[1])
+    assert both.min() >= 0 and both.max() < 1
+
+
+# what is logged
+
+
+def test_kl_estimates():
+    logp, ref_logp = torch.tensor([math.log(0.5), math.log(0.2)]), torch.tensor([math.log(0.25), math.log(0.4)])
+    half = math.log(2)
+    close(kl_estimate(logp, ref_logp, "k1"), [half, -half])
+    close(kl_estimate(logp, ref_logp, "k2"), [half**2 / 2, half**2 / 2])
+    close(kl_estimate(logp, ref_logp, "k3"), [0.5 - 1 + half, 2 - 1 - half])
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_unbiased_kl_estimates(estimator):
+    policy, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.5, 0.3])
+    expected = (policy * kl_estimate(policy.log(), reference.log(), estimator)).sum()
+    close(expected, (policy * (policy / reference).log()).sum())
+
+
+def test_distinct():
+    assert distinct([1, 2, 3], 2) == 1.0
+    assert distinct([1, 2, 1, 2, 1], 2) == 0.5  # 12 21 12 21
+    assert distinct([7], 2) == 1.0
+
+
+def test_correlation():
+    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
+    assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert correlation([1, 1], [1, 2]) == 0.0
+
+
+# guards
+
+HEALTHY = {"reward": 0.0, "kl": 1.0, "length": 50.0, "eos_rate": 0.8, "distinct_2": 0.9, "reward_length": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fired"),
+    [
+        ({}, []),
+        ({"kl": 31.0}, ["kl"]),
+        ({"kl": float("nan")}, ["not_finite"]),
+        ({"reward": float("inf")}, ["not_finite"]),
+        ({"distinct_2": 0.2}, ["repetition"]),
+        ({"eos_rate": 0.19}, ["eos"]),
+        ({"length": 101.0}, ["length"]),
+        ({"length": 24.0}, ["length"]),
+        ({"reward_length": -0.9}, ["correlation"]),
+    ],
+)
+def test_alarms(changes, fired):
+    history = [HEALTHY] * 5 + [HEALTHY | changes] * 5
+    assert list(GuardArguments().alarms(history)) == fired
+    off = GuardArguments(guard_kl=0, guard_repetition=0, guard_eos=0, guard_length=0, guard_correlation=0)
+    assert list(off.alarms(history)) == [guard for guard in fired if guard == "not_finite"]
+
+
+def test_one_odd_rollout_is_no_drift():
+    odd = HEALTHY | {"length": 150.0, "eos_rate": 0.1, "reward_length": 1.0}
+    assert GuardArguments().alarms([HEALTHY] * 9 + [odd]) == {}
+    assert GuardArguments().alarms([odd]) == {}
+
+
+def test_guards_stop_or_warn(tmp_path):
+    found = {"kl": "too much", "length": "grew"}
+    assert GuardArguments().stop_for(found, 8, tmp_path)
+    assert not GuardArguments().stop_for({"length": "grew"}, 8, tmp_path)
+    assert not GuardArguments(guards="warn").stop_for(found, 8, tmp_path)
+    assert not GuardArguments(guards="off").stop_for(found, 8, tmp_path)
+    assert len((tmp_path / "guards.jsonl").read_text().splitlines()) == 5

@@ -201,7 +201,7 @@ def test_all_weights_in_every_stage(tiny, records, tmp_path):
         output = tmp_path / f"rl-{reward}"
         flags = ("--reward_model_name_or_path", tmp_path / reward, *full)
         ended = in_process(*stage("rl", previous, records, output, *flags)).ok()
-        assert "a model of its own: loaded beside" in ended.stderr
+        assert "shares no base with a policy that trains all weights" in ended.stderr
         assert history(output, "kl")[0] == 0.0
         tokenizer = AutoTokenizer.from_pretrained(output)
         before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (previous, output))
@@ -365,14 +365,23 @@ def test_chinese_record_in_every_stage(tiny, tmp_path):
 def make_trainer(tiny, data: Path, reward: Path, output: Path, *flags):
     """The trainer that rl_training.main() builds, before it trains."""
     import rl_training as rl
-    from arguments import AdapterArguments, DataArguments, ModelArguments, parse_arguments
+    from arguments import (
+        AdapterArguments,
+        DataArguments,
+        GuardArguments,
+        ModelArguments,
+        RewardSourceArguments,
+        parse_arguments,
+    )
 
     _, *argv = stage("rl", tiny("llama"), data, output, "--reward_model_name_or_path", reward, *flags)
-    groups = (ModelArguments, AdapterArguments, DataArguments, rl.PPOArguments)
-    model_args, adapter_args, data_args, args = parse_arguments(*groups, argv=list(map(str, argv)))
+    groups = (ModelArguments, AdapterArguments, DataArguments, RewardSourceArguments, GuardArguments, rl.PPOArguments)
+    model_args, adapter_args, data_args, reward_args, guard_args, args = parse_arguments(
+        *groups, argv=list(map(str, argv))
+    )
     tokenizer = model_args.load_tokenizer()
     datasets = [rl.build_dataset(rows, tokenizer, data_args) for rows in data_args.load_prompts()]
-    model, external = rl.build_actor_critic(model_args, adapter_args, data_args, args)
+    model, reward_model = rl.build_actor_critic(model_args, adapter_args, data_args, reward_args)
     return rl.PPOTrainer(
         model=model,
         args=args,
@@ -381,8 +390,17 @@ def make_trainer(tiny, data: Path, reward: Path, output: Path, *flags):
         processing_class=tokenizer,
         data_collator=lambda rows: {"rows": rows},
         data_args=data_args,
-        external_reward=external,
+        reward_args=reward_args,
+        guard_args=guard_args,
+        reward_model=reward_model,
     )
+
+
+def written_answers(trainer, texts: tuple[str, ...]) -> list[dict]:
+    """Answers as if the trainer had sampled `texts` to its first prompts."""
+    ids = [trainer.processing_class(text, add_special_tokens=False)["input_ids"] for text in texts]
+    prompts = [trainer.train_dataset[i]["input_ids"] for i in range(len(texts))]
+    return [{"prompt": p, "ids": i, "text": t} for p, i, t in zip(prompts, ids, texts, strict=True)]
 
 
 def test_roles_of_ppo(tiny, records, tmp_path):
@@ -395,13 +413,10 @@ def test_roles_of_ppo(tiny, records, tmp_path):
 
 def check_roles(trainer, llama: str, adapter: Path) -> None:
     trainer.model.eval()
-    tokenizer, pad = trainer.processing_class, trainer.processing_class.pad_token_id
-    rows = [trainer.train_dataset[i] for i in range(4)]
-    prompts = [row["input_ids"] for row in rows]
-    texts = ("Fever.", "休息", "a" * 9, "At once")
-    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    batch = trainer.assemble(prompts, answers)
-    assert (batch["ids"] == pad).any(dim=1).sum() == 3, "this test needs padded rows"
+    rows, pad = [trainer.train_dataset[i] for i in range(4)], trainer.processing_class.pad_token_id
+    answers = written_answers(trainer, ("Fever.", "休息", "a" * 9, "At once"))
+    (_, batch), *others = trainer.micro_batches(answers)
+    assert not others and (batch["ids"] == pad).any(dim=1).sum() == 3, "this test needs padded rows"
 
     for name, parameter in trainer.model.named_parameters():  # as if trained for long
         if parameter.requires_grad and ("default" in name or ".value." in name):
@@ -415,13 +430,16 @@ def check_roles(trainer, llama: str, adapter: Path) -> None:
 
     base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
     reward = PeftModel.from_pretrained(base, adapter).eval()
-    alone = [reward(input_ids=torch.tensor([p + a])).logits.item() for p, a in zip(prompts, answers, strict=True)]
-    messages = [row["prompt"] for row in rows]
-    together = trainer.scores(batch, messages, answers).tolist()
-    singles = [
-        trainer.scores(trainer.assemble([p], [a]), [m], [a]).item()
-        for p, a, m in zip(prompts, answers, messages, strict=True)
+    alone = [reward(input_ids=torch.tensor([a["prompt"] + a["ids"]])).logits.item() for a in answers]
+    singles = []
+    for answer, row in zip(answers, rows, strict=True):
+        _, single = next(trainer.micro_batches([answer]))
+        singles += trainer.scores(single, [answer], [row])["model"]
+    together = [
+        dict(zip(map(id, chosen), trainer.scores(batch, chosen, rows)["model"], strict=True))
+        for chosen, batch in trainer.micro_batches(answers)
     ]
+    together = [together[0][id(answer)] for answer in answers]
     assert together == pytest.approx(singles, abs=1e-5)
     assert together == pytest.approx(alone, abs=1e-5)
     assert len({round(score, 3) for score in alone}) > 1, "this test needs scores that differ"
@@ -456,19 +474,20 @@ def test_every_role_computes_in_the_precision_asked_for(precision, dtype, tiny, 
     layer = trainer.model.policy.get_base_model().model.layers[-1].mlp.down_proj
     layer.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
     with torch.no_grad():
-        rows = [trainer.train_dataset[i] for i in range(2)]
-        batch = trainer.assemble([row["input_ids"] for row in rows], [[5, 6, 7], [8, 9]])
+        answers, rows = written_answers(trainer, ("Fever.", "Rest")), [trainer.train_dataset[i] for i in range(2)]
+        chosen, batch = next(trainer.micro_batches(answers))
         logps = [trainer.token_logp(name, batch)[0] for name in ("policy", "reference")]
-        outputs = [trainer.token_values(batch), trainer.scores(batch, None, None)]
+        values = trainer.token_values(batch)
+        trainer.scores(batch, chosen, rows)
     assert found == [dtype] * 4
-    assert all(tensor.dtype == torch.float32 for tensor in logps + outputs)
+    assert all(tensor.dtype == torch.float32 for tensor in [*logps, values])
 
 
 def test_external_reward_model(tiny, records, tmp_path):
     """BERT with its own tokenizer and no chat template scores what the policy says, as text."""
     bert = save_tiny_bert(tmp_path / "bert")
     ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", "--reward_model_name_or_path", bert)).ok()
-    assert "a model of its own: loaded beside" in ended.stderr
+    assert "is a whole model: loaded beside the policy" in ended.stderr
     model = AutoModelForSequenceClassification.from_pretrained(bert).eval()
     tokenizer = AutoTokenizer.from_pretrained(bert)
     samples = [json.loads(line) for line in (tmp_path / "rl" / "samples.jsonl").read_text("utf-8").splitlines()]
@@ -477,6 +496,57 @@ def test_external_reward_model(tiny, records, tmp_path):
         pair = tokenizer(sample["prompt"][-1]["content"], sample["answer"], return_tensors="pt")
         assert model(**pair).logits.item() == pytest.approx(sample["score"], abs=1e-4)
     in_process(*merge(tiny("llama"), tmp_path / "rl", tmp_path / "rl-merged")).ok()
+
+
+FUNCTIONS = """
+def shorter(prompts, completions, completion_ids, **columns):
+    assert prompts[0][-1]["role"] == "user" and completions[0][0]["role"] == "assistant"
+    return [-len(ids) for ids in completion_ids]
+
+
+def nothing(completions, **columns):
+    return [None for _ in completions]
+
+
+def one(completions, **columns):
+    return [1.0]
+
+
+def nan(completions, **columns):
+    return [float("nan") for _ in completions]
+"""
+
+
+def test_reward_functions(tiny, records, tmp_path):
+    """A file's functions are the reward, without a reward model; what they get wrong is said in one message."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    functions = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter,nothing", "--reward_weights", "2,1")
+    in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *functions)).ok()
+    found = results(tmp_path / "rl")
+    assert found["eval_reward"] == -2 * found["eval_length"] == 2 * found["eval_reward_shorter"]
+    assert found["eval_reward_nothing"] == 0.0
+    for name, message in (("one", "returned 1 numbers for"), ("missing", "has no function missing")):
+        flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:{name}")
+        ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / name, *flags))
+        assert ended.code == 2 and message in ended.stderr
+
+
+def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:nan", "--max_steps", 3)
+    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)).ok()
+    assert "Guard not_finite" in ended.stderr and "last good policy kept" in ended.stderr
+    fired = [json.loads(line) for line in (tmp_path / "rl" / "guards.jsonl").read_text().splitlines()]
+    assert [(line["guard"], line["stopped"], line["step"]) for line in fired] == [("not_finite", True, 0)]
+    weights = load_file(tmp_path / "rl" / ADAPTER)
+    assert all(torch.equal(w, torch.zeros_like(w)) for name, w in weights.items() if "lora_B" in name)
+
+    (tmp_path / "rl2").mkdir()
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--max_steps", 3, "--guard_kl", 1e-9)
+    whole = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl2", *flags)).ok()
+    assert "Guard kl" in whole.stderr  # the second rollout's: the policy that sampled the first is kept
+    weights = load_file(tmp_path / "rl2" / ADAPTER)
+    assert all(torch.equal(w, torch.zeros_like(w)) for name, w in weights.items() if "lora_B" in name)
 
 
 # --- two ranks
@@ -534,7 +604,7 @@ def test_two_ranks(tiny, records, tmp_path):
     last = {k.replace(".default", "").replace("policy.", "", 1): v for k, v in first.items() if ".default." in k}
     assert last.keys() == saved.keys() and all(torch.equal(last[key], saved[key]) for key in saved)
 
-    assert len((rl / "samples.jsonl").read_text("utf-8").splitlines()) == 2 * 2  # of rank 0's two prompts, twice
+    assert len((rl / "samples.jsonl").read_text("utf-8").splitlines()) == 2 * 3  # of both ranks' three prompts, twice
     for output in (two, rl):
         writers = {path.name.split(".")[-2] for path in (output / "runs").rglob("events.out.tfevents*")}
         assert len(writers) == 1, "more than one process wrote"

@@ -1,0 +1,92 @@
+"""When reinforcement learning has gone wrong: what is watched, and what happens then."""
+
+import json
+import math
+import os
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loguru import logger
+
+WINDOW = 5  # rollouts over which length, ends and correlation are averaged: one rollout is a small sample
+STOPPING = ("not_finite", "kl", "repetition", "eos")
+
+
+@dataclass
+class GuardArguments:
+    """Guards over the rollouts. Each number is a limit; 0 turns that guard off."""
+
+    guards: str = field(
+        default="stop",
+        metadata={
+            "help": "stop: KL, repetition, missing ends and numbers that are not finite stop the run, which keeps its "
+            "last good policy; length and correlation only warn. warn: all only warn. off: none.",
+            "choices": ["stop", "warn", "off"],
+        },
+    )
+    guard_kl: float = field(default=30.0, metadata={"help": "Most KL to the reference, in nats per answer."})
+    guard_repetition: float = field(
+        default=0.3, metadata={"help": "Least share of different token bigrams among an answer's, on average."}
+    )
+    guard_eos: float = field(
+        default=0.25, metadata={"help": "Least share of answers that end, relative to that of the first rollouts."}
+    )
+    guard_length: float = field(
+        default=2.0, metadata={"help": "Most that the mean length may grow or shrink, as a factor."}
+    )
+    guard_correlation: float = field(
+        default=0.8, metadata={"help": "Most correlation of reward and length, of either sign."}
+    )
+
+    def __post_init__(self):
+        self.fired: set[str] = set()
+
+    def alarms(self, history: list[dict[str, float]]) -> dict[str, str]:
+        """The guards that the last rollout sets off, with the reason.
+
+        `history` holds the mean kl, length, eos_rate, distinct_2 and reward_length of every rollout so far.
+        """
+        now = history[-1]
+        if not all(map(math.isfinite, now.values())):
+            return {"not_finite": f"a reward or log-probability is not finite: {now}"}
+        first, last = means(history[:WINDOW]), means(history[-WINDOW:])
+        settled, growth, found = len(history) > WINDOW, last["length"] / first["length"], {}
+        if 0 < self.guard_kl < now["kl"]:
+            found["kl"] = f"the KL to the reference is {now['kl']:.1f} nats an answer, over --guard_kl {self.guard_kl}"
+        if now["distinct_2"] < self.guard_repetition:
+            share = f"{now['distinct_2']:.2f} of an answer's bigrams are different"
+            found["repetition"] = f"{share}, under --guard_repetition {self.guard_repetition}"
+        if settled and last["eos_rate"] < self.guard_eos * first["eos_rate"]:
+            shares = f"{first['eos_rate']:.2f} of the answers ended at first and {last['eos_rate']:.2f} do now"
+            found["eos"] = f"{shares}, less than --guard_eos {self.guard_eos} of it"
+        if settled and self.guard_length and not 1 / self.guard_length <= growth <= self.guard_length:
+            lengths = f"answers had {first['length']:.0f} tokens at first and have {last['length']:.0f} now"
+            found["length"] = f"{lengths}, further apart than --guard_length {self.guard_length} allows"
+        if len(history) >= WINDOW and 0 < self.guard_correlation < abs(last["reward_length"]):
+            found["correlation"] = (
+                f"reward and length correlate by {last['reward_length']:.2f}, over --guard_correlation "
+                f"{self.guard_correlation}: the reward may be paid for length"
+            )
+        return found
+
+    def stop_for(self, found: dict[str, str], step: int, output_dir: str) -> bool:
+        """Log what fired, once each, also to output_dir/guards.jsonl; True when the run is to stop."""
+        if self.guards == "off":
+            return False
+        stopping = [guard for guard in found if guard in STOPPING and self.guards == "stop"]
+        for guard in [guard for guard in found if guard not in self.fired]:
+            ends = guard in stopping
+            logger.warning(
+                f"Guard {guard}: {found[guard]}; " + ("stopping, last good policy kept" if ends else "going on")
+            )
+            if os.environ.get("RANK", "0") == "0":
+                line = {"step": step, "guard": guard, "reason": found[guard], "stopped": ends}
+                with (Path(output_dir) / "guards.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+        self.fired |= set(found)
+        return bool(stopping)
+
+
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}

@@ -1,0 +1,137 @@
+"""Which rewards: a reward model, Python functions, and their weights."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel, TaskType
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from arguments.data import DataArguments
+from arguments.model import ModelArguments
+from arguments.run import UserError
+
+
+@dataclass
+class RewardSourceArguments:
+    """Where the score of an answer comes from: the weighted sum of a reward model's and of Python functions'."""
+
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Output folder of stage 3, or any sequence classification model."}
+    )
+    reward_functions: str | None = field(
+        default=None,
+        metadata={
+            "help": "path/to/file.py:name[,name...]: functions(prompts, completions, **columns) that return a number "
+            "(or None) for each completion, as in trl."
+        },
+    )
+    reward_weights: str | None = field(
+        default=None, metadata={"help": "Comma list: of the reward model, if there is one, then of each function."}
+    )
+
+    def __post_init__(self):
+        if not (self.reward_model_name_or_path or self.reward_functions):
+            raise UserError(
+                "--reward_model_name_or_path is missing: name the output folder of the reward stage, "
+                "or --reward_functions"
+            )
+        self.weights()  # a wrong list shows now, not after the models are loaded
+
+    def find_adapter(self) -> Path | None:
+        """The folder of the reward adapter at reward_model_name_or_path (in its adapter/ after a merge in place)."""
+        path = Path(self.reward_model_name_or_path or "")
+        folders = [folder for folder in (path, path / "adapter") if (folder / "adapter_config.json").exists()]
+        if not self.reward_model_name_or_path or not folders:
+            return None
+        task = PeftConfig.from_pretrained(folders[0]).task_type
+        if task != TaskType.SEQ_CLS:
+            raise UserError(f"--reward_model_name_or_path {path} is a {task} adapter, not a reward model: train one")
+        return folders[0]
+
+    def load_model(self, data_args: DataArguments, model_args: ModelArguments) -> "RewardModel":
+        """The reward model with its own weights, tokenizer and template.
+
+        Raises:
+            UserError: when there is none, or its score head holds no trained weights.
+        """
+        path, adapter = self.reward_model_name_or_path, self.find_adapter()
+        source = PeftConfig.from_pretrained(adapter).base_model_name_or_path if adapter else path
+        kwargs = model_args.hub_kwargs
+        try:
+            architectures = AutoConfig.from_pretrained(source, **kwargs).architectures or []
+            if not adapter and not any("SequenceClassification" in name for name in architectures):
+                raise UserError(f"--reward_model_name_or_path {path} is a {architectures}, which has no score head")
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=1, dtype=model_args.torch_dtype(), output_loading_info=True, **kwargs
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"--reward_model_name_or_path {path}: {str(error).strip().splitlines()[0]}") from error
+        if not adapter and loading["missing_keys"]:
+            missing = ", ".join(sorted(loading["missing_keys"]))
+            raise UserError(
+                f"--reward_model_name_or_path {path} lacks the weights of {missing}: nobody trained that score head, "
+                "its rewards would be random"
+            )
+        if adapter:
+            model = PeftModel.from_pretrained(model, adapter)
+        return RewardModel(model, tokenizer, data_args)
+
+    def load_functions(self) -> dict[str, Callable]:
+        """The functions of --reward_functions by name.
+
+        Raises:
+            UserError: when the file or a function in it is missing.
+        """
+        if not self.reward_functions:
+            return {}
+        path, _, names = self.reward_functions.rpartition(":")
+        if not Path(path).is_file() or not names:
+            raise UserError(f"--reward_functions {self.reward_functions}: expected path/to/file.py:name[,name...]")
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        functions = {name.strip(): getattr(module, name.strip(), None) for name in names.split(",")}
+        missing = [name for name, function in functions.items() if not callable(function)]
+        if missing:
+            raise UserError(f"--reward_functions: {path} has no function {', '.join(missing)}")
+        return functions
+
+    def weights(self) -> dict[str, float]:
+        """Weight of each source by name: model, then the functions; 1 each unless --reward_weights says otherwise."""
+        names = [name.strip() for name in (self.reward_functions or ":").rpartition(":")[2].split(",") if name.strip()]
+        names = (["model"] if self.reward_model_name_or_path else []) + names
+        try:
+            values = [float(x) for x in self.reward_weights.split(",")] if self.reward_weights else [1.0] * len(names)
+        except ValueError as error:
+            raise UserError(f"--reward_weights {self.reward_weights}: expected a comma list of numbers") from error
+        if len(values) != len(names):
+            raise UserError(
+                f"--reward_weights holds {len(values)} numbers for {len(names)} sources: {', '.join(names)}"
+            )
+        return dict(zip(names, values, strict=True))
+
+
+class RewardModel(nn.Module):
+    """A reward model of its own: it reads conversations as text, with its own tokenizer and template."""
+
+    def __init__(self, model: nn.Module, tokenizer, data_args: DataArguments):
+        super().__init__()
+        self.model, self.tokenizer, self.data_args = model, tokenizer, data_args
+        tokenizer.padding_side = "right"
+        self.requires_grad_(False).eval()
+
+    def forward(self, conversations: list[list[dict]]):
+        """Scores [batch] of conversations that end with an answer, in float32."""
+        device = next(self.model.parameters()).device
+        if self.tokenizer.chat_template:
+            rows = [{"input_ids": self.data_args.encode(self.tokenizer, m)["input_ids"]} for m in conversations]
+            batch = self.tokenizer.pad(rows, return_tensors="pt")
+        else:
+            prompts = ["\n".join(m["content"] for m in messages[:-1]) for messages in conversations]
+            answers = [messages[-1]["content"] for messages in conversations]
+            batch = self.tokenizer(prompts, answers, truncation=True, padding=True, return_tensors="pt")
+        return self.model(**batch.to(device)).logits[:, 0].float()
