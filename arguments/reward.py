@@ -42,9 +42,11 @@ class RewardSourceArguments:
 
     def find_adapter(self) -> Path | None:
         """The folder of the reward adapter at reward_model_name_or_path (in its adapter/ after a merge in place)."""
-        path = Path(self.reward_model_name_or_path or "")
+        if not self.reward_model_name_or_path:
+            return None
+        path = Path(self.reward_model_name_or_path)
         folders = [folder for folder in (path, path / "adapter") if (folder / "adapter_config.json").exists()]
-        if not self.reward_model_name_or_path or not folders:
+        if not folders:
             return None
         task = PeftConfig.from_pretrained(folders[0]).task_type
         if task != TaskType.SEQ_CLS:

@@ -32,7 +32,7 @@ RENAMED_FLAGS = {
     "--save_safetensors": None,
     "--fp16_opt_level": None,
 }
-SEAL = "seal.json"
+SEAL = "seal.json"  # in a checkpoint: size and hash of each of its files
 
 
 class UserError(Exception):

@@ -541,10 +541,9 @@ def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
     weights = load_file(tmp_path / "rl" / ADAPTER)
     assert all(torch.equal(w, torch.zeros_like(w)) for name, w in weights.items() if "lora_B" in name)
 
-    (tmp_path / "rl2").mkdir()
     flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--max_steps", 3, "--guard_kl", 1e-9)
-    whole = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl2", *flags)).ok()
-    assert "Guard kl" in whole.stderr  # the second rollout's: the policy that sampled the first is kept
+    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl2", *flags)).ok()
+    assert "Guard kl" in ended.stderr  # the second rollout's: the policy that sampled the first is kept
     weights = load_file(tmp_path / "rl2" / ADAPTER)
     assert all(torch.equal(w, torch.zeros_like(w)) for name, w in weights.items() if "lora_B" in name)
 
