@@ -17,6 +17,7 @@ import copy
 import json
 import random
 import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -131,6 +132,12 @@ class PPOArguments(RunArguments, TrainingArguments):
 
 
 # --- PPO's arithmetic: pure functions of tensors [batch, time]; mask is 1 on response tokens
+
+
+def token_rewards(logp, ref_logp, scores, mask, kl_coef: float):
+    """-kl_coef (logp - ref_logp) at every token, and the answer's score [batch] at its last; a mask starts at 0."""
+    last = mask.sum(1, keepdim=True).long() - 1
+    return (-kl_coef * (logp - ref_logp)).scatter_add(1, last, scores.unsqueeze(1)) * mask
 
 
 def advantages_and_returns(rewards, values, mask, gamma: float, lam: float):
@@ -295,6 +302,10 @@ class ActorCritic(nn.Module):
             self.policy.set_requires_grad(["default", "value"], True)
             if "reward" in self.policy.peft_config:
                 self.policy.set_requires_grad("reward", False)
+
+    def activation_checkpointing_enable(self, **kwargs):
+        for model in (self.policy, *self.copies.values()):
+            model.activation_checkpointing_enable(**kwargs)
 
     @contextmanager
     def role(self, name: str):
@@ -518,15 +529,19 @@ class PPOTrainer(Trainer):
         return found
 
     @torch.no_grad()
-    def sample(self, role: str, rows: list[dict], seeds: list[str], critic: bool = False) -> list[dict]:
-        """Answers of all ranks in order, each rank sampling for its own `rows`; with values if `critic`."""
+    def sample(self, role: str, rows: list[dict], seeds: list[str]) -> list[dict]:
+        """This rank's answers to its `rows`, as far as sampling knows them: prompt, ids, text, finished."""
         self.model.eval()
         generated = self.generate(role, [row["input_ids"] for row in rows], seeds)
         texts = self.processing_class.batch_decode(generated, skip_special_tokens=True)
-        answers = [
+        return [
             {"number": i, "prompt": row["input_ids"], "ids": ids, "text": text, "finished": ids[-1] in self.eos_ids}
             for i, (row, ids, text) in enumerate(zip(rows, generated, texts, strict=True))
         ]
+
+    @torch.no_grad()
+    def judge(self, answers: list[dict], rows: list[dict], critic: bool = False) -> list[dict]:
+        """The answers of all ranks in order, with log-probabilities and scores; with values if `critic`."""
         for chosen, batch in self.micro_batches(answers):
             logp, entropy = self.token_logp("policy", batch)
             seen = {"logp": logp, "entropy": entropy, "ref_logp": self.token_logp("reference", batch)[0]}
@@ -539,16 +554,27 @@ class PPOTrainer(Trainer):
                 answer["score"] = sum(self.reward_weights[k] * v for k, v in answer["scores"].items())
         return gather_object(answers)
 
+    @contextmanager
+    def timed(self, phase: str):
+        """Add the seconds spent inside to what is logged."""
+        started = time.perf_counter()
+        yield
+        self.stats.append({f"seconds_{phase}": time.perf_counter() - started})
+
     def collect(self, rows: list[dict], number: int) -> None:
         """Sample rollout `number` and give every token its advantage and return."""
         args, first = self.args, self.args.process_index * len(rows)
         seeds = [f"{args.seed} rollout {number} answer {first + i}" for i in range(len(rows))]
-        self.rollout = self.sample("policy", rows, seeds, critic=True)
+        with self.timed("generate"):
+            answers = self.sample("policy", rows, seeds)
+        with self.timed("score"):
+            self.rollout = self.judge(answers, rows, critic=True)
         batch = collate(self.rollout, self.processing_class.pad_token_id, "cpu")
-        mask, rewards = batch["answer_mask"], -self.kl_coef * (batch["logp"] - batch["ref_logp"])
-        for i, answer in enumerate(self.rollout):
-            score = max(-args.reward_clip, min(args.reward_clip, answer["score"] - args.reward_baseline))
-            rewards[i, len(answer["ids"]) - 1] += score - args.missing_eos_penalty * (not answer["finished"])
+        mask, scores = batch["answer_mask"], torch.tensor([answer["score"] for answer in self.rollout])
+        unfinished = torch.tensor([not answer["finished"] for answer in self.rollout])
+        scores = (scores - args.reward_baseline).clamp(-args.reward_clip, args.reward_clip)
+        scores = scores - args.missing_eos_penalty * unfinished
+        rewards = token_rewards(batch["logp"], batch["ref_logp"], scores, mask, self.kl_coef)
         advantages, returns = advantages_and_returns(rewards, batch["values"], mask, args.gamma, args.gae_lambda)
         advantages = whiten(advantages, mask) if args.whiten_advantages else advantages
         for i, answer in enumerate(self.rollout):
@@ -592,7 +618,8 @@ class PPOTrainer(Trainer):
         epoch, part = divmod(step, len(self.rollout) // size)
         shuffled = random.Random(f"{args.seed} rollout {number} epoch {epoch}").sample(self.rollout, len(self.rollout))
         self.model.train()
-        loss = self.update(shuffled[part * size : (part + 1) * size])
+        with self.timed("update"):
+            loss = self.update(shuffled[part * size : (part + 1) * size])
         finite = all(parameter.grad.isfinite().all() for parameter in self.with_gradients())
         broken = {} if finite or self.accelerator.scaler is not None else {"not_finite": "a gradient is not finite"}
         if self.guards.stop_for(broken, self.state.global_step, args.output_dir):
@@ -645,6 +672,8 @@ class PPOTrainer(Trainer):
             names = {name for row in self.stats for name in row}
             found = {name: [row[name] for row in self.stats if name in row] for name in sorted(names)}
             logs |= {name: sum(values) / len(values) for name, values in found.items()}
+            if "seconds_update" in logs:  # of a rollout, not of one optimizer step
+                logs["seconds_update"] *= self.args.steps_per_rollout
             self.stats = []
         super().log(logs, *args, **kwargs)
 
@@ -668,7 +697,8 @@ class PPOTrainer(Trainer):
     def answer_all(self, role: str, rows: list[dict]) -> list[dict]:
         seeds = [f"{self.args.seed} evaluation answer {i}" for i in range(len(rows))]
         with self.accelerator.split_between_processes(list(zip(rows, seeds, strict=True))) as mine:
-            return self.sample(role, *map(list, zip(*mine, strict=True)))
+            rows, seeds = map(list, zip(*mine, strict=True))
+            return self.judge(self.sample(role, rows, seeds), rows)
 
     def show(self, rows: list[dict], answers: list[dict], count: int = 4) -> None:
         """The first held-out prompts with their answers: to samples.jsonl, to TensorBoard, and one to the log."""

@@ -287,7 +287,7 @@ def plot_curves(log_history: list[dict], folder: Path) -> None:
 
     timings = ("runtime", "per_second", "flos", "epoch", "step", "num_tokens")
     names = {key.removeprefix("eval_") for row in log_history for key in row}
-    for name in sorted(n for n in names if not n.endswith(timings) and not n.startswith("train_")):
+    for name in sorted(n for n in names if not n.endswith(timings) and not n.startswith(("train_", "seconds_"))):
         figure, axes = pyplot.subplots(figsize=(7, 4))
         for key, label in ((name, "train"), (f"eval_{name}", "held out")):
             points = [(row["step"], row[key]) for row in log_history if isinstance(row.get(key), int | float)]

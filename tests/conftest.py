@@ -19,6 +19,25 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+SCRIPTS = {
+    "pt": "pretraining.py",
+    "sft": "supervised_finetuning.py",
+    "rm": "reward_modeling.py",
+    "rl": "rl_training.py",
+}
+MERGE = "merge_peft_adapter.py"
+# Four prompts, one rollout, eight new tokens; three steps elsewhere. A high rate: adapters of a few steps must matter.
+SHORT = {
+    "pt": ("--block_size", 32, "--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2),
+    "sft": ("--max_source_length", 64, "--max_target_length", 32, "--max_steps", 3, "--learning_rate", 1e-2),
+    "rm": (*("--max_source_length", 64, "--max_target_length", 32, "--max_steps", 3, "--learning_rate", 1e-2),),
+    "rl": (
+        *("--max_source_length", 64, "--max_target_length", 8, "--max_steps", 1, "--learning_rate", 1e-2),
+        *("--batch_size", 4, "--ppo_epochs", 2, "--max_train_samples", 4),
+    ),
+}
+ADAPTER = "adapter_model.safetensors"
+
 DOCUMENTS = (
     "The heart pumps blood through the body. Blood carries oxygen from the lungs to every organ, and waste away.",
     "Influenza is an infection of the airways. It begins suddenly, with fever, cough and muscle pain.",
@@ -109,6 +128,32 @@ def in_subprocess(*command, **environment) -> Outcome:
         timeout=600,
     )
     return Outcome(ended.returncode, ended.stdout, ended.stderr)
+
+
+def stage(name: str, model, data: Path, output: Path, *flags) -> list:
+    """Flags of a short run of the stage `name`."""
+    folders = ("--train_file_dir", data / name, "--validation_file_dir", data / name)
+    common = ("--model_name_or_path", model, "--output_dir", output, "--max_eval_samples", 4, "--logging_steps", 1)
+    return [SCRIPTS[name], *common, *folders, *SHORT[name], *flags]
+
+
+def merge(base, adapter, output) -> list:
+    return [MERGE, "--base_model_name_or_path", base, "--peft_model_path", adapter, "--output_dir", output]
+
+
+def results(output: Path) -> dict:
+    return json.loads((output / "all_results.json").read_text())
+
+
+def history(output: Path, key: str) -> list[float]:
+    """Every value that the run logged under `key`."""
+    rows = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [row[key] for row in rows if key in row]
+
+
+def assert_curves(output: Path, *names: str) -> None:
+    for name in names:
+        assert (output / f"training_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """PPO's arithmetic against numbers worked out by hand, and a bandit whose optimum is known."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from rl_training import (
     policy_loss,
     prompt_order,
     score_head,
+    token_rewards,
     uniforms,
     value_loss,
     whiten,
@@ -197,6 +200,58 @@ def test_bandit_reaches_the_known_optimum():
         if step >= 200:
             seen.append(logits.detach().softmax(0))
     close(torch.stack(seen).mean(0), optimum, atol=0.05, rtol=0)
+
+
+def test_token_rewards():
+    logp, ref_logp = torch.tensor([[-1.0, -2, -3], [-1, 0, 0]]), torch.tensor([[-2.0, -2, -1], [-3, 0, 0]])
+    mask = torch.tensor([[1.0, 1, 1], [1, 0, 0]])
+    found = token_rewards(logp, ref_logp, torch.tensor([5.0, -7.0]), mask, 0.5)
+    close(found, [[-0.5, 0, 6], [-8, 0, 0]])  # -.5 (logp - ref_logp), and the score at the last token
+
+
+# the same numbers as TRL 1.12, the last with PPO; tests/fixtures/make_trl_ppo.py recorded them
+
+
+TRL = json.loads(Path(__file__).with_name("fixtures").joinpath("trl_ppo.json").read_text())
+
+
+def as_tensors(record):
+    return {name: torch.tensor(numbers) for name, numbers in record.items()}
+
+
+@pytest.mark.parametrize("rollout", TRL["rollouts"])
+def test_rollout_equals_trl(rollout):
+    trl, settings = as_tensors(rollout), TRL["settings"]
+    mask = torch.ones_like(trl["logp"])
+    rewards = token_rewards(trl["logp"], trl["ref_logp"], trl["scores"], mask, settings["kl_coef"])
+    advantages, returns = advantages_and_returns(rewards, trl["values"], mask, settings["gamma"], settings["lam"])
+    for found, name in (
+        (rewards, "rewards"),
+        (advantages, "advantages"),
+        (returns, "returns"),
+        (whiten(advantages, mask), "whitened"),
+    ):
+        close(found, trl[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("step", TRL["steps"])
+def test_losses_and_gradients_equal_trl(step):
+    trl, settings = as_tensors(step), TRL["settings"]
+    mask, logp, values = torch.ones_like(trl["logp"]), trl["logp"].requires_grad_(), trl["values"].requires_grad_()
+    policy = policy_loss(logp, trl["old_logp"], trl["advantages"], mask, settings["cliprange"]) / mask.sum()
+    value = value_loss(values, trl["old_values"], trl["returns"], mask, settings["cliprange_value"]) / mask.sum()
+    (policy + value).backward()
+    close(policy.detach(), trl["policy_loss"], atol=1e-6, rtol=1e-6)
+    close(value.detach(), trl["value_loss"], atol=1e-6, rtol=1e-6)
+    close(logp.grad, trl["new_logprobs_gradient"], atol=1e-6, rtol=1e-6)
+    close(values.grad, trl["vpred_gradient"], atol=1e-6, rtol=1e-6)
+
+
+def test_trl_fixture_clips_on_both_sides():
+    """What is compared above would mean little if no ratio and no value had left its range."""
+    for new, old, clip in (("logp", "old_logp", "cliprange"), ("values", "old_values", "cliprange_value")):
+        moved = torch.cat([torch.tensor(step[new]) - torch.tensor(step[old]) for step in TRL["steps"]])
+        assert (moved > TRL["settings"][clip]).sum() > 10 and (moved < -TRL["settings"][clip]).sum() > 10
 
 
 # the order of prompts

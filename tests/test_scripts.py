@@ -11,52 +11,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DOCUMENTS, QUESTIONS, ROOT, in_process, in_subprocess, write_records
+from conftest import (
+    ADAPTER,
+    DOCUMENTS,
+    QUESTIONS,
+    ROOT,
+    SCRIPTS,
+    assert_curves,
+    history,
+    in_process,
+    in_subprocess,
+    merge,
+    results,
+    stage,
+    write_records,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, save_tiny_bert
+from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-SCRIPTS = {
-    "pt": "pretraining.py",
-    "sft": "supervised_finetuning.py",
-    "rm": "reward_modeling.py",
-    "rl": "rl_training.py",
-}
-MERGE = "merge_peft_adapter.py"
-# Four prompts, one rollout, eight new tokens; three steps elsewhere. A high rate: adapters of a few steps must matter.
-SHORT = {
-    "pt": ("--block_size", 32, "--max_steps", 3, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2),
-    "sft": ("--max_source_length", 64, "--max_target_length", 32, "--max_steps", 3, "--learning_rate", 1e-2),
-    "rm": (*("--max_source_length", 64, "--max_target_length", 32, "--max_steps", 3, "--learning_rate", 1e-2),),
-    "rl": (
-        *("--max_source_length", 64, "--max_target_length", 8, "--max_steps", 1, "--learning_rate", 1e-2),
-        *("--batch_size", 4, "--ppo_epochs", 2, "--max_train_samples", 4),
-    ),
-}
-ADAPTER = "adapter_model.safetensors"
 PROBES = ("What helps a sprained ankle? Rest", "高血压患者平时")
-
-
-def stage(name: str, model, data: Path, output: Path, *flags) -> list:
-    """Flags of a short run of the stage `name`."""
-    folders = ("--train_file_dir", data / name, "--validation_file_dir", data / name)
-    common = ("--model_name_or_path", model, "--output_dir", output, "--max_eval_samples", 4, "--logging_steps", 1)
-    return [SCRIPTS[name], *common, *folders, *SHORT[name], *flags]
-
-
-def merge(base, adapter, output) -> list:
-    return [MERGE, "--base_model_name_or_path", base, "--peft_model_path", adapter, "--output_dir", output]
-
-
-def results(output: Path) -> dict:
-    return json.loads((output / "all_results.json").read_text())
-
-
-def history(output: Path, key: str) -> list[float]:
-    """Every value that the run logged under `key`."""
-    rows = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [row[key] for row in rows if key in row]
 
 
 @torch.no_grad()
@@ -136,11 +111,6 @@ def assert_stage_files(output: Path, *adapter_files: str) -> None:
     present = {path.name for path in output.iterdir()}
     assert present >= STAGE_FILES | set(adapter_files)
     assert [*(output / "runs").rglob("events.out.tfevents*")]
-
-
-def assert_curves(output: Path, *names: str) -> None:
-    for name in names:
-        assert (output / f"training_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_commands_of_2023(tiny, records, tmp_path):
@@ -359,195 +329,6 @@ def test_chinese_record_in_every_stage(tiny, tmp_path):
     assert question in samples and json.loads(samples.splitlines()[0])["prompt"][-1]["content"] == question
 
 
-# --- the roles of PPO
-
-
-def make_trainer(tiny, data: Path, reward: Path, output: Path, *flags):
-    """The trainer that rl_training.main() builds, before it trains."""
-    import rl_training as rl
-    from arguments import (
-        AdapterArguments,
-        DataArguments,
-        GuardArguments,
-        ModelArguments,
-        RewardSourceArguments,
-        parse_arguments,
-    )
-
-    _, *argv = stage("rl", tiny("llama"), data, output, "--reward_model_name_or_path", reward, *flags)
-    groups = (ModelArguments, AdapterArguments, DataArguments, RewardSourceArguments, GuardArguments, rl.PPOArguments)
-    model_args, adapter_args, data_args, reward_args, guard_args, args = parse_arguments(
-        *groups, argv=list(map(str, argv))
-    )
-    tokenizer = model_args.load_tokenizer()
-    datasets = [rl.build_dataset(rows, tokenizer, data_args) for rows in data_args.load_prompts()]
-    model, reward_model = rl.build_actor_critic(model_args, adapter_args, data_args, reward_args)
-    return rl.PPOTrainer(
-        model=model,
-        args=args,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1],
-        processing_class=tokenizer,
-        data_collator=lambda rows: {"rows": rows},
-        data_args=data_args,
-        reward_args=reward_args,
-        guard_args=guard_args,
-        reward_model=reward_model,
-    )
-
-
-def written_answers(trainer, texts: tuple[str, ...]) -> list[dict]:
-    """Answers as if the trainer had sampled `texts` to its first prompts."""
-    ids = [trainer.processing_class(text, add_special_tokens=False)["input_ids"] for text in texts]
-    prompts = [trainer.train_dataset[i]["input_ids"] for i in range(len(texts))]
-    return [{"prompt": p, "ids": i, "text": t} for p, i, t in zip(prompts, ids, texts, strict=True)]
-
-
-def test_roles_of_ppo(tiny, records, tmp_path):
-    """One base in memory: every role computes what it would alone, also after policy and value have moved."""
-    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
-    trainer = make_trainer(tiny, records, tmp_path / "rm", tmp_path / "rl", "--precision", "fp32", "--use_cpu")
-    with torch.no_grad():
-        check_roles(trainer, tiny("llama"), tmp_path / "rm")
-
-
-def check_roles(trainer, llama: str, adapter: Path) -> None:
-    trainer.model.eval()
-    rows, pad = [trainer.train_dataset[i] for i in range(4)], trainer.processing_class.pad_token_id
-    answers = written_answers(trainer, ("Fever.", "休息", "a" * 9, "At once"))
-    (_, batch), *others = trainer.micro_batches(answers)
-    assert not others and (batch["ids"] == pad).any(dim=1).sum() == 3, "this test needs padded rows"
-
-    for name, parameter in trainer.model.named_parameters():  # as if trained for long
-        if parameter.requires_grad and ("default" in name or ".value." in name):
-            parameter.add_(0.1 * torch.randn_like(parameter))
-
-    plain = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
-    keep = torch.arange(batch["ids"].shape[1] - 1)
-    expected = plain(input_ids=batch["ids"], attention_mask=batch["mask"], logits_to_keep=keep).logits
-    assert torch.equal(trainer.model.logits("reference", batch["ids"], batch["mask"], keep), expected)
-    assert not torch.allclose(trainer.model.logits("policy", batch["ids"], batch["mask"], keep), expected, atol=1e-2)
-
-    base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
-    reward = PeftModel.from_pretrained(base, adapter).eval()
-    alone = [reward(input_ids=torch.tensor([a["prompt"] + a["ids"]])).logits.item() for a in answers]
-    singles = []
-    for answer, row in zip(answers, rows, strict=True):
-        _, single = next(trainer.micro_batches([answer]))
-        singles += trainer.scores(single, [answer], [row])["model"]
-    together = [
-        dict(zip(map(id, chosen), trainer.scores(batch, chosen, rows)["model"], strict=True))
-        for chosen, batch in trainer.micro_batches(answers)
-    ]
-    together = [together[0][id(answer)] for answer in answers]
-    assert together == pytest.approx(singles, abs=1e-5)
-    assert together == pytest.approx(alone, abs=1e-5)
-    assert len({round(score, 3) for score in alone}) > 1, "this test needs scores that differ"
-
-
-def test_first_rollout_is_the_reference(tiny, records, tmp_path):
-    """The KL before any update is exactly zero, also in bfloat16; and what the base asks for when it samples stays."""
-    base = tiny("llama")
-    generation = (Path(base) / "generation_config.json").read_bytes()
-    in_process(*stage("rm", base, records, tmp_path / "rm")).ok()
-    for precision in ("fp32", "bf16"):
-        output = tmp_path / f"rl-{precision}"
-        flags = ("--reward_model_name_or_path", tmp_path / "rm", "--precision", precision, "--eval_on_start")
-        in_process(*stage("rl", base, records, output, *flags, "--max_steps", 2)).ok()
-        assert_curves(output, "loss", "reward", "kl", "length", "entropy")
-        first, second = history(output, "kl")
-        assert first == 0.0 and second != 0.0
-        assert results(output)["eval_kl_before"] == 0.0 != results(output)["eval_kl"]
-    in_process(*merge(base, output, tmp_path / "rl-merged")).ok()
-    assert (Path(base) / "generation_config.json").read_bytes() == generation
-    for folder in (base, tmp_path / "rl-merged"):
-        asked = json.loads((Path(folder) / "generation_config.json").read_text())
-        assert (asked["do_sample"], asked["top_k"], asked["temperature"]) == (True, 5, 0.2)
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_every_role_computes_in_the_precision_asked_for(precision, dtype, tiny, records, tmp_path):
-    """Trainer's own autocast wraps forward(), which PPO does not call; log-probabilities are float32 all the same."""
-    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
-    trainer = make_trainer(tiny, records, tmp_path / "rm", tmp_path / "rl", "--precision", precision)
-    found = []
-    layer = trainer.model.policy.get_base_model().model.layers[-1].mlp.down_proj
-    layer.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
-    with torch.no_grad():
-        answers, rows = written_answers(trainer, ("Fever.", "Rest")), [trainer.train_dataset[i] for i in range(2)]
-        chosen, batch = next(trainer.micro_batches(answers))
-        logps = [trainer.token_logp(name, batch)[0] for name in ("policy", "reference")]
-        values = trainer.token_values(batch)
-        trainer.scores(batch, chosen, rows)
-    assert found == [dtype] * 4
-    assert all(tensor.dtype == torch.float32 for tensor in [*logps, values])
-
-
-def test_external_reward_model(tiny, records, tmp_path):
-    """BERT with its own tokenizer and no chat template scores what the policy says, as text."""
-    bert = save_tiny_bert(tmp_path / "bert")
-    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", "--reward_model_name_or_path", bert)).ok()
-    assert "is a whole model: loaded beside the policy" in ended.stderr
-    model = AutoModelForSequenceClassification.from_pretrained(bert).eval()
-    tokenizer = AutoTokenizer.from_pretrained(bert)
-    samples = [json.loads(line) for line in (tmp_path / "rl" / "samples.jsonl").read_text("utf-8").splitlines()]
-    assert len(samples) == 4
-    for sample in samples:
-        pair = tokenizer(sample["prompt"][-1]["content"], sample["answer"], return_tensors="pt")
-        assert model(**pair).logits.item() == pytest.approx(sample["score"], abs=1e-4)
-    in_process(*merge(tiny("llama"), tmp_path / "rl", tmp_path / "rl-merged")).ok()
-
-
-FUNCTIONS = """
-def shorter(prompts, completions, completion_ids, **columns):
-    assert prompts[0][-1]["role"] == "user" and completions[0][0]["role"] == "assistant"
-    return [-len(ids) for ids in completion_ids]
-
-
-def nothing(completions, **columns):
-    return [None for _ in completions]
-
-
-def one(completions, **columns):
-    return [1.0]
-
-
-def nan(completions, **columns):
-    return [float("nan") for _ in completions]
-"""
-
-
-def test_reward_functions(tiny, records, tmp_path):
-    """A file's functions are the reward, without a reward model; what they get wrong is said in one message."""
-    (tmp_path / "rewards.py").write_text(FUNCTIONS)
-    functions = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter,nothing", "--reward_weights", "2,1")
-    in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *functions)).ok()
-    found = results(tmp_path / "rl")
-    assert found["eval_reward"] == -2 * found["eval_length"] == 2 * found["eval_reward_shorter"]
-    assert found["eval_reward_nothing"] == 0.0
-    for name, message in (("one", "returned 1 numbers for"), ("missing", "has no function missing")):
-        flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:{name}")
-        ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / name, *flags))
-        assert ended.code == 2 and message in ended.stderr
-
-
-def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
-    (tmp_path / "rewards.py").write_text(FUNCTIONS)
-    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:nan", "--max_steps", 3)
-    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)).ok()
-    assert "Guard not_finite" in ended.stderr and "last good policy kept" in ended.stderr
-    fired = [json.loads(line) for line in (tmp_path / "rl" / "guards.jsonl").read_text().splitlines()]
-    assert [(line["guard"], line["stopped"], line["step"]) for line in fired] == [("not_finite", True, 0)]
-    weights = load_file(tmp_path / "rl" / ADAPTER)
-    assert all(torch.equal(w, torch.zeros_like(w)) for name, w in weights.items() if "lora_B" in name)
-
-    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--max_steps", 3, "--guard_kl", 1e-9)
-    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl2", *flags)).ok()
-    assert "Guard kl" in ended.stderr  # the second rollout's: the policy that sampled the first is kept
-    weights = load_file(tmp_path / "rl2" / ADAPTER)
-    assert all(torch.equal(w, torch.zeros_like(w)) for name, w in weights.items() if "lora_B" in name)
-
-
 # --- two ranks
 
 ON_TWO_RANKS = """
@@ -574,7 +355,7 @@ for command in commands:
 
 
 def test_two_ranks(tiny, records, tmp_path):
-    """torchrun with two gloo ranks: SFT as on one with the same global batch; RL ends, with ranks that agree."""
+    """torchrun with two gloo ranks: SFT and RL as on one with the same global batch."""
     llama = tiny("llama")
     in_process(*stage("rm", llama, records, tmp_path / "rm")).ok()
     exact = ("--precision", "fp32", "--use_cpu", "--train_sampling_strategy", "random", "--max_eval_samples", 7)
@@ -582,10 +363,12 @@ def test_two_ranks(tiny, records, tmp_path):
     one, two, rl = tmp_path / "one", tmp_path / "two", tmp_path / "rl"
     in_process(*stage("sft", llama, records, one, *exact, batch, 4)).ok()
 
-    reward = ("--reward_model_name_or_path", tmp_path / "rm", "--batch_size", 2, "--max_steps", 2, "--eval_on_start")
+    reward = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 2, "--eval_on_start")
+    reward += ("--use_cpu", "--precision", "fp32", "--max_eval_samples", 3, "--max_train_samples", 8)
+    in_process(*stage("rl", llama, records, tmp_path / "rl-one", *reward, "--batch_size", 4)).ok()
     commands = [
         stage("sft", llama, records, two, *exact, batch, 2),
-        stage("rl", llama, records, rl, "--use_cpu", *reward, "--max_eval_samples", 3, "--max_train_samples", 8),
+        stage("rl", llama, records, rl, *reward, "--batch_size", 2),
     ]
     (tmp_path / "driver.py").write_text(ON_TWO_RANKS)
     (tmp_path / "commands.json").write_text(json.dumps([list(map(str, command)) for command in commands]))
@@ -602,6 +385,13 @@ def test_two_ranks(tiny, records, tmp_path):
     saved = load_file(rl / ADAPTER)
     last = {k.replace(".default", "").replace("policy.", "", 1): v for k, v in first.items() if ".default." in k}
     assert last.keys() == saved.keys() and all(torch.equal(last[key], saved[key]) for key in saved)
+
+    for file in (ADAPTER, "value/model.safetensors", "value/head.safetensors"):
+        alone, shared = load_file(tmp_path / "rl-one" / file), load_file(rl / file)
+        for key in alone:
+            torch.testing.assert_close(shared[key], alone[key], atol=1e-5, rtol=0)
+    for key in ("reward", "kl", "length"):
+        assert history(rl, key) == pytest.approx(history(tmp_path / "rl-one", key), abs=1e-5)
 
     assert len((rl / "samples.jsonl").read_text("utf-8").splitlines()) == 2 * 3  # of both ranks' three prompts, twice
     for output in (two, rl):

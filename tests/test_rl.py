@@ -1,0 +1,265 @@
+"""Stage 4 as a whole: what each role computes, where rewards come from, what must not change a run, and kills."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ADAPTER, ROOT, assert_curves, history, in_process, in_subprocess, merge, results, stage
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import save_tiny_bert
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import rl_training
+
+# --- the roles of PPO
+
+
+def make_trainer(monkeypatch, *command):
+    """The trainer that the command's main() builds, taken where it would begin to train."""
+    taken = []
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    monkeypatch.setattr(rl_training.PPOTrainer, "train", lambda self, **_: taken.append(self) or sys.exit())
+    with pytest.raises(SystemExit):
+        rl_training.main()
+    return taken[0]
+
+
+def written_answers(trainer, texts: tuple[str, ...]) -> list[dict]:
+    """Answers as if the trainer had sampled `texts` to its first prompts."""
+    ids = [trainer.processing_class(text, add_special_tokens=False)["input_ids"] for text in texts]
+    prompts = [trainer.train_dataset[i]["input_ids"] for i in range(len(texts))]
+    return [{"prompt": p, "ids": i, "text": t} for p, i, t in zip(prompts, ids, texts, strict=True)]
+
+
+def test_roles_of_ppo(tiny, records, tmp_path, monkeypatch):
+    """One base in memory: every role computes what it would alone, also after policy and value have moved."""
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--precision", "fp32", "--use_cpu")
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    with torch.no_grad():
+        check_roles(trainer, tiny("llama"), tmp_path / "rm")
+
+
+def check_roles(trainer, llama: str, adapter: Path) -> None:
+    trainer.model.eval()
+    rows, pad = [trainer.train_dataset[i] for i in range(4)], trainer.processing_class.pad_token_id
+    answers = written_answers(trainer, ("Fever.", "休息", "a" * 9, "At once"))
+    (_, batch), *others = trainer.micro_batches(answers)
+    assert not others and (batch["ids"] == pad).any(dim=1).sum() == 3, "this test needs padded rows"
+
+    for name, parameter in trainer.model.named_parameters():  # as if trained for long
+        if parameter.requires_grad and ("default" in name or ".value." in name):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    plain = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    keep = torch.arange(batch["ids"].shape[1] - 1)
+    expected = plain(input_ids=batch["ids"], attention_mask=batch["mask"], logits_to_keep=keep).logits
+    assert torch.equal(trainer.model.logits("reference", batch["ids"], batch["mask"], keep), expected)
+    assert not torch.allclose(trainer.model.logits("policy", batch["ids"], batch["mask"], keep), expected, atol=1e-2)
+
+    base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
+    reward = PeftModel.from_pretrained(base, adapter).eval()
+    alone = [reward(input_ids=torch.tensor([a["prompt"] + a["ids"]])).logits.item() for a in answers]
+    singles = []
+    for answer, row in zip(answers, rows, strict=True):
+        _, single = next(trainer.micro_batches([answer]))
+        singles += trainer.scores(single, [answer], [row])["model"]
+    together = [
+        dict(zip(map(id, chosen), trainer.scores(batch, chosen, rows)["model"], strict=True))
+        for chosen, batch in trainer.micro_batches(answers)
+    ]
+    together = [together[0][id(answer)] for answer in answers]
+    assert together == pytest.approx(singles, abs=1e-5)
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len({round(score, 3) for score in alone}) > 1, "this test needs scores that differ"
+
+
+def test_first_rollout_is_the_reference(tiny, records, tmp_path):
+    """The KL before any update is exactly zero, also in bfloat16; and what the base asks for when it samples stays."""
+    base = tiny("llama")
+    generation = (Path(base) / "generation_config.json").read_bytes()
+    in_process(*stage("rm", base, records, tmp_path / "rm")).ok()
+    for precision in ("fp32", "bf16"):
+        output = tmp_path / f"rl-{precision}"
+        flags = ("--reward_model_name_or_path", tmp_path / "rm", "--precision", precision, "--eval_on_start")
+        in_process(*stage("rl", base, records, output, *flags, "--max_steps", 2)).ok()
+        assert_curves(output, "loss", "reward", "kl", "length", "entropy")
+        first, second = history(output, "kl")
+        assert first == 0.0 and second != 0.0
+        assert results(output)["eval_kl_before"] == 0.0 != results(output)["eval_kl"]
+    in_process(*merge(base, output, tmp_path / "rl-merged")).ok()
+    assert (Path(base) / "generation_config.json").read_bytes() == generation
+    for folder in (base, tmp_path / "rl-merged"):
+        asked = json.loads((Path(folder) / "generation_config.json").read_text())
+        assert (asked["do_sample"], asked["top_k"], asked["temperature"]) == (True, 5, 0.2)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_every_role_computes_in_the_precision_asked_for(precision, dtype, tiny, records, tmp_path, monkeypatch):
+    """Trainer's own autocast wraps forward(), which PPO does not call; log-probabilities are float32 all the same."""
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--precision", precision)
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    found = []
+    layer = trainer.model.policy.get_base_model().model.layers[-1].mlp.down_proj
+    layer.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
+    with torch.no_grad():
+        answers, rows = written_answers(trainer, ("Fever.", "Rest")), [trainer.train_dataset[i] for i in range(2)]
+        chosen, batch = next(trainer.micro_batches(answers))
+        logps = [trainer.token_logp(name, batch)[0] for name in ("policy", "reference")]
+        values = trainer.token_values(batch)
+        trainer.scores(batch, chosen, rows)
+    assert found == [dtype] * 4
+    assert all(tensor.dtype == torch.float32 for tensor in [*logps, values])
+
+
+def test_external_reward_model(tiny, records, tmp_path):
+    """BERT with its own tokenizer and no chat template scores what the policy says, as text."""
+    bert = save_tiny_bert(tmp_path / "bert")
+    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", "--reward_model_name_or_path", bert)).ok()
+    assert "is a whole model: loaded beside the policy" in ended.stderr
+    model = AutoModelForSequenceClassification.from_pretrained(bert).eval()
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    samples = [json.loads(line) for line in (tmp_path / "rl" / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert len(samples) == 4
+    for sample in samples:
+        pair = tokenizer(sample["prompt"][-1]["content"], sample["answer"], return_tensors="pt")
+        assert model(**pair).logits.item() == pytest.approx(sample["score"], abs=1e-4)
+    in_process(*merge(tiny("llama"), tmp_path / "rl", tmp_path / "rl-merged")).ok()
+
+
+FUNCTIONS = """
+def shorter(prompts, completions, completion_ids, **columns):
+    assert prompts[0][-1]["role"] == "user" and completions[0][0]["role"] == "assistant"
+    return [-len(ids) for ids in completion_ids]
+
+
+def nothing(completions, **columns):
+    return [None for _ in completions]
+
+
+def one(completions, **columns):
+    return [1.0]
+
+
+def nan(completions, **columns):
+    return [float("nan") for _ in completions]
+"""
+
+
+def test_reward_functions(tiny, records, tmp_path):
+    """A file's functions are the reward, without a reward model; what they get wrong is said in one message."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    functions = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter,nothing", "--reward_weights", "2,1")
+    in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *functions)).ok()
+    found = results(tmp_path / "rl")
+    assert found["eval_reward"] == -2 * found["eval_length"] == 2 * found["eval_reward_shorter"]
+    assert found["eval_reward_nothing"] == 0.0
+    for name, message in (("one", "returned 1 numbers for"), ("missing", "has no function missing")):
+        flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:{name}")
+        ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / name, *flags))
+        assert ended.code == 2 and message in ended.stderr
+
+
+def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:nan", "--max_steps", 3)
+    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)).ok()
+    assert "Guard not_finite" in ended.stderr and "last good policy kept" in ended.stderr
+    fired = [json.loads(line) for line in (tmp_path / "rl" / "guards.jsonl").read_text().splitlines()]
+    assert [(line["guard"], line["stopped"], line["step"]) for line in fired] == [("not_finite", True, 0)]
+    weights = load_file(tmp_path / "rl" / ADAPTER)
+    assert all(torch.equal(w, torch.zeros_like(w)) for name, w in weights.items() if "lora_B" in name)
+
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--max_steps", 3, "--guard_kl", 1e-9)
+    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl2", *flags)).ok()
+    assert "Guard kl" in ended.stderr  # the second rollout's: the policy that sampled the first is kept
+    weights = load_file(tmp_path / "rl2" / ADAPTER)
+    assert all(torch.equal(w, torch.zeros_like(w)) for name, w in weights.items() if "lora_B" in name)
+
+
+# --- what must not change a run
+
+WEIGHTS = (ADAPTER, "value/model.safetensors", "value/head.safetensors")
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    """Of all trained weights of two runs; they must be of the same names."""
+    found = 0.0
+    for file in WEIGHTS:
+        one, other = load_file(first / file), load_file(second / file)
+        assert one.keys() == other.keys()
+        found = max(found, *((one[key] - other[key]).abs().max().item() for key in one))
+    return found
+
+
+def test_what_does_not_change_a_run(tiny, records, tmp_path):
+    """How often it evaluates: not at all. How it cuts a mini-batch, checkpoints activations: rounding."""
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+    same = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 3, "--precision", "fp32")
+
+    def run(name, *flags):
+        in_process(*stage("rl", tiny("llama"), records, tmp_path / name, *same, *flags)).ok()
+        return tmp_path / name
+
+    plain = run("plain")
+    steps = json.loads((plain / "trainer_state.json").read_text())["global_step"]
+    assert steps == 3 * 2 * 1  # rollouts x epochs x mini-batches
+    assert max(w.abs().max().item() for k, w in load_file(plain / ADAPTER).items() if "lora_B" in k) > 1e-3
+    often = run("often", "--eval_strategy", "steps", "--eval_steps", 1, "--eval_on_start")
+    assert len(history(often, "eval_reward")) == 1 + 3 + 1 and largest_difference(plain, often) == 0.0
+    assert largest_difference(plain, run("micro", "--micro_batch_size", 1)) < 1e-5
+    assert largest_difference(plain, run("checkpointing", "--gradient_checkpointing")) < 1e-5
+    assert largest_difference(plain, run("other", "--seed", 7)) > 1e-3, "any two runs would pass"
+
+
+# --- kills
+
+KILLED = """
+import os, runpy, signal, sys
+import transformers
+import rl_training
+
+place, when, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+owner = {"generate": rl_training.PPOTrainer, "update": rl_training.PPOTrainer}.get(place, transformers.Trainer)
+function, calls = getattr(owner, place), []
+
+
+def deadly(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == when:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args, **kwargs)
+
+
+setattr(owner, place, deadly)
+rl_training.run_stage(rl_training.main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [
+        pytest.param("generate", 3, id="in a rollout"),
+        pytest.param("update", 6, id="between epochs"),
+        pytest.param("_save_rng_state", 2, id="in a save"),
+    ],
+)
+def test_killed_run_goes_on(place, call, tiny, records, tmp_path):
+    """kill -9, then the same command again: the weights of a run left alone, bit for bit."""
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 3, "--save_steps", 1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    in_process(*stage("rl", tiny("llama"), records, whole, *flags)).ok()
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = stage("rl", tiny("llama"), records, killed, *flags)
+    ended = in_subprocess(tmp_path / "killed.py", place, call, *command, PYTHONPATH=str(ROOT))
+    assert ended.code == -9 and not (killed / ADAPTER).exists()
+    again = in_process(*command).ok()
+    assert "Going on from" in again.stderr
+    assert ("its saving was interrupted" in again.stderr) == (place == "_save_rng_state")
+    assert largest_difference(whole, killed) == 0.0
+    assert history(whole, "reward") == history(killed, "reward")
