@@ -20,7 +20,7 @@ from loguru import logger
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from arguments import UserError, parse_arguments, run_stage
+from arguments import UserError, check_base, parse_arguments, run_stage
 
 PROBES = (
     "What are the symptoms of influenza, and when should I see a doctor?",
@@ -48,6 +48,7 @@ class MergeArguments:
     )
     max_shard_size: str = field(default="5GB", metadata={"help": "Larger models are written as several files."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
+    force: bool = field(default=False, metadata={"help": "Merge into another base than the adapter was trained on."})
 
     def __post_init__(self):
         for flag in ("peft_model_path", "output_dir"):
@@ -95,7 +96,8 @@ def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict:
 def move_into_place(staging: Path, output: Path) -> None:
     """Put the merged files into `output`. The adapter goes aside first and config.json comes last, so that a kill in
     between leaves a folder that from_pretrained refuses, and that the same command completes."""
-    adapter_files = [output / name for name in ("adapter_config.json", "adapter_model.safetensors", "README.md")]
+    names = ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md")
+    adapter_files = [output / name for name in names]
     if adapter_files[0].exists():
         (output / "adapter").mkdir(exist_ok=True)
         for path in reversed(adapter_files):
@@ -110,6 +112,7 @@ def main():
     (args,) = parse_arguments(MergeArguments)
     adapter = find_adapter(args.peft_model_path)
     adapter_config = PeftConfig.from_pretrained(adapter)
+    check_base(adapter, args.base_model_name_or_path or adapter_config.base_model_name_or_path, args.force)
     base = load_base(args, adapter_config)
     dtype = args.dtype if args.dtype != "auto" else stored_dtype(args, adapter_config)
     tokenizer = AutoTokenizer.from_pretrained(args.peft_model_path, trust_remote_code=args.trust_remote_code)

@@ -69,8 +69,8 @@ def padded(ids: list[int], pad_token_id: int, length: int) -> dict[str, list[int
 
 
 def build_blocks(rows: Dataset, tokenizer, args: PretrainingArguments, streaming: bool = False):
-    """The blocks of all documents, shuffled by document first, as a Dataset (or an IterableDataset)."""
-    texts = rows.shuffle(seed=args.seed)["text"]
+    """The blocks of all documents in their order, as a Dataset (or an IterableDataset)."""
+    texts = rows["text"]
     documents = texts if args.keep_linebreaks else [" ".join(text.split()) for text in texts]
     if streaming:
         return IterableDataset.from_generator(
@@ -91,6 +91,7 @@ def main():
 
     tokenizer = model_args.load_tokenizer()
     train_rows, eval_rows = data_args.load_documents()
+    train_rows = train_rows.shuffle(seed=training_args.seed)  # blocks are cut through documents: mix those first
     train_dataset = build_blocks(train_rows, tokenizer, training_args, streaming=training_args.streaming)
     eval_dataset = build_blocks(eval_rows, tokenizer, training_args)
 

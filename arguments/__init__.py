@@ -1,11 +1,13 @@
 """What the stage scripts share: the argument groups, each of which can build what its flags describe."""
 
 from arguments.adapter import AdapterArguments
+from arguments.base import check_base
+from arguments.command_line import UserError, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.guards import GuardArguments
 from arguments.model import ModelArguments
 from arguments.reward import RewardModel, RewardSourceArguments
-from arguments.run import RunArguments, TokenWeightedEvaluation, UserError, parse_arguments, run_stage
+from arguments.run import RunArguments, TokenWeightedEvaluation
 
 __all__ = [
     "AdapterArguments",
@@ -17,6 +19,7 @@ __all__ = [
     "RunArguments",
     "TokenWeightedEvaluation",
     "UserError",
+    "check_base",
     "parse_arguments",
     "run_stage",
 ]

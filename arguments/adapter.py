@@ -1,12 +1,14 @@
 """Which LoRA: rank, targets, modules to save; or none, to train all weights."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
-from arguments.run import UserError
+from arguments.base import check_base
+from arguments.command_line import UserError
 
 
 @dataclass
@@ -26,6 +28,9 @@ class AdapterArguments:
         default=None, metadata={"help": "Comma list of modules trained and saved in full, e.g. embed_tokens,lm_head."}
     )
     peft_path: str | None = field(default=None, metadata={"help": "Go on training this adapter."})
+    force: bool = field(
+        default=False, metadata={"help": "Take an adapter (--peft_path, reward model) on another base than its own."}
+    )
 
     def __post_init__(self):
         if self.lora_rank < 1:
@@ -54,6 +59,7 @@ class AdapterArguments:
         if not self.use_peft:
             model = model.float()  # half-precision weights lose small updates; the matrix products stay in autocast
         elif self.peft_path:
+            check_base(Path(self.peft_path), model.config._name_or_path, self.force)
             try:
                 model = PeftModel.from_pretrained(model, self.peft_path, is_trainable=True)
             except (ValueError, OSError) as error:

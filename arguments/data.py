@@ -10,6 +10,7 @@ from datasets import Dataset, load_dataset
 from jinja2 import TemplateError
 from loguru import logger
 
+from arguments.command_line import UserError
 from arguments.records import (
     SUFFIXES,
     BadRecord,
@@ -20,7 +21,6 @@ from arguments.records import (
     to_pair,
     to_prompt,
 )
-from arguments.run import UserError
 
 
 @dataclass

@@ -7,7 +7,8 @@ import torch
 from loguru import logger
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
-from arguments.run import UserError, native_bf16
+from arguments.command_line import UserError
+from arguments.run import native_bf16
 
 # For base models without a chat template. A turn ends with eos, so that the model learns to stop.
 PLAIN_CHAT_TEMPLATE = (

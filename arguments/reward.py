@@ -9,9 +9,9 @@ from peft import PeftConfig, PeftModel, TaskType
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from arguments.command_line import UserError
 from arguments.data import DataArguments
 from arguments.model import ModelArguments
-from arguments.run import UserError
 
 
 @dataclass

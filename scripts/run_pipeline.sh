@@ -40,5 +40,5 @@ export REWARD_MODEL=$OUTPUTS/rm
 stage pt "$MODEL"
 stage sft "$OUTPUTS/pt-merged" --max_steps 36
 stage rm "$OUTPUTS/sft-merged" --max_steps 32
-stage rl "$OUTPUTS/sft-merged" --max_steps 4 --max_eval_samples 48
+stage rl "$OUTPUTS/sft-merged" --max_steps 6 --max_eval_samples 48
 "$PYTHON" scripts/report.py "$MODEL" "$OUTPUTS"

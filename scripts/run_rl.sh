@@ -23,11 +23,12 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --output_dir "$OUTPUT" \
   --max_source_length 256 \
   --max_target_length 64 \
-  --max_steps 5 \
+  --max_steps 8 \
   --batch_size 32 \
   --mini_batch_size 16 \
   --ppo_epochs 2 \
   --learning_rate 1e-3 \
+  --gae_lambda 1 \
   --eval_on_start \
   --save_steps 1 \
   "$@"

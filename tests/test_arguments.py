@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from loguru import logger
-from transformers import TrainerState
+from transformers import AutoModelForCausalLM, TrainerState
 
 from arguments import (
     AdapterArguments,
@@ -18,7 +18,9 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
-from arguments.run import RENAMED_FLAGS, CheckpointSeal, modern_flags, native_bf16, plot_curves
+from arguments.base import check_base, difference, fingerprint, record_base
+from arguments.command_line import RENAMED_FLAGS, modern_flags
+from arguments.run import CheckpointSeal, native_bf16, plot_curves
 from merge_peft_adapter import MergeArguments
 from pretraining import PretrainingArguments
 from reward_modeling import RewardArguments
@@ -348,3 +350,37 @@ def test_help_can_be_printed(stage, capsys, monkeypatch):
         parse_arguments(ModelArguments, AdapterArguments, DataArguments, stage)
     assert exit_.value.code == 0
     assert "--validation_split_percentage" in capsys.readouterr().out
+
+
+# --- which base an adapter belongs to
+
+
+def test_fingerprint_tells_bases_apart(tiny, tmp_path):
+    """Shards, file format and a coarser dtype leave it the same; one changed layer does not."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
+    known = fingerprint(tiny("llama"))
+    assert len(known["weights"]) == 16 and known["model_type"] == "llama"  # two layers of 7, embeddings, head
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    (tmp_path / "bin").mkdir()
+    model.config.save_pretrained(tmp_path / "bin")
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    for name in ("shards", "bf16", "bin"):
+        assert difference(known, fingerprint(str(tmp_path / name))) is None
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 1.1
+    model.save_pretrained(tmp_path / "changed")
+    assert "1 of 16 weights" in difference(known, fingerprint(str(tmp_path / "changed")))
+    assert "it is a qwen3" in difference(known, fingerprint(tiny("qwen3")))
+    assert fingerprint(str(tmp_path / "none")) == {} and difference(known, {}) is None
+
+
+def test_adapter_of_another_base_is_refused(tiny, tmp_path, caplog):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny("llama")}))
+    check_base(tmp_path, tiny("qwen3"))  # it says nothing of its base: older adapters, other people's
+    record_base(tmp_path)
+    check_base(tmp_path, tiny("llama"))
+    with pytest.raises(UserError, match="is not the base of"):
+        check_base(tmp_path, tiny("qwen3"))
+    check_base(tmp_path, tiny("qwen3"), force=True)

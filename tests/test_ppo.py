@@ -19,6 +19,7 @@ from rl_training import (
     collate,
     correlation,
     distinct,
+    explained_variance,
     kl_estimate,
     last_token,
     policy_loss,
@@ -324,7 +325,8 @@ def tiny():
         num_labels=1,
     )
     policy = LlamaForCausalLM(config).eval()
-    return ActorCritic(policy, score_head(16, None), None, lora=False).eval()
+    head = score_head(16, {"weight": torch.randn(1, 16)})
+    return ActorCritic(policy, head, None, lora=False).eval()
 
 
 def padded(rows, width, pad=0):
@@ -335,7 +337,7 @@ def padded(rows, width, pad=0):
 @torch.no_grad()
 def score(tiny, rows, width):
     ids, mask = padded(rows, width)
-    outputs = tiny.outputs("value", tiny.value_head, ids, mask)
+    outputs = tiny.value_head(tiny.hidden("value", ids, mask)).squeeze(-1)
     return outputs.gather(1, last_token(ids, 0).unsqueeze(1)).squeeze(1)
 
 
@@ -357,7 +359,7 @@ def test_score_is_that_of_sequence_classification(tiny, pad):
     reward.model.load_state_dict(tiny.policy.model.state_dict())
     reward.score.load_state_dict(tiny.value_head.state_dict())
     ids, mask = padded(ROWS, 8, pad)
-    outputs = tiny.outputs("value", tiny.value_head, ids, mask)
+    outputs = tiny.value_head(tiny.hidden("value", ids, mask)).squeeze(-1)
     found = outputs.gather(1, last_token(ids, pad).unsqueeze(1)).squeeze(1)
     close(found, reward(input_ids=ids, attention_mask=mask).logits[:, 0], atol=1e-5, rtol=1e-5)
 
@@ -407,6 +409,14 @@ def test_uniforms_depend_on_their_seed_alone():
 
 
 # what is logged
+
+
+def test_explained_variance():
+    returns, mask = torch.tensor([[1.0, 3], [5, 99]]), torch.tensor([[1.0, 1], [1, 0]])
+    assert explained_variance(returns, returns, mask).item() == 1.0
+    assert explained_variance(torch.zeros(2, 2), returns, mask).item() == 0.0
+    # values 2, 4, 3 leave -1, -1, 2: variance 3, of 4
+    assert explained_variance(torch.tensor([[2.0, 4], [3, 0]]), returns, mask).item() == pytest.approx(0.25)
 
 
 def test_kl_estimates():

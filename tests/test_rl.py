@@ -1,6 +1,7 @@
 """Stage 4 as a whole: what each role computes, where rewards come from, what must not change a run, and kills."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def written_answers(trainer, texts: tuple[str, ...]) -> list[dict]:
 def test_roles_of_ppo(tiny, records, tmp_path, monkeypatch):
     """One base in memory: every role computes what it would alone, also after policy and value have moved."""
     in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
-    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--precision", "fp32", "--use_cpu")
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--precision", "fp32", "--use_cpu", "--critic", "adapter")
     trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
     with torch.no_grad():
         check_roles(trainer, tiny("llama"), tmp_path / "rm")
@@ -66,10 +67,11 @@ def check_roles(trainer, llama: str, adapter: Path) -> None:
     singles = []
     for answer, row in zip(answers, rows, strict=True):
         _, single = next(trainer.micro_batches([answer]))
-        singles += trainer.scores(single, [answer], [row])["model"]
+        singles += trainer.scores(single, trainer.hidden("reward", single), [answer], [row])["model"]
     together = [
-        dict(zip(map(id, chosen), trainer.scores(batch, chosen, rows)["model"], strict=True))
+        dict(zip(map(id, chosen), trainer.scores(batch, frozen, chosen, rows)["model"], strict=True))
         for chosen, batch in trainer.micro_batches(answers)
+        for frozen in [trainer.hidden("reward", batch)]
     ]
     together = [together[0][id(answer)] for answer in answers]
     assert together == pytest.approx(singles, abs=1e-5)
@@ -101,7 +103,7 @@ def test_first_rollout_is_the_reference(tiny, records, tmp_path):
 def test_every_role_computes_in_the_precision_asked_for(precision, dtype, tiny, records, tmp_path, monkeypatch):
     """Trainer's own autocast wraps forward(), which PPO does not call; log-probabilities are float32 all the same."""
     in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
-    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--precision", precision)
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--precision", precision, "--critic", "adapter")
     trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
     found = []
     layer = trainer.model.policy.get_base_model().model.layers[-1].mlp.down_proj
@@ -111,7 +113,7 @@ def test_every_role_computes_in_the_precision_asked_for(precision, dtype, tiny, 
         chosen, batch = next(trainer.micro_batches(answers))
         logps = [trainer.token_logp(name, batch)[0] for name in ("policy", "reference")]
         values = trainer.token_values(batch)
-        trainer.scores(batch, chosen, rows)
+        trainer.scores(batch, trainer.hidden("reward", batch), chosen, rows)
     assert found == [dtype] * 4
     assert all(tensor.dtype == torch.float32 for tensor in [*logps, values])
 
@@ -131,6 +133,24 @@ def test_external_reward_model(tiny, records, tmp_path):
     in_process(*merge(tiny("llama"), tmp_path / "rl", tmp_path / "rl-merged")).ok()
 
 
+def test_reward_adapter_of_weights_that_are_gone(tiny, records, tmp_path):
+    """The SFT model was trained anew, in the same folder, after the reward model: said, and overridden by --force."""
+    base = tmp_path / "sft"
+    shutil.copytree(tiny("llama"), base)
+    in_process(*stage("rm", base, records, tmp_path / "rm")).ok()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight += 0.01
+    model.save_pretrained(base)
+    command = stage("rl", base, records, tmp_path / "rl", "--reward_model_name_or_path", tmp_path / "rm")
+    ended = in_process(*command)
+    assert ended.code == 2 and "is not the base of" in ended.stderr and not (tmp_path / "rl").exists()
+    ended = in_process(*merge(base, tmp_path / "rm", tmp_path / "merged"))
+    assert ended.code == 2 and "is not the base of" in ended.stderr and not (tmp_path / "merged").exists()
+    assert "--force: taking" in in_process(*command, "--force").ok().stderr
+    assert "--force: taking" in in_process(*merge(base, tmp_path / "rm", tmp_path / "merged"), "--force").ok().stderr
+
+
 FUNCTIONS = """
 def shorter(prompts, completions, completion_ids, **columns):
     assert prompts[0][-1]["role"] == "user" and completions[0][0]["role"] == "assistant"
@@ -147,6 +167,10 @@ def one(completions, **columns):
 
 def nan(completions, **columns):
     return [float("nan") for _ in completions]
+
+
+def later_nan(completion_ids, trainer_state, **columns):
+    return [float("nan") if trainer_state.global_step == 4 else -len(ids) for ids in completion_ids]
 """
 
 
@@ -180,6 +204,16 @@ def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
     weights = load_file(tmp_path / "rl2" / ADAPTER)
     assert all(torch.equal(w, torch.zeros_like(w)) for name, w in weights.items() if "lora_B" in name)
 
+    # a reward that turns bad in the third rollout: what is kept is the policy that sampled the second
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:later_nan", "--save_steps", 1, "--max_steps", 4)
+    in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl3", *flags)).ok()
+    kept, sampled_second = (
+        load_file(tmp_path / "rl3" / ADAPTER),
+        load_file(tmp_path / "rl3" / "checkpoint-2" / ADAPTER),
+    )
+    assert all(torch.equal(kept[name], sampled_second[name]) for name in kept)
+    assert any(w.abs().max() > 0 for name, w in kept.items() if "lora_B" in name)
+
 
 # --- what must not change a run
 
@@ -188,18 +222,29 @@ WEIGHTS = (ADAPTER, "value/model.safetensors", "value/head.safetensors")
 
 def largest_difference(first: Path, second: Path) -> float:
     """Of all trained weights of two runs; they must be of the same names."""
-    found = 0.0
-    for file in WEIGHTS:
+    found, files = 0.0, [name for name in WEIGHTS if (first / name).exists()]
+    assert files == [name for name in WEIGHTS if (second / name).exists()] and ADAPTER in files
+    for file in files:
         one, other = load_file(first / file), load_file(second / file)
         assert one.keys() == other.keys()
         found = max(found, *((one[key] - other[key]).abs().max().item() for key in one))
     return found
 
 
-def test_what_does_not_change_a_run(tiny, records, tmp_path):
+@pytest.mark.parametrize("critic", ["adapter", "head"])
+def test_what_does_not_change_a_run(critic, tiny, records, tmp_path):
     """How often it evaluates: not at all. How it cuts a mini-batch, checkpoints activations: rounding."""
     in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
-    same = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 3, "--precision", "fp32")
+    same = (
+        "--reward_model_name_or_path",
+        tmp_path / "rm",
+        "--max_steps",
+        3,
+        "--precision",
+        "fp32",
+        "--critic",
+        critic,
+    )
 
     def run(name, *flags):
         in_process(*stage("rl", tiny("llama"), records, tmp_path / name, *same, *flags)).ok()
@@ -214,6 +259,37 @@ def test_what_does_not_change_a_run(tiny, records, tmp_path):
     assert largest_difference(plain, run("micro", "--micro_batch_size", 1)) < 1e-5
     assert largest_difference(plain, run("checkpointing", "--gradient_checkpointing")) < 1e-5
     assert largest_difference(plain, run("other", "--seed", 7)) > 1e-3, "any two runs would pass"
+
+
+def test_critic_that_is_a_head_alone(tiny, records, tmp_path, monkeypatch):
+    """It reads the frozen role's states, once a rollout: with what the reward adapter, or the reference, computes."""
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+    bert = save_tiny_bert(tmp_path / "bert")
+    for name, reward, flags in (
+        ("shared", tmp_path / "rm", ()),
+        ("external", bert, ()),
+        ("full", bert, ("--use_peft", "False")),
+    ):
+        flags = ("--reward_model_name_or_path", reward, "--critic", "head", "--max_steps", 2, *flags)
+        in_process(*stage("rl", tiny("llama"), records, tmp_path / name, *flags)).ok()
+        assert sorted(path.name for path in (tmp_path / name / "value").iterdir()) == [
+            "head.safetensors",
+            "state.json",
+        ]
+        assert load_file(tmp_path / name / "value" / "head.safetensors")["weight"].abs().max() > 1e-3
+        assert len(history(tmp_path / name, "explained_variance")) == 2
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--critic", "head", "--precision", "fp32")
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    torch.nn.init.ones_(trainer.model.value_head.weight)
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    answers = written_answers(trainer, ("a", "bc", "d", "e"))
+    answers = [answer | {"number": i, "finished": True} for i, answer in enumerate(answers)]
+    for answer in trainer.judge(answers, rows, critic=True):
+        with torch.no_grad(), trainer.model.role("reward") as model:
+            ids = torch.tensor([answer["prompt"] + answer["ids"]])
+            states = model.base_model(input_ids=ids).last_hidden_state[0]
+        before = len(answer["prompt"]) - 1
+        torch.testing.assert_close(answer["values"], states[before:-1].sum(-1), atol=1e-4, rtol=1e-4)
 
 
 # --- kills
@@ -241,17 +317,17 @@ rl_training.run_stage(rl_training.main)
 
 
 @pytest.mark.parametrize(
-    ("place", "call"),
+    ("place", "call", "critic"),
     [
-        pytest.param("generate", 3, id="in a rollout"),
-        pytest.param("update", 6, id="between epochs"),
-        pytest.param("_save_rng_state", 2, id="in a save"),
+        pytest.param("generate", 3, "adapter", id="in a rollout"),
+        pytest.param("update", 6, "head", id="between epochs"),
+        pytest.param("_save_rng_state", 2, "adapter", id="in a save"),
     ],
 )
-def test_killed_run_goes_on(place, call, tiny, records, tmp_path):
+def test_killed_run_goes_on(place, call, critic, tiny, records, tmp_path):
     """kill -9, then the same command again: the weights of a run left alone, bit for bit."""
     in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
-    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 3, "--save_steps", 1)
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 3, "--save_steps", 1, "--critic", critic)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     in_process(*stage("rl", tiny("llama"), records, whole, *flags)).ok()
     (tmp_path / "killed.py").write_text(KILLED)
@@ -263,3 +339,12 @@ def test_killed_run_goes_on(place, call, tiny, records, tmp_path):
     assert ("its saving was interrupted" in again.stderr) == (place == "_save_rng_state")
     assert largest_difference(whole, killed) == 0.0
     assert history(whole, "reward") == history(killed, "reward")
+
+
+def test_checkpoint_of_another_critic_is_refused(tiny, records, tmp_path):
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 2, "--save_steps", 1)
+    command = stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)
+    in_process(*command).ok()
+    ended = in_process(*command, "--critic", "adapter")
+    assert ended.code == 2 and "was trained with another --critic" in ended.stderr

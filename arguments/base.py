@@ -1,0 +1,125 @@
+"""Which base model an adapter was trained on: a fingerprint to keep beside the adapter, and its check."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from loguru import logger
+from safetensors import safe_open
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from arguments.command_line import UserError
+
+BASE_FILE = "base.json"  # beside an adapter
+TENSORS, NUMBERS = 24, 8  # how many weight matrices are looked at, and how many numbers of each
+
+
+def local_file(name_or_path: str, name: str) -> str | None:
+    """Path of a file of a folder, or of a hub model that was loaded before; None where there is none."""
+    try:
+        return cached_file(name_or_path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # no folder, no name of a hub model: loading it will say so
+        return None
+
+
+def weight_files(name_or_path: str) -> list[Path]:
+    """The files that hold the weights of a folder or of a hub model that was loaded before; may be none."""
+    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if found := local_file(name_or_path, single):
+            return [Path(found)]
+        if found := local_file(name_or_path, index):
+            shards, _ = get_checkpoint_shard_files(name_or_path, found, local_files_only=True)
+            return sorted(map(Path, shards))
+    return []
+
+
+def stored_tensors(path: Path) -> Iterator[tuple[str, tuple, object]]:
+    """Name, shape and something to slice of each tensor in a file, without reading it whole."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                tensor = file.get_slice(name)
+                yield name, tuple(tensor.get_shape()), tensor
+    else:
+        for name, tensor in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items():
+            yield name, tuple(tensor.shape), tensor
+
+
+def fingerprint(name_or_path: str) -> dict:
+    """What tells this base from another one, read from its files in milliseconds; {} when they are not found.
+
+    "model_type"; "shapes": SHA-256 of all names and shapes; "weights": {name: [dtype, first numbers of its middle
+    row]} of TENSORS matrices spread over the model, chosen by the hash of their names.
+    """
+    files = weight_files(name_or_path)
+    if not files:
+        return {}
+    shapes = {name: shape for path in files for name, shape, _ in stored_tensors(path)}
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+    chosen = sorted(matrices, key=lambda name: hashlib.sha256(name.encode()).digest())[:TENSORS]
+    weights = {}
+    for path in files:
+        for name, shape, tensor in stored_tensors(path):
+            if name in chosen:
+                numbers = tensor[shape[0] // 2 : shape[0] // 2 + 1, :NUMBERS]
+                weights[name] = [str(numbers.dtype).removeprefix("torch."), numbers.flatten().tolist()]
+    digest = hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
+    model_type = json.loads(Path(local_file(name_or_path, CONFIG_NAME)).read_text())["model_type"]
+    return {"model_type": model_type, "shapes": digest, "weights": weights}
+
+
+def same_numbers(first: list, second: list) -> bool:
+    """Whether two [dtype, numbers] are the same weights, perhaps saved in two dtypes: then the coarser one decides."""
+    if first[0] == second[0]:
+        return first[1] == second[1]
+    coarse = min(first[0], second[0], key=lambda dtype: torch.finfo(getattr(torch, dtype)).bits)
+    one, other = (torch.tensor(numbers, dtype=torch.float64) for _, numbers in (first, second))
+    return torch.equal(one.to(getattr(torch, coarse)), other.to(getattr(torch, coarse)))
+
+
+def difference(known: dict, found: dict) -> str | None:
+    """In which way two fingerprints are of different bases, in words; None when they are of the same."""
+    if not known or not found:
+        return None
+    if known["model_type"] != found["model_type"]:
+        return f"it is a {found['model_type']}, the adapter was trained on a {known['model_type']}"
+    if known["shapes"] != found["shapes"]:
+        return "its tensors have other names or shapes than those of the base that the adapter was trained on"
+    changed = [n for n in known["weights"] if not same_numbers(known["weights"][n], found["weights"][n])]
+    if changed:
+        return f"{len(changed)} of {len(known['weights'])} weights looked at are not those the adapter was trained on"
+    return None
+
+
+def record_base(folder: Path) -> None:
+    """Beside the adapter in `folder`, if there is one, write the name and fingerprint of the base it names."""
+    if (folder / "adapter_config.json").exists():
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        facts = {"base": base, "fingerprint": fingerprint(base)}
+        (folder / BASE_FILE).write_text(json.dumps(facts, indent=1))
+
+
+def check_base(adapter: Path, base: str, force: bool = False) -> None:
+    """See that `base` is what the adapter was trained on, as far as it says so.
+
+    Raises:
+        UserError: when it is not, unless `force`; then one warning says what is overridden.
+    """
+    path = adapter / BASE_FILE
+    known = json.loads(path.read_text()) if path.exists() else {}
+    fault = difference(known.get("fingerprint", {}), fingerprint(base))
+    if fault and not force:
+        raise UserError(
+            f"{base} is not the base of {adapter}: {fault}. Name {known['base']} as it was then, or --force"
+        )
+    if fault:
+        logger.warning(f"--force: taking {base} as the base of {adapter}, though {fault}")

@@ -1,0 +1,85 @@
+"""The command line: flags of today and of 2023, and bad input that ends with one message."""
+
+import dataclasses
+import difflib
+import os
+import sys
+
+from loguru import logger
+from transformers import HfArgumentParser
+
+# Flags of the 2023 scripts and what transformers 5 calls them. None: it does by default what the flag asked for.
+RENAMED_FLAGS = {
+    "--overwrite_output_dir": "--fresh",
+    "--warmup_ratio": "--warmup_steps",  # a value below 1 is a share of all steps
+    "--evaluation_strategy": "--eval_strategy",
+    "--torch_dtype": "--dtype",
+    "--gradient_checkpointing": "--activation_checkpointing",
+    "--gradient_checkpointing_kwargs": "--activation_checkpointing_kwargs",
+    "--no_cuda": "--use_cpu",
+    "--per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "--log_with": "--report_to",
+    "--save_safetensors": None,
+    "--fp16_opt_level": None,
+}
+
+
+class UserError(Exception):
+    """Bad input. The message says what, where, what was expected and what to do; the process exits with code 2."""
+
+
+def run_stage(main):
+    """Call `main()`; bad input ends with its one message on stderr and exit code 2, and without a traceback."""
+    logger.remove()
+    main_process = os.environ.get("RANK", "0") == "0"
+    logger.add(sys.stderr, format="{time:HH:mm:ss} {level: <7} {message}", level="INFO" if main_process else "ERROR")
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def modern_flags(argv: list[str]) -> list[str]:
+    """Translate the flags that transformers 5 dropped, with one warning line each."""
+    translated, skipping = [], False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name in RENAMED_FLAGS:
+            modern = RENAMED_FLAGS[name]
+            logger.warning(f"{name} is the old name of {modern}" if modern else f"{name} has no effect any more")
+            skipping = modern is None
+            if modern:
+                translated.append(modern + equals + value)
+        elif not (skipping and not word.startswith("--")):
+            skipping = False
+            translated.append(word)
+    return translated
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see python {self.prog} --help)")
+
+
+def parse_arguments(*groups: type, argv: list[str] | None = None) -> list:
+    """Return one instance per argument group.
+
+    Raises:
+        UserError: for an unknown flag (naming the nearest known one), or a value a group refuses.
+    """
+    parser = _Parser(groups, allow_abbrev=False, conflict_handler="resolve")
+    namespace, unknown = parser.parse_known_args(modern_flags(sys.argv[1:] if argv is None else argv))
+    if unknown:
+        flags = {option for action in parser._actions for option in action.option_strings} | set(RENAMED_FLAGS)
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"python {parser.prog} --help lists the flags"
+        raise UserError(f"unknown argument {unknown[0]}: {hint}")
+    try:
+        return [
+            group(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(group) if f.init})
+            for group in groups
+        ]
+    except (ValueError, ImportError) as error:  # transformers and trl check their flags in __post_init__
+        raise UserError(str(error)) from error
