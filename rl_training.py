@@ -288,8 +288,8 @@ def last_token(ids, pad_token_id: int):
 def score_head(hidden_size: int, state: dict | None) -> nn.Linear:
     """A linear head in float32: with the weights in `state`, else zero, as the value function starts.
 
-    A reward model knows whole answers. Read at each token of 64 sampled answers, its head explained -45% and -14% of
-    the variance of their scores (two seeds, SmolLM2): worse than no critic, which a head of zeros is.
+    A reward model knows whole answers. Read at each token of 32 sampled answers, its head explained -58% and -45% of
+    the variance of their scores with one seed of SmolLM2, 11% and -14% with another: no better than a head of zeros.
     """
     head = nn.Linear(hidden_size, 1, bias=bool(state and "bias" in state))
     if state:
