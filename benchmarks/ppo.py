@@ -65,8 +65,8 @@ def write_prompts(args, folder: Path) -> list[list[int]]:
 
 def merged_reward_model(args, folder: Path) -> str:
     """The reward adapter merged into its base: the form that TRL's trainer takes."""
-    command = [sys.executable, "merge_peft_adapter.py", "--base_model", args.model]
-    command += ["--lora_model", args.reward_model, "--output_dir", str(folder / "rm")]
+    command = [sys.executable, "merge_peft_adapter.py", "--base_model_name_or_path", args.model]
+    command += ["--peft_model_path", args.reward_model, "--output_dir", str(folder / "rm")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return str(folder / "rm")
 

@@ -21,6 +21,7 @@ import rl_training
 def make_trainer(monkeypatch, *command):
     """The trainer that the command's main() builds, taken where it would begin to train."""
     taken = []
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # main() sets it, for whatever runs after in this process
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     monkeypatch.setattr(rl_training.PPOTrainer, "train", lambda self, **_: taken.append(self) or sys.exit())
     with pytest.raises(SystemExit):
