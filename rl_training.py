@@ -398,9 +398,10 @@ def build_actor_critic(
     """Load the base once and put the roles on it, as far as the reward model allows."""
     adapter, reward_model = reward_args.find_adapter(), None
     base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path if adapter else None
+    if adapter:
+        check_base(adapter, base_name, adapter_args.force)
     shared = adapter_args.use_peft and same_model(base_name, model_args.model_name_or_path)
     if shared:
-        check_base(adapter, model_args.model_name_or_path, adapter_args.force)
         logger.info(f"Reward model {adapter} is an adapter on the policy's base: one base model in memory")
     elif reward_args.reward_model_name_or_path:
         why = f"is an adapter on {base_name}" if adapter else "is a whole model"

@@ -5,7 +5,8 @@
 Runs the contestants in turn, each in a process of its own, and prints their medians as one markdown table: episodes a
 second and what took the time, peak memory of the process, and the reward of each rollout. TRL gets an environment of
 its own in benchmarks/.trl112. Both train LoRA of rank 8 on all linear layers; TRL's value and reward models are whole
-copies of the merged reward model, which is how its trainer works.
+copies of the merged reward model, which is how its trainer works. Its reward holds the penalty for a missing end, ours
+does not.
 """
 
 import argparse
