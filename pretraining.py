@@ -3,7 +3,7 @@
     python pretraining.py --model_name_or_path models/SmolLM2-135M-Instruct --train_file_dir data/pretrain/train \
         --validation_file_dir data/pretrain/validation --output_dir outputs/pt
 
-Reads   documents: .txt with one a line, .json or .jsonl with {"text"}.
+Reads   documents: .txt with one a line (or hard-wrapped paragraphs), .json, .jsonl, .csv or .parquet with "text".
 Trains  a LoRA adapter (--use_peft False: all weights) on blocks packed from the documents, eos after each.
 Writes  the adapter, tokenizer, metrics (held-out perplexity) and curves into output_dir.
 """
@@ -22,6 +22,7 @@ from arguments import (
     RunArguments,
     TokenWeightedEvaluation,
     UserError,
+    keeps_apart,
     parse_arguments,
     run_stage,
 )
@@ -34,6 +35,9 @@ class PretrainingArguments(RunArguments, TrainingArguments):
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak rate. 2e-4 suits LoRA; all weights want 2e-5."})
     block_size: int = field(default=512, metadata={"help": "Tokens of a training block; longer sees more context."})
     keep_linebreaks: bool = field(default=True, metadata={"help": "Keep the line breaks inside a document."})
+    isolate_documents: bool = field(
+        default=False, metadata={"help": "Documents in a block do not see each other (models with position_ids)."}
+    )
     streaming: bool = field(default=False, metadata={"help": "Tokenize while training (needs --max_steps)."})
 
     def __post_init__(self):
@@ -44,39 +48,54 @@ class PretrainingArguments(RunArguments, TrainingArguments):
         super().__post_init__()
 
 
-def pack(documents: Iterable[str], tokenizer, block_size: int) -> Iterator[dict[str, list[int]]]:
-    """Blocks of block_size tokens out of the documents, eos after each; the shorter last block is kept, padded.
+def pack(documents: Iterable[dict], pad_token_id: int, block_size: int, isolate: bool) -> Iterator[dict]:
+    """Blocks of block_size tokens out of the documents' input_ids; the shorter last block is kept, padded.
 
-    Yields {"input_ids", "attention_mask", "labels"}, each of length block_size; padding is -100 in the labels.
+    Yields {"input_ids", "attention_mask", "labels"}, each of length block_size; padding is -100 in the labels. With
+    `isolate` position_ids, which start anew with each document, take the mask's place, and a document's first token
+    is no label.
     """
-    buffer: list[int] = []
+    ids, positions = [], []
     for document in documents:
-        buffer += tokenizer(document, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        while len(buffer) >= block_size:
-            yield padded(buffer[:block_size], tokenizer.pad_token_id, block_size)
-            buffer = buffer[block_size:]
-    if buffer:
-        yield padded(buffer, tokenizer.pad_token_id, block_size)
+        ids, positions = ids + document["input_ids"], positions + list(range(len(document["input_ids"])))
+        while len(ids) >= block_size:
+            yield block(ids[:block_size], positions[:block_size], pad_token_id, block_size, isolate)
+            ids, positions = ids[block_size:], positions[block_size:]
+    if ids:
+        yield block(ids, positions, pad_token_id, block_size, isolate)
 
 
-def padded(ids: list[int], pad_token_id: int, length: int) -> dict[str, list[int]]:
+def block(ids: list[int], positions: list[int], pad_token_id: int, length: int, isolate: bool) -> dict[str, list[int]]:
     missing = length - len(ids)
-    return {
-        "input_ids": ids + [pad_token_id] * missing,
-        "attention_mask": [1] * len(ids) + [0] * missing,
-        "labels": ids + [-100] * missing,
+    found = {"input_ids": ids + [pad_token_id] * missing, "labels": ids + [-100] * missing}
+    if not isolate:
+        return found | {"attention_mask": [1] * len(ids) + [0] * missing}
+    labels = [-100 if position == 0 else label for label, position in zip(ids, positions, strict=True)]
+    return found | {"labels": labels + [-100] * missing, "position_ids": positions + [0] * missing}
+
+
+def build_blocks(
+    rows: Dataset, tokenizer, data_args: DataArguments, args: PretrainingArguments, seed: int | None = None
+):
+    """The blocks of all documents, mixed by `seed`, as a Dataset (or, streaming, an IterableDataset)."""
+
+    def encode(row):
+        text = row["text"] if args.keep_linebreaks else " ".join(row["text"].split())
+        return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]}
+
+    def mixed(dataset):  # blocks are cut through documents: mix those first
+        return dataset if seed is None else dataset.shuffle(seed=seed)
+
+    settings = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "block_size": args.block_size,
+        "isolate": args.isolate_documents,
     }
-
-
-def build_blocks(rows: Dataset, tokenizer, args: PretrainingArguments, streaming: bool = False):
-    """The blocks of all documents in their order, as a Dataset (or an IterableDataset)."""
-    texts = rows["text"]
-    documents = texts if args.keep_linebreaks else [" ".join(text.split()) for text in texts]
-    if streaming:
-        return IterableDataset.from_generator(
-            pack, gen_kwargs={"documents": list(documents), "tokenizer": tokenizer, "block_size": args.block_size}
-        )
-    return Dataset.from_list(list(pack(documents, tokenizer, args.block_size)))
+    if args.streaming:
+        documents = mixed(rows).to_iterable_dataset().map(encode, remove_columns=rows.column_names)
+        return IterableDataset.from_generator(pack, gen_kwargs={"documents": documents} | settings)
+    documents = mixed(data_args.tokenize(rows, encode, tokenizer, keep_linebreaks=args.keep_linebreaks))
+    return data_args.cached(pack, {"documents": documents} | settings, documents._fingerprint, settings)
 
 
 class PretrainingTrainer(TokenWeightedEvaluation, Trainer):
@@ -90,12 +109,15 @@ def main():
     set_seed(training_args.seed)
 
     tokenizer = model_args.load_tokenizer()
-    train_rows, eval_rows = data_args.load_documents()
-    train_rows = train_rows.shuffle(seed=training_args.seed)  # blocks are cut through documents: mix those first
-    train_dataset = build_blocks(train_rows, tokenizer, training_args, streaming=training_args.streaming)
-    eval_dataset = build_blocks(eval_rows, tokenizer, training_args)
+    train_rows, eval_rows = data_args.load_documents(training_args.output_dir)
+    train_dataset = build_blocks(train_rows, tokenizer, data_args, training_args, seed=training_args.seed)
+    eval_dataset = build_blocks(eval_rows, tokenizer, data_args, training_args)
+    if data_args.preview:
+        return data_args.show(train_dataset, tokenizer)
 
     model = model_args.load_model(AutoModelForCausalLM)
+    if training_args.isolate_documents and not keeps_apart(model):
+        raise UserError(f"--isolate_documents: {model.config.model_type} does not go by position_ids, leave it out")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)
 
     trainer = PretrainingTrainer(

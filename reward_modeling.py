@@ -46,15 +46,13 @@ def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset
 
     def encode(row):
         answers = [{"role": "assistant", "content": row[name]} for name in ("chosen", "rejected")]
-        chosen, rejected = (data_args.encode(tokenizer, [*row["prompt"], a])["input_ids"] for a in answers)
-        return {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
+        chosen, rejected = (data_args.encode(tokenizer, [*row["prompt"], answer]) for answer in answers)
+        ids = {"chosen_ids": chosen["input_ids"], "rejected_ids": rejected["input_ids"]}
+        lengths = {"source_tokens": chosen["source_tokens"]}
+        lengths |= {"chosen_tokens": chosen["target_tokens"], "rejected_tokens": rejected["target_tokens"]}
+        return ids | lengths | {"length": max(map(len, ids.values()))}
 
-    return rows.map(
-        encode,
-        remove_columns=rows.column_names,
-        num_proc=data_args.preprocessing_num_workers,
-        desc="Tokenizing",
-    )
+    return data_args.tokenize(rows, encode, tokenizer)
 
 
 def longer_wins(dataset: Dataset) -> float:
@@ -79,9 +77,11 @@ def main():
     set_seed(training_args.seed)
 
     tokenizer = model_args.load_tokenizer()
-    train_rows, eval_rows = data_args.load_pairs()
+    train_rows, eval_rows = data_args.load_pairs(training_args.output_dir)
     train_dataset = build_dataset(train_rows, tokenizer, data_args)
     eval_dataset = build_dataset(eval_rows, tokenizer, data_args).sort("length")  # less padding
+    if data_args.preview:
+        return data_args.show(train_dataset, tokenizer)
 
     model = model_args.load_model(AutoModelForSequenceClassification, num_labels=1)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -818,12 +818,12 @@ def eos_ids(model, tokenizer, data_args: DataArguments) -> list[int]:
 
 
 def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
-    """Rows {"prompt": messages, "record", "input_ids"}."""
-    return rows.map(
-        lambda row: {"input_ids": data_args.encode_prompt(tokenizer, row["prompt"])},
-        num_proc=data_args.preprocessing_num_workers,
-        desc="Tokenizing",
-    )
+    """Rows {"prompt": messages, "record", "input_ids", "source_tokens"}."""
+
+    def encode(row):
+        return data_args.encode_prompt(tokenizer, row["prompt"])
+
+    return data_args.tokenize(rows, encode, tokenizer, keep=("prompt", "record"))
 
 
 def main():
@@ -833,9 +833,11 @@ def main():
     set_seed(training_args.seed)
 
     tokenizer = model_args.load_tokenizer()
-    train_rows, eval_rows = data_args.load_prompts()
+    train_rows, eval_rows = data_args.load_prompts(training_args.output_dir)
     train_dataset = build_dataset(train_rows, tokenizer, data_args)
     eval_dataset = build_dataset(eval_rows, tokenizer, data_args)
+    if data_args.preview:
+        return data_args.show(train_dataset, tokenizer)
 
     model, reward_model = build_actor_critic(model_args, adapter_args, data_args, reward_args, training_args.critic)
 

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
+from loguru import logger
 from peft import TaskType
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from trl import pack_dataset
 
 from arguments import (
     AdapterArguments,
@@ -21,6 +24,8 @@ from arguments import (
     ModelArguments,
     RunArguments,
     TokenWeightedEvaluation,
+    UserError,
+    keeps_apart,
     parse_arguments,
     run_stage,
 )
@@ -34,6 +39,11 @@ class FinetuningArguments(RunArguments, TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "Rows of like length share a batch: less padding."}
     )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Conversations share rows of packing_length tokens, without seeing each other: no padding."},
+    )
+    packing_length: int = field(default=1024, metadata={"help": "Tokens of a row with --packing."})
 
 
 def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
@@ -43,12 +53,37 @@ def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset
         encoded = data_args.encode(tokenizer, row["messages"])
         return encoded | {"length": len(encoded["input_ids"])}
 
-    return rows.map(
-        encode,
-        remove_columns=rows.column_names,
-        num_proc=data_args.preprocessing_num_workers,
-        desc="Tokenizing",
-    )
+    return data_args.tokenize(rows, encode, tokenizer)
+
+
+def pack(dataset: Dataset, length: int) -> Dataset:
+    """Rows {"input_ids", "labels", "position_ids", "length"} of at most `length` tokens, of whole conversations.
+
+    position_ids start anew with each conversation, and tell the model where it begins.
+    """
+    packed = pack_dataset(dataset.select_columns(["input_ids", "labels"]), length)  # best fit decreasing
+
+    def positions(row):
+        numbers = [i for count in row["seq_lengths"] for i in range(count)]
+        return {"position_ids": numbers, "length": len(numbers)}
+
+    return packed.map(positions, remove_columns="seq_lengths", desc="Numbering positions")
+
+
+def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Rows padded to the longest: with an attention mask, or, where they are packed, with position_ids instead.
+
+    A padding token of a packed row is at position 0, as the first of a sequence of its own.
+    """
+
+    def padded(lists, value):
+        return pad_sequence([torch.tensor(ids) for ids in lists], batch_first=True, padding_value=value)
+
+    names = {"input_ids": pad_token_id, "labels": -100} | ({"position_ids": 0} if "position_ids" in rows[0] else {})
+    batch = {name: padded([row[name] for row in rows], value) for name, value in names.items()}
+    if "position_ids" not in names:
+        batch["attention_mask"] = padded([[1] * len(row["input_ids"]) for row in rows], 0)
+    return batch
 
 
 class FinetuningTrainer(TokenWeightedEvaluation, Trainer):
@@ -76,13 +111,24 @@ def main():
         ModelArguments, AdapterArguments, DataArguments, FinetuningArguments
     )
     set_seed(training_args.seed)
+    longest = data_args.max_source_length + data_args.max_target_length
+    if training_args.packing and training_args.packing_length < longest:
+        raise UserError(
+            f"--packing_length {training_args.packing_length} cannot hold a conversation of {longest} tokens"
+        )
 
     tokenizer = model_args.load_tokenizer()
-    train_rows, eval_rows = data_args.load_conversations()
+    train_rows, eval_rows = data_args.load_conversations(training_args.output_dir)
     train_dataset = build_dataset(train_rows, tokenizer, data_args)
     eval_dataset = build_dataset(eval_rows, tokenizer, data_args).sort("length")  # less padding
+    if data_args.preview:
+        return data_args.show(train_dataset, tokenizer)
 
     model = model_args.load_model(AutoModelForCausalLM)
+    if training_args.packing and keeps_apart(model):
+        train_dataset = pack(train_dataset, training_args.packing_length)
+    elif training_args.packing:
+        logger.warning(f"{model.config.model_type} does not go by position_ids: batches of like length, not packing")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)
 
     trainer = FinetuningTrainer(
@@ -91,7 +137,7 @@ def main():
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
         callbacks=training_args.callbacks(),
     )
     if training_args.do_train:

@@ -5,7 +5,7 @@ from arguments.base import check_base
 from arguments.command_line import UserError, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.guards import GuardArguments
-from arguments.model import ModelArguments
+from arguments.model import ModelArguments, keeps_apart
 from arguments.reward import RewardModel, RewardSourceArguments
 from arguments.run import RunArguments, TokenWeightedEvaluation
 
@@ -20,6 +20,7 @@ __all__ = [
     "TokenWeightedEvaluation",
     "UserError",
     "check_base",
+    "keeps_apart",
     "parse_arguments",
     "run_stage",
 ]

@@ -1,34 +1,46 @@
-"""Which records: folders, forms, lengths, splits; and how a conversation becomes tokens."""
+"""Which records: folders, forms, splits, lengths; read once, kept as memory-mapped Arrow files, tokenized once."""
 
+import inspect
 import json
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
-from jinja2 import TemplateError
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets, load_dataset
 from loguru import logger
 
 from arguments.command_line import UserError
-from arguments.records import (
-    SUFFIXES,
-    BadRecord,
-    find_files,
-    read_file,
-    to_conversation,
-    to_document,
-    to_pair,
-    to_prompt,
+from arguments.encoding import encode_turns, render, without_oldest
+from arguments.files import SUFFIXES, find_files
+from arguments.preview import preview
+from arguments.rows import (
+    FORMS,
+    cached,
+    column,
+    digest,
+    file_rows,
+    fingerprint,
+    hub_rows,
+    is_bad,
+    rows_of,
+    tokenizer_key,
 )
 
 
 @dataclass
 class DataArguments:
-    """The records of a stage: a folder with any mixture of forms (data/README.md), or a hub data set."""
+    """The records of a stage: folders with any mixture of forms (data/README.md), or a hub data set."""
 
     train_file_dir: str | None = field(
-        default=None, metadata={"help": "Folder of training records, searched recursively."}
+        default=None,
+        metadata={
+            "help": "Folder of training records, searched recursively. Several: a,b:2 (those of b count twice in an "
+            "epoch; b:0.5 takes half of them)."
+        },
     )
     validation_file_dir: str | None = field(
         default=None,
@@ -40,6 +52,13 @@ class DataArguments:
         default=5,
         metadata={"help": "Held-out share without a validation folder, in percent (below 1: as a fraction)."},
     )
+    validation_split_count: int | None = field(
+        default=None, metadata={"help": "Held-out records without a validation folder, instead of a share."}
+    )
+    keep_duplicates: bool = field(
+        default=False,
+        metadata={"help": "Keep training records that stand there twice, or among the held-out ones too."},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Take only that many training records."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Take only that many held-out records."})
     max_source_length: int = field(
@@ -48,12 +67,18 @@ class DataArguments:
     max_target_length: int = field(default=256, metadata={"help": "Tokens kept of the last answer; in RL, generated."})
     bad_records: str = field(
         default="error",
-        metadata={"help": "error: stop and name them. skip: go on without them.", "choices": ["error", "skip"]},
+        metadata={
+            "help": "error: stop and name them. skip: go on, and list them in bad_records.jsonl in the output folder.",
+            "choices": ["error", "skip"],
+        },
     )
-    overwrite_cache: bool = field(
-        default=False, metadata={"help": "Tokenize anew (records are tokenized at every start)."}
+    overwrite_cache: bool = field(default=False, metadata={"help": "Read and tokenize anew."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes for tokenizing. Default: all cores for 20,000 records and more."}
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenizing."})
+    preview: int = field(
+        default=0, metadata={"help": "Print that many records as the model will see them, and lengths; then stop."}
+    )
 
     def __post_init__(self):
         if not (self.train_file_dir or self.dataset_name):
@@ -62,163 +87,192 @@ class DataArguments:
             if getattr(self, flag) < 1:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected at least 1")
 
-    def load_documents(self) -> tuple[Dataset, Dataset]:
-        """Training and held-out rows {"text"}."""
-        return self._load(lambda record: {"text": to_document(record)})
+    def load_documents(self, output_dir: str | None = None) -> tuple[Dataset, Dataset]:
+        """Training and held-out rows {"text"}. Skipped records are listed in output_dir."""
+        return self._load("document", output_dir)
 
-    def load_conversations(self) -> tuple[Dataset, Dataset]:
+    def load_conversations(self, output_dir: str | None = None) -> tuple[Dataset, Dataset]:
         """Training and held-out rows {"messages"}, each ending with an answer."""
-        return self._load(lambda record: {"messages": to_conversation(record)})
+        return self._load("conversation", output_dir)
 
-    def load_pairs(self) -> tuple[Dataset, Dataset]:
-        """Training and held-out rows {"prompt": messages, "chosen", "rejected"}."""
-        return self._load(to_pair)
+    def load_pairs(self, output_dir: str | None = None) -> tuple[Dataset, Dataset]:
+        """Training and held-out rows {"prompt": messages, "chosen", "rejected", "kind"}."""
+        return self._load("pair", output_dir)
 
-    def load_prompts(self) -> tuple[Dataset, Dataset]:
+    def load_prompts(self, output_dir: str | None = None) -> tuple[Dataset, Dataset]:
         """Training and held-out rows {"prompt": messages, "record": the record as JSON, for reward functions}."""
-        return self._load(lambda record: {"prompt": to_prompt(record), "record": json.dumps(record, default=str)})
+        return self._load("prompt", output_dir)
 
     def encode(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
         """Tokens of a conversation that ends with an answer.
 
         Returns input_ids and labels of equal length; labels are -100 except on assistant turns and on the token that
         ends each. Both stop with the last answer's end. What comes before the last answer is cut to max_source_length
-        as encode_prompt does, the end of the answer beyond max_target_length is cut off.
+        as encode_prompt does, the end of the answer beyond max_target_length is cut off. source_tokens and
+        target_tokens tell what both were before any cut.
         """
-        while True:
-            ids, labels, start = encode_turns(tokenizer, messages)
-            if start <= self.max_source_length or not (shorter := without_oldest(messages)):
-                break
+        ids, labels, start = encode_turns(tokenizer, messages)
+        lengths = {"source_tokens": start, "target_tokens": len(ids) - start}
+        while start > self.max_source_length and (shorter := without_oldest(messages)):
             messages = shorter
+            ids, labels, start = encode_turns(tokenizer, messages)
         keep = slice(max(0, start - self.max_source_length), start + self.max_target_length)
-        return {"input_ids": ids[keep], "labels": labels[keep]}
+        return {"input_ids": ids[keep], "labels": labels[keep]} | lengths
 
-    def encode_prompt(self, tokenizer, messages: list[dict]) -> list[int]:
-        """Tokens of a conversation that awaits an answer, at most max_source_length of them.
+    def encode_prompt(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
+        """Tokens of a conversation that awaits an answer, input_ids: at most max_source_length of them.
 
         Of a long one the oldest exchanges go first, the system text stays; then the start of what is left is cut.
+        source_tokens tells their number before any cut.
         """
-        while True:
-            text = render(tokenizer, messages, add_generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(ids) <= self.max_source_length or not (shorter := without_oldest(messages)):
-                return ids[-self.max_source_length :]
+        ids = prompt_ids(tokenizer, messages)
+        source_tokens = len(ids)
+        while len(ids) > self.max_source_length and (shorter := without_oldest(messages)):
             messages = shorter
+            ids = prompt_ids(tokenizer, messages)
+        return {"input_ids": ids[-self.max_source_length :], "source_tokens": source_tokens}
 
-    def _load(self, form: Callable) -> tuple[Dataset, Dataset]:
-        train = self._read(self.train_file_dir, "train", form)
-        if self.validation_file_dir:
-            held_out = self._read(self.validation_file_dir, "validation", form)
-        else:
-            share = self.validation_split_percentage
-            share = share if share < 1 else share / 100
-            random.Random(42).shuffle(train)
-            count = max(1, round(share * len(train)))
-            held_out, train = train[:count], train[count:]
-        if not train:
-            raise UserError(f"{self.train_file_dir or self.dataset_name}: no training records left")
-        train, held_out = sample(train, self.max_train_samples), sample(held_out, self.max_eval_samples)
-        logger.info(f"{len(train)} training and {len(held_out)} held-out records")
-        return Dataset.from_list(train), Dataset.from_list(held_out)
+    def tokenize(self, rows: Dataset, encode: Callable, tokenizer, keep: tuple[str, ...] = (), **settings) -> Dataset:
+        """`encode` of every row beside its columns `keep`: in parallel, once on a machine, and kept on disk.
 
-    def _read(self, folder: str | None, split: str, form: Callable) -> list[dict]:
-        rows, bad = [], []
-        for place, record in self._records(folder, split):
-            try:
-                if isinstance(record, BadRecord):
-                    raise record
-                rows.append(form(record))
-            except BadRecord as error:
-                bad.append(f"{place}: {error}")
-        if bad:
-            shown = "\n  ".join(bad[:10]) + (f"\n  and {len(bad) - 10} more" if len(bad) > 10 else "")
-            if self.bad_records == "error":
-                raise UserError(f"{len(bad)} bad records (--bad_records skip goes on without them)\n  {shown}")
-            logger.warning(f"Skipped {len(bad)} bad records\n  {shown}")
-        return rows
+        What is kept is found again only under the same rows, tokenizer, template, code of `encode` and its module,
+        lengths and `settings`.
+        """
+        code, lengths = inspect.getsource(inspect.getmodule(encode)), (self.max_source_length, self.max_target_length)
+        key = fingerprint(rows._fingerprint, code, tokenizer_key(tokenizer), lengths, sorted(settings.items()))
+        workers = self.preprocessing_num_workers or (os.cpu_count() if len(rows) >= 20_000 else None)
+        with PartialState().local_main_process_first():
+            return rows.map(
+                encode,
+                remove_columns=[name for name in rows.column_names if name not in keep],
+                num_proc=workers,
+                new_fingerprint=key,
+                load_from_cache_file=not self.overwrite_cache,
+                desc="Tokenizing",
+            )
 
-    def _records(self, folder: str | None, split: str):
+    def cached(self, generator: Callable, kwargs: dict, *key) -> Dataset:
+        """The rows that generator(**kwargs) yields, kept on disk under `key` and the code of its module."""
+        return cached(generator, kwargs, None, *key, fresh=self.overwrite_cache)
+
+    def show(self, dataset: Dataset, tokenizer) -> None:
+        """Print the first records as the model will see them, and what the length limits cut."""
+        print(preview(dataset, tokenizer, self.preview, self.max_source_length, self.max_target_length))
+
+    def _load(self, form: str, output_dir: str | None) -> tuple[Dataset, Dataset]:
+        sources = weighted_folders(self.train_file_dir) if self.train_file_dir else [(None, 1.0)]
+        read = [self._read(folder, "train", form) for folder, _ in sources]
+        weights = np.repeat([weight for _, weight in sources], [len(rows) for rows in read])
+        rows, held_rows = concatenate_datasets(read) if len(read) > 1 else read[0], None
+        if self._held_out_apart():
+            held_rows = self._read(self.validation_file_dir, "validation", form)
+        self._judge([rows, held_rows] if held_rows else [rows], output_dir)
+
+        train, keys = np.flatnonzero(~is_bad(rows)), column(rows, "key")
+        held = np.flatnonzero(~is_bad(held_rows)) if held_rows else np.array([], dtype=int)
+        if not self.keep_duplicates:
+            train = self._without_duplicates(train, keys, column(held_rows, "key")[held] if held_rows else held)
+        if held_rows is None:
+            train, held = self._hold_out(train)
+            held_rows = rows
+        for which, found in (("training", train), ("held-out", held)):
+            if not len(found):
+                raise UserError(f"{self.train_file_dir or self.dataset_name}: no {which} records left")
+        train, held = sample(repeated(train, weights), self.max_train_samples), sample(held, self.max_eval_samples)
+        logger.info(f"{len(train)} training and {len(held)} held-out records")
+        columns = list(FORMS[form][0])
+        return rows.select(train).select_columns(columns), held_rows.select(held).select_columns(columns)
+
+    def _held_out_apart(self) -> bool:
+        """Whether there is a folder of held-out records; the 2023 scripts gave the training folder twice."""
+        twice = self.validation_file_dir and self.validation_file_dir == self.train_file_dir
+        if twice and not self.keep_duplicates:
+            logger.warning("The validation folder is the training folder: holding out a share of it instead")
+            return False
+        return self.validation_file_dir is not None
+
+    def _without_duplicates(self, train: np.ndarray, keys: np.ndarray, held_keys: np.ndarray) -> np.ndarray:
+        """The training rows that stand neither before nor among the held-out ones."""
+        _, first = np.unique(keys[train], return_index=True)
+        once = train[np.sort(first)]
+        kept = once[~np.isin(keys[once], held_keys)]
+        if len(kept) < len(train):
+            logger.warning(
+                f"Left out of training: {len(train) - len(once)} duplicates and {len(once) - len(kept)} records that "
+                "are held out too (--keep_duplicates keeps them)"
+            )
+        return kept
+
+    def _hold_out(self, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A fixed random share of the training rows, apart from the rest; both in order."""
+        share = self.validation_split_percentage
+        share = share if share < 1 else share / 100
+        count = self.validation_split_count or max(1, round(share * len(train)))
+        if count >= len(train):
+            raise UserError(f"{count} held-out records asked for, but there are {len(train)} in all")
+        picked = np.zeros(len(train), dtype=bool)
+        picked[random.Random(42).sample(range(len(train)), count)] = True
+        return train[~picked], train[picked]
+
+    def _judge(self, read: list[Dataset], output_dir: str | None) -> None:
+        """Stop at bad records, or list them in output_dir and go on."""
+        bad = [row for rows in read for row in rows.select(np.flatnonzero(is_bad(rows)))]
+        if not bad:
+            return
+        lines = [f"{row['place']}: {row['bad']}" for row in bad[:10]]
+        shown = "\n  ".join(lines) + (f"\n  and {len(bad) - 10} more" if len(bad) > 10 else "")
+        if self.bad_records == "error":
+            raise UserError(f"{len(bad)} bad records (--bad_records skip goes on without them)\n  {shown}")
+        logger.warning(f"Skipped {len(bad)} bad records\n  {shown}")
+        if output_dir and PartialState().is_main_process:
+            found = [{"place": row["place"], "reason": row["bad"], "record": row["raw"]} for row in bad]
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            (Path(output_dir) / "bad_records.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def _read(self, folder: str | None, split: str, form: str) -> Dataset:
+        """All records of a folder, or of the hub data set, as rows of `form`; bad ones say so."""
         if folder is None:
             try:
-                dataset = load_dataset(self.dataset_name, self.dataset_config_name, split=split)
+                hub = load_dataset(self.dataset_name, self.dataset_config_name, split=split)
             except (OSError, ValueError) as error:
                 raise UserError(f"--dataset_name {self.dataset_name}: {str(error).splitlines()[0]}") from error
-            yield from ((f"{self.dataset_name}[{split}][{i}]", row) for i, row in enumerate(dataset))
-            return
+            source = {"hub": hub, "name": f"{self.dataset_name}[{split}]"}
+            return rows_of(form, hub_rows, source, hub._fingerprint, fresh=self.overwrite_cache)
         if not Path(folder).exists():
             raise UserError(f"no such folder of records: {folder}")
-        files = find_files(folder)
-        if not files:
+        paths = find_files(folder)
+        if not paths:
             raise UserError(f"{folder} holds no file that ends in {', '.join(SUFFIXES)}")
-        for path in files:
-            yield from read_file(path)
+        contents = [(str(path), digest(path)) for path in paths]
+        return rows_of(form, file_rows, {"paths": [str(p) for p in paths]}, contents, fresh=self.overwrite_cache)
 
 
-def sample(rows: list, count: int | None) -> list:
+def weighted_folders(folders: str) -> list[tuple[str, float]]:
+    """'a,b:2' as [("a", 1.0), ("b", 2.0)]; a path that exists as it stands is one folder."""
+    found = []
+    for part in [folders] if Path(folders).exists() else folders.split(","):
+        name, colon, weight = part.rpartition(":")
+        try:
+            found.append((name, float(weight)) if colon and not Path(part).exists() else (part, 1.0))
+        except ValueError:
+            raise UserError(f"{part}: expected a folder, or folder:weight with a number") from None
+    return found
+
+
+def repeated(indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Each index as often as its row weighs; of the fraction of a weight, a fixed random choice gets one more."""
+    whole, fraction = np.divmod(weights[indices], 1)
+    return np.repeat(indices, whole.astype(int) + (np.random.RandomState(42).rand(len(indices)) < fraction))
+
+
+def sample(indices: np.ndarray, count: int | None) -> np.ndarray:
     """At most `count` rows, picked over all files alike (a folder's first rows are often of one file), in order."""
-    if count is None or count >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(random.Random(42).sample(range(len(rows)), count))]
+    if count is None or count >= len(indices):
+        return indices
+    return indices[sorted(random.Random(42).sample(range(len(indices)), count))]
 
 
-def without_oldest(messages: list[dict]) -> list[dict] | None:
-    """The conversation without its first question and answer; None when there is only one."""
-    later = [i for i, message in enumerate(messages) if message["role"] == "user"][1:]
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    return system + messages[later[0] :] if later else None
-
-
-def render(tokenizer, messages: list[dict], **kwargs) -> str:
-    """The chat template's text. A template that knows no system role gets it at the head of the first question."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except TemplateError as error:
-        if messages[0]["role"] != "system" or len(messages) < 2:
-            raise UserError(f"the chat template refuses a conversation: {error}") from error
-        first = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
-        return render(tokenizer, [first, *messages[2:]], **kwargs)
-
-
-def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int], int]:
-    """input_ids and labels of a whole conversation (see DataArguments.encode), and where the last answer starts.
-
-    The template is rendered with a marker in place of each answer, so that an answer is found by place and not by its
-    words, whatever the template does around it.
-    """
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    marker = "\ue000{}\ue001".format
-    numbered = iter(range(len(answers)))
-    marked = [m | {"content": marker(next(numbered))} if m["role"] == "assistant" else m for m in messages]
-    rest, text, spans = render(tokenizer, marked), "", []
-    for number, answer in enumerate(answers):
-        before, found, rest = rest.partition(marker(number))
-        if not found:
-            raise UserError("the chat template leaves out or rewrites assistant turns: it cannot be trained on")
-        spans.append((len(text + before), len(text + before + answer)))
-        text += before + answer
-    encoded = tokenizer(text + rest, add_special_tokens=False, return_offsets_mapping=True)
-    return mask_answers(tokenizer, encoded["input_ids"], encoded["offset_mapping"], spans)
-
-
-def mask_answers(tokenizer, ids, offsets, spans) -> tuple[list[int], list[int], int]:
-    """Labels that are -100 outside the character `spans` and the special token that follows each.
-
-    Everything after the last answer's end is cut off; where the template puts no special token there, eos is added. A
-    token that begins before its span ("Assistant:" + " a") is the answer's. Returns where the last answer starts too.
-    """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
-    labels, position, answer = [-100] * len(ids), 0, 0
-    for start, end in spans:
-        while position < len(ids) and offsets[position][1] <= start:
-            position += 1
-        answer = position
-        while position < len(ids) and offsets[position][0] < end:
-            labels[position] = ids[position]
-            position += 1
-        closing = next((i for i in range(position, min(position + 2, len(ids))) if ids[i] in special), None)
-        if closing is not None and tokenizer.decode(ids[position:closing]).strip() == "":
-            labels[closing] = ids[closing]
-            position = closing + 1
-    if position and labels[position - 1] in special:
-        return ids[:position], labels[:position], answer
-    return ids[:position] + [tokenizer.eos_token_id], labels[:position] + [tokenizer.eos_token_id], answer
+def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

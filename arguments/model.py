@@ -1,5 +1,6 @@
 """Which model: base, tokenizer, dtype, quantisation, attention."""
 
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,6 +145,26 @@ class ModelArguments:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+
+
+@torch.no_grad()
+def keeps_apart(model) -> bool:
+    """Whether sequences laid end to end in a row, told apart by position_ids alone, do not see each other.
+
+    The model is asked: what stands before a sequence must not move its logits. Models without position_ids (ALiBi,
+    recurrent ones) fail.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    ids = torch.arange(3, 15, device=model.device).repeat(2, 1)
+    ids[1, :6] += 20
+    positions = torch.arange(6, device=model.device).repeat(2, 2)
+    training = model.training
+    logits = [
+        model.eval()(input_ids=row[None], position_ids=positions[:1], use_cache=False).logits[0, 6:] for row in ids
+    ]
+    model.train(training)
+    return torch.equal(*logits)
 
 
 def pad_candidate(tokenizer, vocab_size: int) -> str:

@@ -1,15 +1,10 @@
-"""Record forms: how files are read, and how each form seen in the wild becomes one canonical form.
+"""Record forms: how each form seen in the wild becomes one canonical form.
 
 Documents are strings. A conversation is a list of {"role", "content"} messages. A pair is
 {"prompt": messages, "chosen": str, "rejected": str}.
 """
 
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from arguments.files import INVISIBLE, BadRecord
 
 ROLES = {
     "human": "user",
@@ -22,80 +17,6 @@ ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-INVISIBLE = " \t\r\n\u3000\u200b\ufeff"
-BETWEEN_RECORDS = re.compile(rf"[{INVISIBLE},]*")
-SUFFIXES = (".txt", ".json", ".jsonl", ".txt.gz", ".json.gz", ".jsonl.gz")
-
-
-class BadRecord(ValueError):
-    """A record that cannot be used: what was found and what was expected."""
-
-
-def find_files(folder: str) -> list[Path]:
-    """Every readable data file under `folder` (searched recursively), or `folder` itself when it is a file."""
-    root = Path(folder)
-    files = [root] if root.is_file() else sorted(root.rglob("*"))
-    return [path for path in files if path.is_file() and path.name.endswith(SUFFIXES)]
-
-
-def read_file(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield (file:line, record) for each record; a record of a .txt file is {"text": line}.
-
-    A line that cannot be read yields its BadRecord in place of a record, so that the rest of the file is still seen.
-    """
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-        text = decode(raw)
-    except (BadRecord, OSError, EOFError, zlib.error) as error:
-        yield str(path), BadRecord(f"cannot be read: {error}")
-        return
-    if path.name.removesuffix(".gz").endswith(".txt"):
-        records = (
-            (number, {"text": line}) for number, line in enumerate(text.split("\n"), 1) if line.strip(INVISIBLE)
-        )
-    elif text.lstrip(INVISIBLE).startswith("["):
-        records = read_json_array(text)
-    else:
-        records = read_json_lines(text)
-    yield from ((f"{path}:{number}", record) for number, record in records)
-
-
-def decode(raw: bytes) -> str:
-    for encoding in ("utf-8", "gb18030"):
-        try:
-            return raw.decode(encoding).removeprefix("\ufeff")
-        except UnicodeDecodeError:
-            continue
-    raise BadRecord("neither UTF-8 nor GB18030 text")
-
-
-def read_json_lines(text: str) -> Iterator[tuple[int, object]]:
-    """(line, record) of each line that holds one."""
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.strip(INVISIBLE)
-        if line:
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:  # json.JSONDecodeError, a huge number, deep nesting
-                yield number, BadRecord(f"not JSON ({error}): {line[:60]}")
-
-
-def read_json_array(text: str) -> Iterator[tuple[int, object]]:
-    """(line it starts on, record) of each record of a JSON array."""
-    decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-    while True:
-        position = BETWEEN_RECORDS.match(text, position).end()
-        line, counted = line + text.count("\n", counted, position), position
-        if text[position : position + 1] == "]":
-            break
-        try:
-            record, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            yield getattr(error, "lineno", line), BadRecord(f"not JSON ({error}); the rest is not read")
-            return
-        yield line, record
-    if text[position + 1 :].strip(INVISIBLE):
-        yield line, BadRecord(f"text after the array's end: {text[position + 1 :].strip(INVISIBLE)[:60]}")
 
 
 def clean(value) -> str:

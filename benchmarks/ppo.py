@@ -61,7 +61,7 @@ def write_prompts(args, folder: Path) -> list[list[int]]:
     lines = [json.dumps({"prompt": row["prompt"]}, ensure_ascii=False) for row in rows]
     (folder / "prompts" / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tokenizer = ModelArguments(model_name_or_path=args.model).load_tokenizer()
-    return [data_args.encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    return [data_args.encode_prompt(tokenizer, row["prompt"])["input_ids"] for row in rows]
 
 
 def merged_reward_model(args, folder: Path) -> str:

@@ -2,7 +2,8 @@
 
     python scripts/report.py models/SmolLM2-135M-Instruct outputs
 
-Reads all_results.json of outputs/pt, sft, rm and rl, and the models outputs/sft-merged and rl-merged.
+Reads all_results.json of outputs/pt, sft, rm and rl, quiz.json (of scripts/quiz.py), and the models
+outputs/sft-merged and rl-merged.
 """
 
 import json
@@ -36,6 +37,9 @@ def print_table(outputs: Path) -> None:
     for stage, what, before, after, unit, count in ROWS:
         found = results[stage]
         print(f"{stage:4} {what:30} {found[before]:9.3f} {found[after]:9.3f}   {found[count]} {unit}")
+    (base, pt, sft), quiz = quiz_accuracies(outputs)
+    for stage, before, after in (("PT", base, pt), ("SFT", pt, sft)):
+        print(f"{stage:4} {'quiz accuracy (chance: 0.25)':30} {before:9.3f} {after:9.3f}   {quiz} questions")
     print(
         "\n     time per stage: "
         + ", ".join(
@@ -43,6 +47,12 @@ def print_table(outputs: Path) -> None:
             for stage, found in results.items()
         )
     )
+
+
+def quiz_accuracies(outputs: Path) -> tuple[list[float], int]:
+    """Of the base, PT and SFT models, and over how many questions."""
+    found = list(json.loads((outputs / "quiz.json").read_text()).values())
+    return [row["accuracy"] for row in found], found[0]["questions"]
 
 
 def unseen_prompts(outputs: Path) -> list[list[dict]]:

@@ -29,6 +29,8 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --ppo_epochs 2 \
   --learning_rate 1e-3 \
   --gae_lambda 1 \
+  --lr_scheduler_type constant_with_warmup \
+  --warmup_steps 4 \
   --eval_on_start \
   --save_steps 1 \
   "$@"

@@ -1,21 +1,25 @@
 """How the tests launch the scripts, and the records they launch them on."""
 
-import os
-
-# No network, and one thread: models this small only get slower with more. Set before anything imports torch.
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+import atexit
 import contextlib
 import io
 import json
+import os
 import runpy
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# No network, and one thread: models this small only get slower with more. Set before anything imports torch.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,7 +136,7 @@ def in_subprocess(*command, **environment) -> Outcome:
 
 def stage(name: str, model, data: Path, output: Path, *flags) -> list:
     """Flags of a short run of the stage `name`."""
-    folders = ("--train_file_dir", data / name, "--validation_file_dir", data / name)
+    folders = ("--train_file_dir", data / name, "--validation_file_dir", data / name, "--keep_duplicates")
     common = ("--model_name_or_path", model, "--output_dir", output, "--max_eval_samples", 4, "--logging_steps", 1)
     return [SCRIPTS[name], *common, *folders, *SHORT[name], *flags]
 

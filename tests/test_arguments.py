@@ -244,7 +244,7 @@ def test_sample_limits(tmp_path):
 
 
 def test_one_record_cannot_be_split(tmp_path):
-    with pytest.raises(UserError, match="no training records left"):
+    with pytest.raises(UserError, match="1 held-out records asked for, but there are 1 in all"):
         held_out(tmp_path, 1, 5)
 
 

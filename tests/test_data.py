@@ -112,6 +112,23 @@ def readme_counts():
     return counts
 
 
+QUIZ = ("quiz/en.jsonl", "quiz/zh.jsonl")
+
+
+@pytest.mark.parametrize("file", QUIZ)
+def test_the_quiz_gives_nothing_away(file):
+    questions = records(file)
+    titles = {row["text"].split("\n")[0] for row in rows("pretrain")[0]}
+    lengths = [[len(option) for option in q["options"]] for q in questions]
+    right = [row[q["answer"]] for row, q in zip(lengths, questions, strict=True)]
+    assert len({q["question"] for q in questions}) == len(questions)
+    assert all(len(set(q["options"])) == 4 and q["source"] in titles for q in questions)
+    assert max(sum(q["answer"] == i for q in questions) for i in range(4)) <= 0.3 * len(questions)
+    for extreme in (max, min):
+        share = sum(own == extreme(row) for own, row in zip(right, lengths, strict=True)) / len(questions)
+        assert 0.2 <= share <= 0.3
+
+
 def test_readme_tells_the_true_numbers():
     assert readme_counts() == {file: len(records(file)) for file in FILES}
     text = " ".join((DATA / "README.md").read_text("utf-8").split())

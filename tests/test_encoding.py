@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from arguments import DataArguments, UserError
-from arguments.data import encode_turns
+from arguments.encoding import encode_turns
 from arguments.model import PLAIN_CHAT_TEMPLATE, pad_candidate
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -199,7 +199,7 @@ def test_truncation(chatml, source, before, answers, target, answer):
     encoded = args.encode(chatml, LONG)
     assert chatml.decode(encoded["input_ids"]) == before + answer
     assert trained(chatml, encoded) == [*answers, answer]
-    prompt = args.encode_prompt(chatml, LONG[:-1])
+    prompt = args.encode_prompt(chatml, LONG[:-1])["input_ids"]
     assert chatml.decode(prompt) == before
     assert prompt + chatml(answer)["input_ids"] == encoded["input_ids"]
 
@@ -216,7 +216,7 @@ def cut(tokenizer, messages, source, target):
 @pytest.mark.parametrize("template", [CHATML, PLAIN_CHAT_TEMPLATE, NO_END])
 def test_truncation_keeps_the_header_and_start_of_the_last_answer(template):
     tokenizer = make_tokenizer(template)
-    header = data_args(5).encode_prompt(tokenizer, LONG[:-1])
+    header = data_args(5).encode_prompt(tokenizer, LONG[:-1])["input_ids"]
     before, answer = cut(tokenizer, [*LONG[:-1], {"role": "assistant", "content": "1 2 3 4 5 6"}], 5, 3)
     assert before == [tokenizer.decode([i]) for i in header]
     assert "".join(before).endswith("ssistant\n" if template == CHATML else "ssistant:\n")
@@ -246,7 +246,7 @@ def test_prompt_and_answer_and_eos_are_the_whole(template, question, answer, sys
     chatml.chat_template = template
     try:
         args = data_args(source, target)
-        prompt = args.encode_prompt(chatml, chat(*question, system=system))
+        prompt = args.encode_prompt(chatml, chat(*question, system=system))["input_ids"]
         whole = args.encode(chatml, chat(*question, answer, system=system))["input_ids"]
         assert prompt + (chatml(answer)["input_ids"] + [chatml.eos_token_id])[:target] == whole
         assert len(prompt) <= source
@@ -257,7 +257,7 @@ def test_prompt_and_answer_and_eos_are_the_whole(template, question, answer, sys
 @pytest.mark.parametrize("template", [CHATML, PLAIN_CHAT_TEMPLATE, NO_END, NO_SYSTEM, SAME_LINE])
 def test_the_last_answer_starts_where_the_prompt_ends(template):
     tokenizer = make_tokenizer(template)
-    prompt = data_args().encode_prompt(tokenizer, LONG[:-1])
+    prompt = data_args().encode_prompt(tokenizer, LONG[:-1])["input_ids"]
     ids, labels, start = encode_turns(tokenizer, LONG)
     assert (ids[:start], labels[start:]) == (prompt, ids[start:])
 

@@ -84,6 +84,10 @@ def test_pipeline(pipeline):
     for stage in STAGES:
         assert json.loads((outputs / f"{stage}-merged" / "merge.json").read_text())["parity"]["equal_top1"] > 0.95
     results = {stage: json.loads((outputs / stage / "all_results.json").read_text()) for stage in STAGES}
+    quiz = json.loads((outputs / "quiz.json").read_text())
+    assert [row["questions"] for row in quiz.values()] == [126] * 3
+    assert list(quiz.values())[0]["accuracy"] > 0.3  # four options: the base model knows something
+    assert printed.count("quiz accuracy (chance: 0.25)") == 2
     assert results["pt"]["eval_perplexity"] < results["pt"]["eval_perplexity_before"] < 100
     assert results["rl"]["eval_kl_before"] == 0.0
     assert results["rl"]["eval_length"] <= 8 and results["rl"]["eval_prompts"] == 4

@@ -1,21 +1,16 @@
 """Every record form to its canonical form, files in every encoding, and errors that name file and line."""
 
 import gzip
+import io
 import json
 import re
 
+import pyarrow.parquet
 import pytest
 
 from arguments import DataArguments, UserError
-from arguments.records import (
-    BadRecord,
-    find_files,
-    read_file,
-    to_conversation,
-    to_document,
-    to_pair,
-    to_prompt,
-)
+from arguments.files import BadRecord, find_files, read_file
+from arguments.records import to_conversation, to_document, to_pair, to_prompt
 
 
 def chat(*turns):
@@ -196,6 +191,13 @@ ROWS = [{"text": "高血压。"}, {"text": "Asthma."}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 ARRAY = json.dumps(ROWS, ensure_ascii=False, indent=1)
 
+
+def parquet(rows):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
 FILES = {
     "jsonl": ("a.jsonl", LINES.encode(), [1, 2]),
     "CRLF": ("a.jsonl", LINES.replace("\n", "\r\n").encode(), [1, 2]),
@@ -215,6 +217,14 @@ FILES = {
     "json array, GB18030, gzip": ("a.json.gz", gzip.compress(ARRAY.encode("gb18030")), [2, 5]),
     "json array in .jsonl": ("a.jsonl", ARRAY.encode(), [2, 5]),
     "txt": ("a.txt", "高血压。\r\n\n \u3000\nAsthma.\n".encode(), [1, 4]),
+    "csv": ("a.csv", 'text,id\n高血压。,1\n"Asthma.",2\n'.encode(), [2, 3]),
+    "csv, CRLF, BOM, spaces in the header": (
+        "a.csv",
+        b"\xef\xbb\xbf" + " text\r\n高血压。\r\nAsthma.".encode(),
+        [2, 3],
+    ),
+    "csv, GB18030, gzip": ("a.csv.gz", gzip.compress("text\n高血压。\nAsthma.".encode("gb18030")), [2, 3]),
+    "parquet": ("a.parquet", parquet(ROWS), [1, 2]),
     "txt, GB18030, gzip": ("a.txt.gz", gzip.compress("高血压。\nAsthma.".encode("gb18030")), [1, 2]),
 }
 
@@ -226,6 +236,63 @@ def test_files(tmp_path, name, raw, lines):
     found = list(read_file(path))
     assert [place for place, _ in found] == [f"{path}:{line}" for line in lines]
     assert [{"text": to_document(record)} for _, record in found] == ROWS
+
+
+WRAPPED = """\
+Asthma is a long-term condition in which the airways
+are inflamed, so that they tighten and swell at
+times. Most people live well with it.
+
+高血压是指血压长期高于正常，多数人没有感觉，所以要
+定期测量血压，少吃盐，多运动。
+
+One line.
+"""
+
+
+def test_hard_wrapped_paragraphs_are_documents(tmp_path):
+    (tmp_path / "a.txt").write_text(WRAPPED, encoding="utf-8")
+    places, found = zip(*read_file(tmp_path / "a.txt"), strict=True)
+    assert [place.rpartition(":")[2] for place in places] == ["1", "5", "8"]
+    assert [record["text"] for record in found] == [
+        "Asthma is a long-term condition in which the airways are inflamed, so that they tighten and swell at times. "
+        "Most people live well with it.",
+        "高血压是指血压长期高于正常，多数人没有感觉，所以要定期测量血压，少吃盐，多运动。",
+        "One line.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "One.\nTwo.\nThree.\n",
+        "One.\n\nTwo.\n\nThree.\n",
+        "A first document, on a line.\nA second one, alike.\n\nA third.\n",
+        "x" * 200 + "\n" + "y" * 200 + "\nz\n\nlast\n",
+        "no full stop\nnor here\nnor there\n",
+    ],
+)
+def test_documents_of_one_line_stay_apart(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    found = [record["text"].strip() for _, record in read_file(tmp_path / "a.txt")]
+    assert found == [line for line in text.split("\n") if line]
+
+
+def test_csv_cells_hold_turns_and_history(tmp_path):
+    turns = json.dumps(QA).replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'messages\n"{turns}"\n')
+    (tmp_path / "b.csv").write_text('instruction,output,history\nq2,a2,"[[""q1"", ""a1""]]"\n[x,y,\n')
+    (_, first), (_, second), (_, third) = [pair for name in "ab" for pair in read_file(tmp_path / f"{name}.csv")]
+    assert to_conversation(first) == QA
+    assert to_conversation(second) == Q1A1Q2 + chat(("assistant", "a2"))
+    assert to_conversation(third) == chat(("user", "[x"), ("assistant", "y"))
+
+
+def test_csv_rows_with_too_many_cells_are_bad(tmp_path):
+    (tmp_path / "a.csv").write_text("text,id\none,1\ntwo,2,3\n")
+    (_, good), (place, bad) = read_file(tmp_path / "a.csv")
+    assert good == {"text": "one", "id": "1"} and place.endswith("a.csv:3")
+    assert "more cells than the 2 columns" in str(bad)
 
 
 def test_folders_are_searched_recursively(tmp_path):
@@ -259,13 +326,71 @@ def test_errors_name_file_and_line(tmp_path, text, message):
 
 
 def load_texts(folder, **kwargs):
-    args = DataArguments(train_file_dir=str(folder), validation_file_dir=str(folder), **kwargs)
+    args = DataArguments(str(folder), str(folder), keep_duplicates=True, **kwargs)
     return args.load_documents()[0]["text"]
 
 
-def test_bad_records_are_skipped_on_request(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n{"text": ""}\n{"text": "four"}\n')
-    assert load_texts(tmp_path, bad_records="skip") == ["one", "four"]
+def test_bad_records_are_skipped_on_request_and_listed(tmp_path):
+    data, output = tmp_path / "data", tmp_path / "output"
+    data.mkdir()
+    (data / "a.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n{"text": ""}\n{"text": "four"}\n{oops\n')
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("five\n")
+    args = DataArguments(str(data), str(held_out), bad_records="skip")
+    assert args.load_documents(str(output))[0]["text"] == ["one", "four"]
+    listed = [json.loads(line) for line in (output / "bad_records.jsonl").read_text().splitlines()]
+    assert [row["place"] for row in listed] == [f"{data}/a.jsonl:{line}" for line in (2, 3, 5)]
+    assert listed[1] == {"place": f"{data}/a.jsonl:3", "reason": "the text is empty", "record": '{"text": ""}'}
+    assert "oops" in listed[2]["reason"] and listed[2]["record"] == ""
+
+
+def write_texts(path, *texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def test_folders_have_weights(tmp_path):
+    a, b, c = (write_texts(tmp_path / x / "a.jsonl", *(f"{x}{i}" for i in range(8))) for x in "abc")
+    held_out = write_texts(tmp_path / "held_out.jsonl", "other")
+    texts = DataArguments(f"{a},{b}:2,{c}:0.5", held_out).load_documents()[0]["text"]
+    assert [text for text in texts if text[0] == "a"] == [f"a{i}" for i in range(8)]
+    assert sorted(text for text in texts if text[0] == "b") == sorted([f"b{i}" for i in range(8)] * 2)
+    assert 1 <= len([text for text in texts if text[0] == "c"]) <= 7
+    with pytest.raises(UserError, match="a.jsonl:x: expected a folder, or folder:weight"):
+        DataArguments(f"{a}:x", held_out).load_documents()
+    with pytest.raises(UserError, match="no such folder of records: nowhere"):
+        DataArguments(f"{a},nowhere", held_out).load_documents()
+
+
+def test_duplicates_and_held_out_records_are_left_out_of_training(tmp_path, caplog):
+    train = write_texts(tmp_path / "train.jsonl", "one", "two", "one ", "three", "four")
+    held_out = write_texts(tmp_path / "held_out.jsonl", "three", "five")
+    assert DataArguments(train, held_out).load_documents()[0]["text"] == ["one", "two", "four"]
+    kept = DataArguments(train, held_out, keep_duplicates=True).load_documents()[0]["text"]
+    assert kept == ["one", "two", "one", "three", "four"]
+
+
+def test_the_training_folder_as_validation_folder_holds_out_a_share(tmp_path):
+    data = write_texts(tmp_path / "a.jsonl", *(f"text {i}" for i in range(10)))
+    train, held_out = DataArguments(data, data, validation_split_count=3).load_documents()
+    assert len(train) == 7 and len(held_out) == 3
+    assert not set(train["text"]) & set(held_out["text"])
+
+
+def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(tmp_path, monkeypatch):
+    import arguments.rows
+
+    calls = []
+    read = arguments.rows.read_file
+    monkeypatch.setattr(arguments.rows, "read_file", lambda path: calls.append(path) or read(path))
+    data, held_out = write_texts(tmp_path / "a.jsonl", "one"), write_texts(tmp_path / "b.jsonl", "other")
+    for text, count in (("one", 2), ("one", 2), ("two", 3)):
+        write_texts(tmp_path / "a.jsonl", text)
+        assert DataArguments(data, held_out).load_documents()[0]["text"] == [text]
+        assert len(calls) == count
+    DataArguments(data, held_out, overwrite_cache=True).load_documents()
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize(

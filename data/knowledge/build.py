@@ -3,6 +3,7 @@
     python data/knowledge/build.py
 
 Reads:  data/knowledge/*.jsonl, one medical condition a line, the English files before the Chinese one,
+        data/knowledge/topics/*.jsonl, documents on medicines, tests, first aid and the like,
         and data/knowledge/phrases.json, the questions, headings and non-answers
 Writes: data/{pretrain,finetune,reward,prompts}/{train,validation}/*.jsonl, the same bytes at every run
 """
@@ -36,9 +37,9 @@ SYSTEMS, TASKS = PHRASES["systems"], PHRASES["tasks"]
 EVASIVE, RAMBLING = PHRASES["evasive"], PHRASES["rambling"]
 
 
-def load_conditions():
-    """Return the records of all knowledge files, in the order of their file names."""
-    lines = [line for path in sorted(KNOWLEDGE.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+def load(pattern):
+    """Return the records of the knowledge files that fit, in the order of their names."""
+    lines = [line for path in sorted(KNOWLEDGE.glob(pattern)) for line in path.read_text("utf-8").splitlines()]
     return [json.loads(line) for line in lines if line.strip()]
 
 
@@ -206,11 +207,15 @@ def build(conditions, split, language, rng):
 
 
 def main():
-    rng = random.Random(0)
-    conditions = load_conditions()
+    rng, conditions, topics = random.Random(0), load("*.jsonl"), load("topics/*.jsonl")
     for split in ("train", "validation"):
         for language in ("en", "zh"):
             build(conditions, split, language, rng)
+    for split in ("train", "validation"):
+        for language in ("en", "zh"):
+            texts = [{"text": t["text"]} for t in topics if t["split"] == split and t["language"] == language]
+            if texts:
+                write("pretrain", split, f"{language}_topics.jsonl", texts, rng)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""How a conversation becomes tokens, and which of them are trained: pure functions of a tokenizer and messages."""
+
+from jinja2 import TemplateError
+
+from arguments.command_line import UserError
+
+
+def without_oldest(messages: list[dict]) -> list[dict] | None:
+    """The conversation without its first question and answer; None when there is only one."""
+    later = [i for i, message in enumerate(messages) if message["role"] == "user"][1:]
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    return system + messages[later[0] :] if later else None
+
+
+def render(tokenizer, messages: list[dict], **kwargs) -> str:
+    """The chat template's text. A template that knows no system role gets it at the head of the first question."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    except TemplateError as error:
+        if messages[0]["role"] != "system" or len(messages) < 2:
+            raise UserError(f"the chat template refuses a conversation: {error}") from error
+        first = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
+        return render(tokenizer, [first, *messages[2:]], **kwargs)
+
+
+def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int], int]:
+    """input_ids and labels of a whole conversation (see DataArguments.encode), and where the last answer starts.
+
+    The template is rendered with a marker in place of each answer, so that an answer is found by place and not by its
+    words, whatever the template does around it.
+    """
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    marker = "\ue000{}\ue001".format
+    numbered = iter(range(len(answers)))
+    marked = [m | {"content": marker(next(numbered))} if m["role"] == "assistant" else m for m in messages]
+    rest, text, spans = render(tokenizer, marked), "", []
+    for number, answer in enumerate(answers):
+        before, found, rest = rest.partition(marker(number))
+        if not found:
+            raise UserError("the chat template leaves out or rewrites assistant turns: it cannot be trained on")
+        spans.append((len(text + before), len(text + before + answer)))
+        text += before + answer
+    encoded = tokenizer(text + rest, add_special_tokens=False, return_offsets_mapping=True)
+    return mask_answers(tokenizer, encoded["input_ids"], encoded["offset_mapping"], spans)
+
+
+def mask_answers(tokenizer, ids, offsets, spans) -> tuple[list[int], list[int], int]:
+    """Labels that are -100 outside the character `spans` and the special token that follows each.
+
+    Everything after the last answer's end is cut off; where the template puts no special token there, eos is added. A
+    token that begins before its span ("Assistant:" + " a") is the answer's. Returns where the last answer starts too.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
+    labels, position, answer = [-100] * len(ids), 0, 0
+    for start, end in spans:
+        while position < len(ids) and offsets[position][1] <= start:
+            position += 1
+        answer = position
+        while position < len(ids) and offsets[position][0] < end:
+            labels[position] = ids[position]
+            position += 1
+        closing = next((i for i in range(position, min(position + 2, len(ids))) if ids[i] in special), None)
+        if closing is not None and tokenizer.decode(ids[position:closing]).strip() == "":
+            labels[closing] = ids[closing]
+            position = closing + 1
+    if position and labels[position - 1] in special:
+        return ids[:position], labels[:position], answer
+    return ids[:position] + [tokenizer.eos_token_id], labels[:position] + [tokenizer.eos_token_id], answer

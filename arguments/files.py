@@ -1,0 +1,182 @@
+"""Data files: which there are, and the records in them, each with its place.
+
+A record is what the file holds, a dict as a rule; what cannot be read comes as a BadRecord in its place, so that the
+rest of the file is still seen.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import statistics
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+INVISIBLE = " \t\r\n\u3000\u200b\ufeff"
+BETWEEN_RECORDS = re.compile(rf"[{INVISIBLE},]*")
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv")
+SUFFIXES = (*TEXT_SUFFIXES, *(suffix + ".gz" for suffix in TEXT_SUFFIXES), ".parquet")
+SENTENCE_ENDS = tuple(".!?:;\"')\u3002\uff01\uff1f\u2026\uff1a\uff1b\u201d\uff09")
+csv.field_size_limit(sys.maxsize)
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used: what was found and what was expected."""
+
+
+def find_files(folder: str) -> list[Path]:
+    """Every readable data file under `folder` (searched recursively), or `folder` itself when it is a file."""
+    root = Path(folder)
+    files = [root] if root.is_file() else sorted(root.rglob("*"))
+    return [path for path in files if path.is_file() and path.name.endswith(SUFFIXES)]
+
+
+def read_file(path: Path) -> Iterator[tuple[str, object]]:
+    """Yield (file:line, record) for each record; a record of a .txt file is {"text": document}.
+
+    Files are read as they are used, a line at a time; only a JSON array is held in memory as a whole.
+    """
+    try:
+        records = read_parquet(path) if path.suffix == ".parquet" else read_text(path)
+        yield from ((f"{path}:{number}", record) for number, record in records)
+    except (BadRecord, OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
+        yield str(path), BadRecord(f"cannot be read: {error}")
+
+
+def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    """(row, record) of a .parquet file, whose rows are counted from 1."""
+    with pyarrow.parquet.ParquetFile(path) as file:
+        batches = file.iter_batches(batch_size=1000)
+        yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
+
+
+def read_text(path: Path) -> Iterator[tuple[int, object]]:
+    """(line, record) of a .txt, .csv, .json or .jsonl file; the last two are told apart by what they hold."""
+    encoding, name = encoding_of(path), path.name.removesuffix(".gz")
+    with io.TextIOWrapper(open_bytes(path), encoding=encoding, newline="\n") as file:
+        if name.endswith(".csv"):
+            yield from read_csv(file)
+        elif name.endswith(".txt"):
+            yield from read_documents(file)
+        elif starts_array(path, encoding):
+            yield from read_json_array(file.read())
+        else:
+            yield from read_json_lines(file)
+
+
+def open_bytes(path: Path):
+    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
+
+
+def encoding_of(path: Path) -> str:
+    """The encoding that decodes all of the file: UTF-8, with or without BOM, before GB18030."""
+    for encoding in ("utf-8-sig", "gb18030"):
+        decoder = codecs.getincrementaldecoder(encoding)()
+        try:
+            with open_bytes(path) as file:
+                while chunk := file.read(1 << 20):
+                    decoder.decode(chunk)
+                decoder.decode(b"", final=True)
+            return encoding
+        except UnicodeDecodeError:
+            continue
+    raise BadRecord("neither UTF-8 nor GB18030 text")
+
+
+def starts_array(path: Path, encoding: str) -> bool:
+    with io.TextIOWrapper(open_bytes(path), encoding=encoding) as file:
+        return next((line for line in file if line.strip(INVISIBLE)), "").lstrip(INVISIBLE).startswith("[")
+
+
+def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
+    """(line it ends on, record) of each row; the first row names the columns. Cells with a JSON list become lists."""
+    reader = csv.DictReader(lines)
+    for record in reader:
+        if None in record:
+            yield reader.line_num, BadRecord(f"more cells than the {len(reader.fieldnames)} columns of the first line")
+            continue
+        yield reader.line_num, {key.strip(INVISIBLE): cell_value(cell) for key, cell in record.items()}
+
+
+def cell_value(cell: str | None):
+    """A cell's text, or the turns that stand in it as JSON."""
+    if cell and cell.startswith(("[{", "[[")):
+        try:
+            return json.loads(cell)
+        except ValueError:
+            return cell
+    return cell
+
+
+def read_documents(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
+    """(line, {"text"}) of each line that holds a document, or of each paragraph of a hard-wrapped file."""
+    lines = iter(lines)
+    head = list(itertools.islice(lines, 2000))
+    numbered = enumerate(itertools.chain(head, lines), 1)
+    if not is_hard_wrapped(head):
+        yield from ((number, {"text": line}) for number, line in numbered if line.strip(INVISIBLE))
+        return
+    for blank, group in itertools.groupby(numbered, key=lambda pair: not pair[1].strip(INVISIBLE)):
+        if not blank:
+            numbers, texts = zip(*group, strict=True)
+            yield numbers[0], {"text": unwrapped(texts)}
+
+
+def is_hard_wrapped(lines: list[str]) -> bool:
+    """Whether a .txt holds paragraphs, set apart by blank lines and broken at a column, not one document a line.
+
+    Lines that another follows are then alike in length, at most 120 characters long, and mostly end inside a sentence.
+    """
+    texts = [line.strip(INVISIBLE) for line in lines]
+    broken = [line for line, following in itertools.pairwise(texts) if line and following]
+    apart = any(not line for line in texts[: len(texts) - 1])
+    if not apart or len(broken) < 2 or max(map(len, broken)) > 120:
+        return False
+    inside_sentence = sum(not line.endswith(SENTENCE_ENDS) for line in broken)
+    return inside_sentence > len(broken) / 2 and statistics.median(map(len, broken)) > 0.6 * max(map(len, broken))
+
+
+def unwrapped(lines: Iterable[str]) -> str:
+    """The lines of a paragraph as one, with a space between words but not between Chinese characters."""
+    text = ""
+    for line in (line.strip(INVISIBLE) for line in lines):
+        wide = text and (ord(text[-1]) > 0x2E80 or ord(line[0]) > 0x2E80)
+        text += line if wide or not text else " " + line
+    return text
+
+
+def read_json_lines(lines: Iterable[str]) -> Iterator[tuple[int, object]]:
+    """(line, record) of each line that holds one."""
+    for number, line in enumerate(lines, 1):
+        line = line.strip(INVISIBLE)
+        if line:
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:  # json.JSONDecodeError, a huge number, deep nesting
+                yield number, BadRecord(f"not JSON ({error}): {line[:60]}")
+
+
+def read_json_array(text: str) -> Iterator[tuple[int, object]]:
+    """(line it starts on, record) of each record of a JSON array."""
+    decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    while True:
+        position = BETWEEN_RECORDS.match(text, position).end()
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]":
+            break
+        try:
+            record, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            yield getattr(error, "lineno", line), BadRecord(f"not JSON ({error}); the rest is not read")
+            return
+        yield line, record
+    if text[position + 1 :].strip(INVISIBLE):
+        yield line, BadRecord(f"text after the array's end: {text[position + 1 :].strip(INVISIBLE)[:60]}")

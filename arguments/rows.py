@@ -1,0 +1,107 @@
+"""Records as rows of a memory-mapped Arrow file: read once on a machine, found again by what they were made of."""
+
+import hashlib
+import inspect
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, Features, Value
+
+from arguments import files, records
+from arguments.files import BadRecord, read_file
+from arguments.records import to_conversation, to_document, to_pair, to_prompt
+
+TEXT, MESSAGES = Value("string"), [{"role": Value("string"), "content": Value("string")}]
+# form: the columns of its rows, and how a record becomes one
+FORMS = {
+    "document": ({"text": TEXT}, lambda record: {"text": to_document(record)}),
+    "conversation": ({"messages": MESSAGES}, lambda record: {"messages": to_conversation(record)}),
+    "pair": (
+        {"prompt": MESSAGES, "chosen": TEXT, "rejected": TEXT, "kind": TEXT},
+        lambda record: to_pair(record) | {"kind": str(record.get("kind") or "")},
+    ),
+    "prompt": (
+        {"prompt": MESSAGES, "record": TEXT},
+        lambda record: {"prompt": to_prompt(record), "record": json.dumps(record, default=str)},
+    ),
+}
+# What stands beside each row: its place, what makes it the same as another, and for a bad one the reason and itself
+BESIDE = {"place": TEXT, "key": Value("int64"), "bad": TEXT, "raw": TEXT}
+
+
+def rows_of(form: str, generator: Callable, source: dict, *key, fresh: bool = False) -> Dataset:
+    """All records of a source as rows of `form`, with what stands beside each."""
+    columns = Features(FORMS[form][0] | BESIDE)
+    return cached(generator, source | {"form": form}, columns, form, *key, fresh=fresh)
+
+
+def cached(generator: Callable, kwargs: dict, columns: Features | None, *key, fresh: bool = False) -> Dataset:
+    """The rows that generator(**kwargs) yields; `fresh` makes them anew.
+
+    They are kept under `key` and the code that reads and makes them; kwargs do not count.
+    """
+    code = [inspect.getsource(module) for module in (files, records, inspect.getmodule(generator))]
+    name = fingerprint(generator.__name__, code, *key)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "rows" / name
+    with PartialState().local_main_process_first():
+        if fresh and PartialState().is_local_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        return Dataset.from_generator(generator, columns, cache_dir=str(folder), gen_kwargs=kwargs, fingerprint=name)
+
+
+def file_rows(form: str, paths: list[str]) -> Iterator[dict]:
+    for path in paths:
+        for place, record in read_file(Path(path)):
+            yield to_row(form, place, record)
+
+
+def hub_rows(form: str, hub: Dataset, name: str) -> Iterator[dict]:
+    for number, record in enumerate(hub):
+        yield to_row(form, f"{name}[{number}]", record)
+
+
+def to_row(form: str, place: str, record) -> dict:
+    """A record's row, with what stands beside it; of a bad record only that."""
+    columns, convert = FORMS[form]
+    try:
+        if isinstance(record, BadRecord):
+            raise record
+        row = convert(record)
+    except BadRecord as error:
+        raw = "" if isinstance(record, BadRecord) else json.dumps(record, ensure_ascii=False, default=str)
+        empty = {name: [] if kind is MESSAGES else "" for name, kind in columns.items()}
+        return empty | {"place": place, "key": 0, "bad": str(error), "raw": raw}
+    same = json.dumps({name: row[name] for name in columns if name not in ("record", "kind")}, sort_keys=True)
+    key = hashlib.blake2b(same.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return row | {"place": place, "key": int.from_bytes(key, "little", signed=True), "bad": "", "raw": ""}
+
+
+def column(rows: Dataset, name: str) -> np.ndarray:
+    return rows.data.column(name).to_numpy()
+
+
+def is_bad(rows: Dataset) -> np.ndarray:
+    return column(rows, "bad") != ""
+
+
+def fingerprint(*parts) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def digest(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def tokenizer_key(tokenizer) -> str:
+    """Hash of all that a tokenizer saves: vocabulary, settings, chat template."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return fingerprint([digest(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()])

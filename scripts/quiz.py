@@ -1,0 +1,63 @@
+"""Accuracy on a multiple-choice quiz, by the likelihood of the options: what a model knows, without asking it to chat.
+
+    python scripts/quiz.py data/quiz models/SmolLM2-135M-Instruct outputs/pt-merged outputs/sft-merged
+
+Reads a folder of {"question", "options", "answer": index} records and the models; prints one JSON object
+{model: {"accuracy", "questions", "language": {"en": accuracy, ...}}}. Of the options the one with the highest
+log-probability a UTF-8 byte counts as the model's, as in lm-evaluation-harness's acc_norm.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PROMPTS = {"en": "Question: {}\nAnswer: ", "zh": "问题：{}\n答案："}
+
+
+@torch.no_grad()
+def choice(model, tokenizer, prompt: str, options: list[str]) -> int:
+    """Index of the option that the model finds most likely after the prompt, which it reads once."""
+    rows = [tokenizer(prompt + option)["input_ids"] for option in options]
+    shared = next(i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1)
+    read = torch.tensor([rows[0][: shared - 1]])
+    cache = model(read, use_cache=True, logits_to_keep=1).past_key_values
+    cache.batch_repeat_interleave(len(rows))
+    rest = [torch.tensor(row[shared - 1 :]) for row in rows]
+    ids = pad_sequence(rest, batch_first=True)  # what is padded is read by nobody
+    logp = model(ids[:, :-1], past_key_values=cache).logits.float().log_softmax(-1)
+    logp = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    totals = [row[: len(tokens) - 1].sum() for row, tokens in zip(logp, rest, strict=True)]
+    return int(torch.tensor([t / len(o.encode()) for t, o in zip(totals, options, strict=True)]).argmax())
+
+
+def accuracy(path: str, quiz: dict[str, list[dict]]) -> dict:
+    """A model's share of right answers, over all questions and by language."""
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(),
+        AutoTokenizer.from_pretrained(path),
+    )
+    right = {
+        language: [
+            choice(model, tokenizer, PROMPTS[language].format(row["question"]), row["options"]) == row["answer"]
+            for row in rows
+        ]
+        for language, rows in quiz.items()
+    }
+    everything = sum(right.values(), [])
+    by_language = {language: sum(found) / len(found) for language, found in right.items()}
+    return {"accuracy": sum(everything) / len(everything), "questions": len(everything), "language": by_language}
+
+
+def main():
+    folder, *models = sys.argv[1:]
+    files = {path.stem: path.read_text("utf-8").splitlines() for path in sorted(Path(folder).glob("*.jsonl"))}
+    quiz = {language: [json.loads(line) for line in lines] for language, lines in files.items()}
+    print(json.dumps({path: accuracy(path, quiz) for path in models}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

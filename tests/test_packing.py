@@ -1,0 +1,115 @@
+"""Packed rows train as separate ones do, in every family; models that cannot keep them apart are found out."""
+
+import pytest
+import torch
+from conftest import in_process, results, stage
+from datasets import Dataset
+from tiny_models import FAMILIES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from arguments import DataArguments, keeps_apart
+from pretraining import pack as pack_documents
+from supervised_finetuning import FinetuningTrainer, collate, pack
+
+KEEP_APART = sorted(set(FAMILIES) - {"bloom"})  # ALiBi knows no position_ids
+
+
+def conversations():
+    """Eight of 9 to 30 tokens, the first four of each untrained."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 300, (9 + 3 * i,), generator=generator).tolist() for i in range(8)]
+    return Dataset.from_list([{"input_ids": ids, "labels": [-100] * 4 + ids[4:]} for ids in rows])
+
+
+def loss_and_gradients(model, rows):
+    """Of all trained tokens together, through the trainer's own loss."""
+    trainer = FinetuningTrainer.__new__(FinetuningTrainer)
+    trainer.accelerator = type("One", (), {"num_processes": 1})()
+    model.zero_grad()
+    batch = collate(list(rows), pad_token_id=0)
+    count = sum(label != -100 for row in rows for label in row["labels"][1:])
+    loss = trainer.compute_loss(model, batch, num_items_in_batch=count)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", KEEP_APART)
+def test_packed_loss_and_gradients_equal_separate_ones(tiny, family):
+    model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).train(False)
+    rows = conversations()
+    packed = pack(rows, 64)
+    assert len(packed) < len(rows) and sum(packed["length"]) == sum(map(len, rows["input_ids"]))
+    loss, gradients = loss_and_gradients(model, rows)
+    packed_loss, packed_gradients = loss_and_gradients(model, packed)
+    assert packed_loss == pytest.approx(loss, abs=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(packed_gradients[name], gradient, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_model_is_asked_whether_it_keeps_sequences_apart(tiny, family):
+    model = AutoModelForCausalLM.from_pretrained(tiny(family))
+    assert keeps_apart(model) == (family in KEEP_APART)
+
+
+def test_bloom_is_not_packed_but_batched_by_length(tiny, records, tmp_path):
+    packed = in_process(*stage("sft", tiny("bloom"), records, tmp_path / "packed", "--packing")).ok()
+    assert "bloom does not go by position_ids: batches of like length, not packing" in packed.stderr
+    in_process(*stage("sft", tiny("bloom"), records, tmp_path / "plain")).ok()
+    assert results(tmp_path / "packed")["eval_loss"] == results(tmp_path / "plain")["eval_loss"]
+    refused = in_process(*stage("pt", tiny("bloom"), records, tmp_path / "pt", "--isolate_documents"))
+    assert refused.code == 2 and "--isolate_documents: bloom does not go by position_ids" in refused.stderr
+
+
+def test_packing_through_the_script(tiny, records, tmp_path):
+    in_process(*stage("sft", tiny("llama"), records, tmp_path / "out", "--packing", "--packing_length", 128)).ok()
+    short = in_process(*stage("sft", tiny("llama"), records, tmp_path / "no", "--packing", "--packing_length", 64))
+    assert short.code == 2 and "--packing_length 64 cannot hold a conversation of 96 tokens" in short.stderr
+    in_process(*stage("pt", tiny("llama"), records, tmp_path / "pt", "--isolate_documents")).ok()
+
+
+def test_documents_are_numbered_anew_when_isolated():
+    documents = [{"input_ids": [11, 12, 2]}, {"input_ids": [13, 14, 15, 16, 2]}]
+    assert list(pack_documents(documents, pad_token_id=0, block_size=5, isolate=False)) == [
+        {"input_ids": [11, 12, 2, 13, 14], "labels": [11, 12, 2, 13, 14], "attention_mask": [1] * 5},
+        {"input_ids": [15, 16, 2, 0, 0], "labels": [15, 16, 2, -100, -100], "attention_mask": [1, 1, 1, 0, 0]},
+    ]
+    assert list(pack_documents(documents, pad_token_id=0, block_size=5, isolate=True)) == [
+        {"input_ids": [11, 12, 2, 13, 14], "labels": [-100, 12, 2, -100, 14], "position_ids": [0, 1, 2, 0, 1]},
+        {"input_ids": [15, 16, 2, 0, 0], "labels": [15, 16, 2, -100, -100], "position_ids": [2, 3, 4, 0, 0]},
+    ]
+
+
+def test_preview_shows_what_is_trained_and_reads_no_weights(tiny, records, tmp_path):
+    broken = tmp_path / "model"
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(broken)
+    (broken / "config.json").write_bytes((tmp_path.__class__(tiny("llama")) / "config.json").read_bytes())
+    for name in ("pt", "sft", "rm", "rl"):
+        flags = ("--reward_model_name_or_path", "none") if name == "rl" else ()
+        shown = in_process(*stage(name, broken, records, tmp_path / name, "--preview", 2, *flags)).ok().stdout
+        assert shown.count("--- record 2") == (2 if name == "rm" else 1)
+        assert ("max_source_length  records cut  tokens lost" in shown) == (name != "pt")
+        assert ("[[" in shown) == (name in ("pt", "sft"))
+    assert not (tmp_path / "sft" / "adapter_config.json").exists()
+
+
+def test_tokenized_rows_are_kept_until_something_changes(tiny, records):
+    calls = []
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    folder = str(records / "sft")
+    for lengths, template, expected in (
+        (64, tokenizer.chat_template, 8),
+        (64, tokenizer.chat_template, 8),
+        (65, tokenizer.chat_template, 16),
+        (64, tokenizer.chat_template.replace("user", "asker") + " ", 24),
+    ):
+        tokenizer.chat_template = template
+        args = DataArguments(folder, folder, keep_duplicates=True, max_source_length=lengths)
+        rows, _ = args.load_conversations()
+
+        def encode(row, args=args):
+            calls.append(1)
+            return args.encode(tokenizer, row["messages"])
+
+        args.tokenize(rows, encode, tokenizer)
+        assert len(calls) == expected
