@@ -26,21 +26,30 @@ def render(tokenizer, messages: list[dict], **kwargs) -> str:
 def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int], int]:
     """input_ids and labels of a whole conversation (see DataArguments.encode), and where the last answer starts.
 
-    The template is rendered with a marker in place of each answer, so that an answer is found by place and not by its
-    words, whatever the template does around it.
+    The last answer's labels begin where the template's generation prompt ends: what a template puts in between (the
+    empty thoughts of Qwen3) a model must say itself, and text that stands in a prompt only (Mistral's system text) is
+    seen in training too. Templates are rendered with a marker in place of each answer, so that an answer is found by
+    place and not by its words, whatever the template does around it.
     """
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     marker = "\ue000{}\ue001".format
     numbered = iter(range(len(answers)))
     marked = [m | {"content": marker(next(numbered))} if m["role"] == "assistant" else m for m in messages]
-    rest, text, spans = render(tokenizer, marked), "", []
-    for number, answer in enumerate(answers):
-        before, found, rest = rest.partition(marker(number))
-        if not found:
-            raise UserError("the chat template leaves out or rewrites assistant turns: it cannot be trained on")
+    prompt = render(tokenizer, marked[:-1], add_generation_prompt=True)
+    before, found, ending = render(tokenizer, marked).partition(marker(len(answers) - 1))
+    between = before[len(prompt) :] if before.startswith(prompt) else ""
+    text, spans = "", []
+    for number, answer in enumerate(answers[:-1]):
+        before, marked_here, prompt = prompt.partition(marker(number))
+        found = found and marked_here
         spans.append((len(text + before), len(text + before + answer)))
         text += before + answer
-    encoded = tokenizer(text + rest, add_special_tokens=False, return_offsets_mapping=True)
+    if not found:
+        raise UserError("the chat template leaves out or rewrites assistant turns: it cannot be trained on")
+    text += prompt
+    spans.append((len(text), len(text + between + answers[-1])))
+    text += between + answers[-1] + ending
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return mask_answers(tokenizer, encoded["input_ids"], encoded["offset_mapping"], spans)
 
 

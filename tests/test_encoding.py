@@ -4,11 +4,13 @@ from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from arguments import DataArguments, UserError
-from arguments.encoding import encode_turns
+from arguments.encoding import encode_turns, render
 from arguments.model import PLAIN_CHAT_TEMPLATE, pad_candidate
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -28,7 +30,7 @@ SAME_LINE = (  # as Vicuna's: the space belongs to the answer's first token
 )
 SPACE_BEFORE_END = (  # as Llama 2's
     "{% for m in messages %}{{ m.role }}:\n{{ m.content }}{% if m.role == 'assistant' %} {{ eos_token }}{% endif %}\n"
-    "{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
 )
 
 
@@ -294,3 +296,42 @@ def test_pad_candidate_is_a_special_token():
         added_tokens_decoder={0: ordinary}, unk_token=None, eos_token="</s>", bos_token=None, chat_template=None
     )
     assert pad_candidate(tokenizer, 10) == "</s>"
+
+
+# Any mixture of turns: only answers and the tokens that end them are trained, and never a cut prompt alone
+
+WORDS = st.text(alphabet="ab cd水病🤧.\n", min_size=1, max_size=12).filter(str.strip)
+
+
+@st.composite
+def mixtures(draw):
+    """A system text or none, exchanges with tools now and then, an answer at the end."""
+    messages = [{"role": "system", "content": draw(WORDS)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 4))):
+        messages.append({"role": "user", "content": draw(WORDS)})
+        if draw(st.booleans()):
+            messages += [{"role": "assistant", "content": draw(WORDS)}, {"role": "tool", "content": draw(WORDS)}]
+        messages.append({"role": "assistant", "content": draw(WORDS)})
+    return messages
+
+
+@settings(max_examples=200, deadline=None)
+@given(mixtures(), st.integers(1, 60), st.integers(1, 20))
+def test_masks_of_any_mixture_of_turns(messages, source, target):
+    tokenizer = make_tokenizer(CHATML)
+    whole = data_args(10_000, 10_000).encode(tokenizer, messages)
+    trained_text = tokenizer.decode([label for label in whole["labels"] if label != -100])
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert trained_text == "".join(answer + END for answer in answers)
+    assert tokenizer.decode(whole["input_ids"]) == render(tokenizer, messages).removesuffix("\n")
+
+    cut_row = data_args(source, target).encode(tokenizer, messages)
+    assert len(cut_row["input_ids"]) == len(cut_row["labels"]) <= source + target
+    assert any(label != -100 for label in cut_row["labels"])
+    for token, label in zip(cut_row["input_ids"], cut_row["labels"], strict=True):
+        assert label in (-100, token)
+    last = tokenizer(answers[-1], add_special_tokens=False)["input_ids"]
+    if whole["target_tokens"] <= target:
+        assert cut_row["labels"][-1] == tokenizer.eos_token_id
+        assert cut_row["labels"][-whole["target_tokens"] :] == cut_row["input_ids"][-whole["target_tokens"] :]
+    assert cut_row["target_tokens"] == whole["target_tokens"] >= len(last)

@@ -1,0 +1,117 @@
+"""What the data costs: reading and tokenizing a million conversations, and padded, grouped and packed training.
+
+    python benchmarks/data.py --model models/SmolLM2-135M-Instruct                    # 1,000,000 rows, about 1 GB
+    python benchmarks/data.py --model models/SmolLM2-135M-Instruct --rows 0 --steps 8 # training only
+
+Each measurement is a process of its own: a cold start that reads, checks and tokenizes, and a warm one that finds it
+done; then SFT on data/finetune in three ways, alternating. Prints markdown.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WAYS = {
+    "padded": ["--train_sampling_strategy", "random"],
+    "grouped by length": ["--train_sampling_strategy", "group_by_length"],
+    "packed": ["--packing", "--packing_length", "1024", "--per_device_train_batch_size", "1"],
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a causal language model")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="conversations to generate; 0: skip that part")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each training; 0: skip that part")
+    parser.add_argument("--repeats", type=int, default=3)
+    return parser.parse_args()
+
+
+def measure(command: list, environment: dict) -> tuple[float, float, str]:
+    """Seconds, peak resident memory (GiB) of the process, and what it printed."""
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(
+            [str(part) for part in command], cwd=ROOT, env=environment, stdout=file, stderr=file
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        file.seek(0)
+        printed = file.read()
+    if status:
+        raise SystemExit(f"{command[1]} failed:\n{printed[-3000:]}")
+    return time.perf_counter() - started, usage.ru_maxrss / 2**20, printed
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Alpaca records of about 1,000 bytes, made of the words of the sample conversations, no two alike."""
+    sample = (ROOT / "data/finetune/train/en_instructions.jsonl").read_text("utf-8").splitlines()
+    words = " ".join(json.loads(line)["output"] for line in sample).split()
+    rng = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            start = rng.randrange(len(words) - 200)
+            question = f"Question {number}: {' '.join(words[start : start + 20])}?"
+            answer = " ".join(words[start + 20 : start + rng.randrange(60, 200)])
+            file.write(json.dumps({"instruction": question, "input": "", "output": answer}) + "\n")
+
+
+def sft(args, data: Path, validation: Path, output: Path, *flags) -> list:
+    command = [sys.executable, "supervised_finetuning.py", "--model_name_or_path", args.model]
+    command += ["--train_file_dir", data, "--validation_file_dir", validation, "--output_dir", output]
+    return [*command, "--report_to", "none", "--save_strategy", "no", "--do_eval", "False", *flags]
+
+
+def rows_table(args, folder: Path, environment: dict) -> str:
+    path = folder / "rows.jsonl"
+    write_rows(path, args.rows)
+    size = path.stat().st_size / 1e9
+    held_out = ROOT / "data/finetune/validation"
+    lines = ["| start | seconds to the first step's end | rows/s | GiB at the peak |", "|---|---|---|---|"]
+    for start in ("cold", "warm"):
+        command = sft(args, path, held_out, folder / start, "--max_steps", 1, "--per_device_train_batch_size", 1)
+        seconds, memory, _ = measure(command, environment)
+        lines.append(f"| {start} | {seconds:.0f} | {args.rows / seconds:,.0f} | {memory:.2f} |")
+    return f"{args.rows:,} conversations, {size:.2f} GB\n\n" + "\n".join(lines)
+
+
+def training_table(args, folder: Path, environment: dict) -> str:
+    data = ROOT / "data/finetune"
+    found = {way: [] for way in WAYS}
+    for number in range(args.repeats):
+        for way, flags in WAYS.items():
+            output = folder / f"{way}-{number}".replace(" ", "-")
+            common = ["--max_steps", args.steps, "--per_device_train_batch_size", 8, "--include_num_input_tokens_seen"]
+            command = sft(args, data / "train", data / "validation", output, *common, "non_padding", *flags)
+            _, memory, _ = measure(command, environment)
+            results = json.loads((output / "train_results.json").read_text())
+            state = json.loads((output / "trainer_state.json").read_text())
+            found[way].append((state["num_input_tokens_seen"] / results["train_runtime"], memory))
+            print(f"{way}: {found[way][-1]}", file=sys.stderr, flush=True)
+    lines = ["| rows | tokens/s without padding, median (all) | GiB at the peak |", "|---|---|---|"]
+    for way, runs in found.items():
+        speeds = sorted(speed for speed, _ in runs)
+        every = ", ".join(f"{speed:.0f}" for speed in speeds)
+        lines.append(f"| {way} | {statistics.median(speeds):.0f} ({every}) | {max(m for _, m in runs):.2f} |")
+    return "\n".join(lines)
+
+
+def main():
+    args = arguments()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+        for wanted, table in ((args.rows, rows_table), (args.steps, training_table)):
+            if wanted:
+                print(table(args, folder, environment), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
