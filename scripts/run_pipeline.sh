@@ -39,7 +39,7 @@ stage() {
 export REWARD_MODEL=$OUTPUTS/rm
 stage pt "$MODEL"
 stage sft "$OUTPUTS/pt-merged" --max_steps 30
-stage rm "$OUTPUTS/sft-merged" --max_steps 22 --max_eval_samples 100
-stage rl "$OUTPUTS/sft-merged" --max_steps 7 --max_eval_samples 48
+stage rm "$OUTPUTS/sft-merged" --max_steps 30 --max_eval_samples 90
+stage rl "$OUTPUTS/sft-merged" --max_steps 6 --max_eval_samples 48
 [ -s "$OUTPUTS/quiz.json" ] || "$PYTHON" scripts/quiz.py data/quiz "$MODEL" "$OUTPUTS"/{pt,sft}-merged >"$OUTPUTS/quiz.json"
 "$PYTHON" scripts/report.py "$MODEL" "$OUTPUTS"

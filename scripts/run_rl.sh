@@ -29,6 +29,7 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --ppo_epochs 2 \
   --learning_rate 1e-3 \
   --gae_lambda 1 \
+  --missing_eos_penalty 0.3 \
   --lr_scheduler_type constant_with_warmup \
   --warmup_steps 4 \
   --eval_on_start \
