@@ -137,6 +137,10 @@ class PPOArguments(RunArguments, TrainingArguments):
         self.gradient_accumulation_steps, self.remove_unused_columns = 1, False  # micro_batch_size does its work
 
     @property
+    def steps_between_saves(self) -> int:
+        return self.steps_per_rollout
+
+    @property
     def steps_per_rollout(self) -> int:
         return self.ppo_epochs * (self.batch_size // self.mini_batch_size)
 

@@ -3,9 +3,11 @@
 import dataclasses
 import difflib
 import os
+import re
 import sys
 
 from loguru import logger
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 # Flags of the 2023 scripts and what transformers 5 calls them. None: it does by default what the flag asked for.
@@ -25,20 +27,46 @@ RENAMED_FLAGS = {
 }
 
 
+DISK = re.compile(
+    r"No space left|Read-only file system|Permission denied|Disk quota|PytorchStreamWriter", re.IGNORECASE
+)
+
+
 class UserError(Exception):
     """Bad input. The message says what, where, what was expected and what to do; the process exits with code 2."""
 
+    code = 2
+
+
+class Fault(UserError):
+    """The input was right and the run failed, as said in the message; the process exits with code 1."""
+
+    code = 1
+
 
 def run_stage(main):
-    """Call `main()`; bad input ends with its one message on stderr and exit code 2, and without a traceback."""
+    """Call `main()`; bad input ends with its one message on stderr and exit code 2, and without a traceback.
+
+    So does a disk that is full or cannot be written, with exit code 1.
+    """
     logger.remove()
     main_process = os.environ.get("RANK", "0") == "0"
     logger.add(sys.stderr, format="{time:HH:mm:ss} {level: <7} {message}", level="INFO" if main_process else "ERROR")
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        behind_progress_bar = "\n" if error.code == Fault.code else ""
+        print(f"{behind_progress_bar}error: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError for a write that failed
+        if not DISK.search(str(error)):
+            raise
+        print(
+            f"error: cannot write: {error}. Free some space or name another --output_dir, then run the same "
+            "command: it goes on from the last whole checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def modern_flags(argv: list[str]) -> list[str]:

@@ -1,0 +1,122 @@
+"""Runs that are told to end, meet numbers that are not finite, or find the disk full."""
+
+import os
+import signal
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ADAPTER, SCRIPTS, in_process, in_subprocess, stage
+from safetensors.torch import load_file
+from test_kills import forked, trained
+from transformers import AutoModelForCausalLM
+
+from arguments.command_line import Fault
+from arguments.run import FiniteGradients, StopAtSignal, checkpoint_fault
+
+
+def flags_of(name, tiny, records, tmp_path):
+    if name != "rl":
+        return ("--max_steps", 40, "--save_steps", 100, "--per_device_train_batch_size", 2)
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+    return ("--max_steps", 12, "--save_steps", 100, "--reward_model_name_or_path", tmp_path / "rm")
+
+
+@pytest.mark.parametrize(("name", "number"), [("sft", signal.SIGINT), ("rl", signal.SIGTERM)])
+def test_a_signal_ends_with_a_checkpoint_to_go_on_from(name, number, tiny, records, tmp_path):
+    command = stage(name, tiny("llama"), records, tmp_path / "out", *flags_of(name, tiny, records, tmp_path))
+    whole = [tmp_path / "whole" if part == tmp_path / "out" else part for part in command]
+    assert forked(whole) == 0
+    child = os.fork()
+    if child == 0:
+        os._exit(in_process(*command).code)
+    while not list((tmp_path / "out").rglob("events.out.tfevents*")):  # training has begun
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(child, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert checkpoint_fault(checkpoint) is None
+    assert not (tmp_path / "out" / "all_results.json").exists()
+
+    assert forked(command) == 0
+    found, expected = trained(tmp_path / "out"), trained(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    codes, callback = [], StopAtSignal(1)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    callback.receive(signal.SIGTERM, None)
+    assert codes == []
+    callback.receive(signal.SIGINT, None)
+    assert codes == [130]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_model_with_a_nan_is_not_trained(name, tiny, records, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    broken = tmp_path / "broken"
+    AutoModelForCausalLM.from_pretrained(tiny("llama")).save_pretrained(broken)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(broken)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (broken / file).write_bytes((type(tmp_path)(tiny("llama")) / file).read_bytes())
+    flags = ("--eval_on_start", "False")
+    if name == "rl":
+        rule = tmp_path / "rule.py"
+        rule.write_text("def one(completions, **kwargs):\n    return [1.0 for _ in completions]\n")
+        flags += ("--reward_functions", f"{rule}:one", "--guards", "off")
+    ended = in_process(*stage(name, broken, records, tmp_path / "out", *flags))
+    assert ended.code == 1, ended.stderr[-500:]
+    assert len(ended.errors) == 1 and "not finite" in ended.errors[0]
+    assert not (tmp_path / "out" / ADAPTER).exists() and not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_numbers_that_run_away_end_the_run_and_are_not_saved(tiny, records, tmp_path):
+    flags = ("--learning_rate", 1e30, "--save_steps", 1, "--max_steps", 6, "--save_total_limit", 9)
+    ended = in_process(*stage("sft", tiny("llama"), records, tmp_path / "out", *flags))
+    assert ended.code == 1 and "the gradients of batch " in ended.stderr
+    checkpoints = list((tmp_path / "out").glob("checkpoint-*"))
+    assert checkpoints
+    for checkpoint in checkpoints:
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / ADAPTER).values())
+
+
+def test_fp16_skips_overflows_until_the_scale_is_spent():
+    model = torch.nn.Linear(1, 1)
+    model.weight.grad = torch.tensor([[torch.inf]])
+    state, callback, scale = SimpleNamespace(global_step=4, epoch=0.5), FiniteGradients(), [65536.0]
+    optimizer = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: scale[0]))
+
+    def step():
+        callback.on_pre_optimizer_step(None, state, None, model=model, optimizer=optimizer)
+
+    for _ in range(10):
+        step()
+    scale[0] = 0.5
+    step(), step()
+    model.weight.grad = torch.tensor([[1.0]])
+    step()  # a good one between: the count starts anew
+    model.weight.grad = torch.tensor([[torch.nan]])
+    step(), step()
+    with pytest.raises(Fault, match=r"gradients of batch 5 \(epoch 0.500\)"):
+        step()
+
+
+def test_a_full_disk_is_said_in_one_line(tiny, records, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a small tmpfs here")
+    try:
+        command = stage("sft", tiny("llama"), records, disk / "out", "--save_steps", 1, "--report_to", "none")
+        ended = in_subprocess(*command)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert ended.code == 1
+    assert "error: cannot write" in ended.stderr and "Traceback" not in ended.stderr
