@@ -462,7 +462,7 @@ class PPOTrainer(Trainer):
         self.kl_coef, self.history = self.args.init_kl_coef, []
         self.rollout, self.stats, self.good, self.policy_stopped = [], [], [], False
         self.reference_scores: list[float] = []
-        self.eos_ids = eos_ids(self.model.policy, self.processing_class, data_args)
+        self.eos_ids = data_args.eos_ids(self.model.policy, self.processing_class)
 
     def _get_train_sampler(self, dataset=None):
         per_rollout = self.args.batch_size * self.args.world_size
@@ -810,15 +810,6 @@ def function_scores(name: str, function, columns: dict[str, list]) -> list[float
             f"reward function {name} returned {len(values)} numbers for {len(columns['completions'])} completions"
         )
     return values
-
-
-def eos_ids(model, tokenizer, data_args: DataArguments) -> list[int]:
-    """All ids that end an answer: the tokenizer's eos, the model's, and the one that SFT trains to end a turn."""
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    trained = data_args.encode(tokenizer, turn)["input_ids"][-1]
-    return sorted({tokenizer.eos_token_id, trained, *(i for i in configured if i is not None)})
 
 
 def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:

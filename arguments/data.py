@@ -103,6 +103,12 @@ class DataArguments:
         """Training and held-out rows {"prompt": messages, "record": the record as JSON, for reward functions}."""
         return self._load("prompt", output_dir)
 
+    def load_questions(self) -> list[list[dict]]:
+        """All of train_file_dir as conversations that await an answer, in order; a line of a .txt is a question."""
+        rows = self._read(self.train_file_dir, "train", "question")
+        self._judge([rows], None)
+        return rows.select(np.flatnonzero(~is_bad(rows)))["prompt"][:]
+
     def encode(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
         """Tokens of a conversation that ends with an answer.
 
@@ -131,6 +137,14 @@ class DataArguments:
             messages = shorter
             ids = prompt_ids(tokenizer, messages)
         return {"input_ids": ids[-self.max_source_length :], "source_tokens": source_tokens}
+
+    def eos_ids(self, model, tokenizer) -> list[int]:
+        """All ids that end an answer: the tokenizer's eos, the model's, and the one that SFT trains to end a turn."""
+        configured = model.generation_config.eos_token_id
+        configured = configured if isinstance(configured, list) else [configured]
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        trained = self.encode(tokenizer, turn)["input_ids"][-1]
+        return sorted({tokenizer.eos_token_id, trained, *(i for i in configured if i is not None)})
 
     def tokenize(self, rows: Dataset, encode: Callable, tokenizer, keep: tuple[str, ...] = (), **settings) -> Dataset:
         """`encode` of every row beside its columns `keep`: in parallel, once on a machine, and kept on disk.

@@ -104,6 +104,11 @@ def to_prompt(record) -> list[dict]:
     return messages
 
 
+def to_question(record) -> list[dict]:
+    """to_prompt, and {"text"} as what a user says."""
+    return to_prompt({"prompt": record["text"]} if isinstance(record, dict) and "text" in record else record)
+
+
 def to_conversation(record) -> list[dict]:
     """Any SFT form as messages that end with an answer."""
     form = "{messages}, {conversations}, {instruction, input, output} or {prompt, completion}"

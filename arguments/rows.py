@@ -15,7 +15,7 @@ from datasets import Dataset, Features, Value
 
 from arguments import files, records
 from arguments.files import BadRecord, read_file
-from arguments.records import to_conversation, to_document, to_pair, to_prompt
+from arguments.records import to_conversation, to_document, to_pair, to_prompt, to_question
 
 TEXT, MESSAGES = Value("string"), [{"role": Value("string"), "content": Value("string")}]
 # form: the columns of its rows, and how a record becomes one
@@ -30,6 +30,7 @@ FORMS = {
         {"prompt": MESSAGES, "record": TEXT},
         lambda record: {"prompt": to_prompt(record), "record": json.dumps(record, default=str)},
     ),
+    "question": ({"prompt": MESSAGES}, lambda record: {"prompt": to_question(record)}),
 }
 # What stands beside each row: its place, what makes it the same as another, and for a bad one the reason and itself
 BESIDE = {"place": TEXT, "key": Value("int64"), "bad": TEXT, "raw": TEXT}

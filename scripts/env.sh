@@ -11,8 +11,15 @@ if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
 else
   processes=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 fi
+# More than one machine: NNODES=2 NODE_RANK=0|1 MASTER_ADDR=host-of-rank-0 on each, with the same folders on both.
 LAUNCH=("$PYTHON")
-[ "$processes" -gt 1 ] && LAUNCH=("$PYTHON" -m torch.distributed.run --nproc_per_node "$processes")
+if [ "${NNODES:-1}" -gt 1 ]; then
+  : "${NODE_RANK:?says which of the $NNODES machines this is, from 0}" "${MASTER_ADDR:?names the machine of rank 0}"
+  LAUNCH=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
+    --master_port "${MASTER_PORT:-29500}" --nproc_per_node "$((processes > 0 ? processes : 1))")
+elif [ "$processes" -gt 1 ]; then
+  LAUNCH=("$PYTHON" -m torch.distributed.run --nproc_per_node "$processes")
+fi
 
 # glibc hands every freed activation back to the kernel and pays page faults to get it again; keeping it made training
 # steps on a 2-core machine 20-40% faster.
@@ -33,9 +40,11 @@ flag_value() {
   printf '%s' "$value"
 }
 
-# merge_stage base adapter merged: does nothing where all weights were trained and there is no adapter.
+# merge_stage base adapter merged: does nothing where all weights were trained and there is no adapter. Machine 0 merges.
 merge_stage() {
-  if [ -f "$2/adapter_config.json" ]; then
+  if [ "${NODE_RANK:-0}" -gt 0 ]; then
+    until [ -f "$3/merge.json" ] || [ ! -f "$2/adapter_config.json" ]; do sleep 2; done
+  elif [ -f "$2/adapter_config.json" ]; then
     "$PYTHON" merge_peft_adapter.py --base_model_name_or_path "$1" --peft_model_path "$2" --output_dir "$3"
   else
     echo "$2 holds a whole model: nothing to merge"

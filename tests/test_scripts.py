@@ -5,8 +5,12 @@ of 2023, one error and the run on two ranks are processes of their own.
 """
 
 import json
+import os
+import random
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from conftest import (
     QUESTIONS,
     ROOT,
     SCRIPTS,
+    SHORT,
     assert_curves,
     history,
     in_process,
@@ -403,3 +408,34 @@ def test_two_ranks(tiny, records, tmp_path):
     assert results(rl)["eval_prompts"] == 3 and history(rl, "kl")[0] == 0.0
     assert results(two)["eval_tokens"] == results(one)["eval_tokens"]
     assert results(two)["eval_loss"] == pytest.approx(results(one)["eval_loss"], rel=1e-4)
+
+
+# --- two machines, here as two launches on one
+
+
+def test_two_machines_train_as_one(tiny, records, tmp_path):
+    """run_sft.sh on each of two nodes of one process: the loss of one process with the same global batch."""
+    flags = [
+        *map(str, SHORT["sft"]),
+        "--validation_file_dir",
+        str(records / "sft"),
+        "--keep_duplicates",
+        "--precision",
+    ]
+    flags += ["fp32", "--max_eval_samples", "4", "--save_strategy", "no", "--per_device_train_batch_size"]
+    common = {"MODEL": tiny("llama"), "TRAIN": str(records / "sft"), "PYTHON": sys.executable}
+    one = common | {"OUTPUT": str(tmp_path / "one"), "MERGED": str(tmp_path / "one-merged")}
+    subprocess.run(["bash", "scripts/run_sft.sh", *flags, "4"], cwd=ROOT, env=os.environ | one, check=True)
+
+    port = str(random.Random(os.getpid()).randrange(20000, 40000))
+    two = common | {"OUTPUT": str(tmp_path / "two"), "MERGED": str(tmp_path / "two-merged"), "NNODES": "2"}
+    two |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = ["bash", "scripts/run_sft.sh", *flags, "2"]
+    nodes = [
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | two | {"NODE_RANK": rank}, stderr=subprocess.PIPE)
+        for rank in ("0", "1")
+    ]
+    errors = [node.communicate(timeout=300)[1].decode() for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
+    assert results(tmp_path / "two")["eval_loss"] == pytest.approx(results(tmp_path / "one")["eval_loss"], rel=1e-4)
+    assert (tmp_path / "two-merged" / "merge.json").exists()

@@ -1,0 +1,227 @@
+"""Talk to the model of any stage, answer a file of questions, or compare models on it.
+
+    python inference.py --base_model outputs/rl-merged --interactive
+    python inference.py --base_model models/SmolLM2-135M-Instruct --lora_model outputs/sft --data_file questions.txt \
+        --predictions_file answers.jsonl
+    python inference.py --compare outputs/sft-merged outputs/rl-merged --reward_model outputs/rm-merged \
+        --data_file data/prompts/validation --predictions_file compared.jsonl
+
+Reads   a model (--base_model), with an adapter on it or not (--lora_model); questions: a .txt with one a line, or
+        prompts and conversations in any of the forms of data/README.md.
+Writes  predictions_file: JSON lines {"Input", "Output"}, behind those that an earlier call left there; with --compare
+        {"Input", "Output": {model: answer}, "Score": {model: reward}}.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from loguru import logger
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer, set_seed
+
+from arguments import (
+    DataArguments,
+    ModelArguments,
+    RewardSourceArguments,
+    UserError,
+    check_base,
+    parse_arguments,
+    run_stage,
+)
+
+
+@dataclass
+class InferenceArguments:
+    """The 2023 script's flags, and --compare."""
+
+    base_model: str | None = field(default=None, metadata={"help": "Folder or hub name of the model."})
+    lora_model: str | None = field(default=None, metadata={"help": "Adapter to put on it; a merged model needs none."})
+    tokenizer_path: str | None = field(default=None, metadata={"help": "If not the model's own."})
+    interactive: bool = field(default=False, metadata={"help": "Chat. Also what happens without --data_file."})
+    data_file: str | None = field(default=None, metadata={"help": "File or folder of questions."})
+    predictions_file: str = field(default="predictions.jsonl", metadata={"help": "Where the answers go."})
+    with_prompt: bool = field(
+        default=True, metadata={"help": "Ask through the chat template; False: go on from the bare text."}
+    )
+    system: str | None = field(default=None, metadata={"help": "System text of an interactive chat."})
+    compare: list[str] = field(default_factory=list, metadata={"help": "Models that all answer the data_file."})
+    reward_model: str | None = field(default=None, metadata={"help": "With --compare: it scores each answer."})
+    max_source_length: int = field(default=1024, metadata={"help": "Tokens kept of a conversation."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
+    temperature: float = field(default=0.0, metadata={"help": "0 takes the most likely token each time."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample among the likeliest tokens, up to that probability."})
+    batch_size: int = field(default=8, metadata={"help": "Questions answered at once."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Answer only the first so many."})
+    dtype: str | None = field(default=None, metadata={"help": "Of the weights; default: what the hardware suits."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "8-bit weights (needs bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 weights (needs bitsandbytes)."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
+    force: bool = field(default=False, metadata={"help": "Use an adapter though its base has changed."})
+    seed: int = field(default=42, metadata={"help": "Of sampling."})
+
+    def __post_init__(self):
+        if not (self.base_model or self.compare):
+            raise UserError("--base_model is missing: name the model to talk to, or several with --compare")
+        if self.compare and not self.data_file:
+            raise UserError("--compare needs --data_file, the questions that all models answer")
+        for flag in ("max_new_tokens", "batch_size", "max_source_length"):
+            if getattr(self, flag) < 1:
+                raise UserError(f"--{flag} is {getattr(self, flag)}, expected at least 1")
+
+    def model_args(self, name: str) -> ModelArguments:
+        return ModelArguments(
+            model_name_or_path=name,
+            tokenizer_name_or_path=self.tokenizer_path,
+            dtype=self.dtype,
+            load_in_8bit=self.load_in_8bit,
+            load_in_4bit=self.load_in_4bit,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+class Answerer:
+    """A model that answers conversations: batched or streamed."""
+
+    def __init__(self, name: str, args: InferenceArguments, adapter: str | None = None):
+        model_args = args.model_args(name)
+        self.args, self.tokenizer = args, model_args.load_tokenizer()
+        self.data_args = DataArguments(train_file_dir="unused", max_source_length=args.max_source_length)
+        model = model_args.load_model(AutoModelForCausalLM)
+        if adapter:
+            check_base(Path(adapter), name, args.force)
+            model = PeftModel.from_pretrained(model, adapter)
+        on_gpu = torch.cuda.is_available() and not (args.load_in_8bit or args.load_in_4bit)
+        self.model = model.to("cuda") if on_gpu else model
+        self.model.eval()
+        self.settings = GenerationConfig(
+            max_new_tokens=args.max_new_tokens,
+            do_sample=args.temperature > 0,
+            temperature=args.temperature or None,
+            top_p=args.top_p if args.temperature > 0 else None,
+            eos_token_id=self.data_args.eos_ids(self.model, self.tokenizer),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+    def ids(self, messages: list[dict]) -> list[int]:
+        if self.args.with_prompt:
+            return self.data_args.encode_prompt(self.tokenizer, messages)["input_ids"]
+        return self.tokenizer(messages[-1]["content"])["input_ids"][-self.args.max_source_length :]
+
+    @torch.no_grad()
+    def answer(self, conversations: list[list[dict]], streamer: TextStreamer | None = None) -> list[str]:
+        rows = {"input_ids": [self.ids(messages) for messages in conversations]}
+        batch = self.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.model.device)
+        found = self.model.generate(**batch, generation_config=self.settings, streamer=streamer)
+        found = found[:, batch["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
+
+    def answer_all(self, conversations: list[list[dict]]):
+        """Answers in order, a batch at a time."""
+        for start in tqdm(range(0, len(conversations), self.args.batch_size), desc="Answering"):
+            yield from self.answer(conversations[start : start + self.args.batch_size])
+
+
+def chat(answerer: Answerer, system: str | None) -> None:
+    """Ask and answer on the terminal, with history, until the input ends."""
+    print("Ask away. /clear forgets what was said, /exit (or Ctrl-D) ends.")
+    before = [{"role": "system", "content": system}] if system else []
+    messages = list(before)
+    streamer = TextStreamer(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while True:
+        try:
+            question = input("\nYou: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if question == "/exit":
+            return
+        if question == "/clear":
+            messages = list(before)
+        elif question:
+            print("Model: ", end="", flush=True)
+            messages.append({"role": "user", "content": question})
+            (text,) = answerer.answer([messages], streamer)
+            messages.append({"role": "assistant", "content": text})
+
+
+def load_questions(args: InferenceArguments) -> list[list[dict]]:
+    """The conversations of the data file, in order; a line of a .txt is a question."""
+    source = DataArguments(args.data_file, bad_records="error")
+    return source.load_questions()[: args.max_eval_samples]
+
+
+def already_answered(path: Path, questions: list[list[dict]]) -> int:
+    """How many answers an earlier call left; they must be to the first of these questions."""
+    if not path.exists():
+        return 0
+    lines = path.read_text("utf-8").splitlines()
+    done = [json.loads(line)["Input"] for line in lines]
+    if done != [messages[-1]["content"] for messages in questions[: len(done)]]:
+        raise UserError(f"{path} holds answers to other questions: name another --predictions_file")
+    return len(done)
+
+
+def answer_file(args: InferenceArguments) -> None:
+    questions, path = load_questions(args), Path(args.predictions_file)
+    done = already_answered(path, questions)
+    if done:
+        logger.info(f"{done} of {len(questions)} answers are in {path}: going on behind them")
+    answerer = Answerer(args.base_model, args, args.lora_model)
+    with path.open("a", encoding="utf-8") as file:
+        for messages, text in zip(questions[done:], answerer.answer_all(questions[done:]), strict=True):
+            row = {"Input": messages[-1]["content"], "Output": text}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+    logger.info(f"{len(questions)} answers in {path}")
+
+
+@torch.no_grad()
+def compare(args: InferenceArguments) -> None:
+    """Let each model answer all questions; print mean reward, length and wins against the first model."""
+    questions = load_questions(args)
+    answers = {name: list(Answerer(name, args).answer_all(questions)) for name in args.compare}
+    scores = score(args, questions, answers) if args.reward_model else {}
+    with Path(args.predictions_file).open("w", encoding="utf-8") as file:
+        for i, messages in enumerate(questions):
+            row = {"Input": messages[-1]["content"], "Output": {name: texts[i] for name, texts in answers.items()}}
+            row |= {"Score": {name: values[i] for name, values in scores.items()}} if scores else {}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    first = args.compare[0]
+    for name, texts in answers.items():
+        line = f"{name}: {sum(map(len, texts)) / len(texts):.0f} characters an answer"
+        if scores:
+            pairs = list(zip(scores[name], scores[first], strict=True))
+            wins = sum((own > other) + 0.5 * (own == other) for own, other in pairs) / len(pairs)
+            line += f", mean reward {sum(scores[name]) / len(texts):.3f}, wins against {first}: {wins:.2f}"
+        print(line)
+    print(f"{len(questions)} questions, answers in {args.predictions_file}")
+
+
+def score(args: InferenceArguments, questions: list, answers: dict[str, list[str]]) -> dict[str, list[float]]:
+    """What the reward model says of each answer."""
+    data_args = DataArguments(train_file_dir="unused", max_source_length=args.max_source_length)
+    source = RewardSourceArguments(reward_model_name_or_path=args.reward_model)
+    model = source.load_model(data_args, args.model_args(args.compare[0]))
+    found = {}
+    for name, texts in answers.items():
+        rows = [q + [{"role": "assistant", "content": text}] for q, text in zip(questions, texts, strict=True)]
+        batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+        found[name] = [value for batch in tqdm(batches, desc="Scoring") for value in model(batch).tolist()]
+    return found
+
+
+def main():
+    (args,) = parse_arguments(InferenceArguments)
+    set_seed(args.seed)
+    if args.compare:
+        compare(args)
+    elif args.data_file and not args.interactive:
+        answer_file(args)
+    else:
+        chat(Answerer(args.base_model, args, args.lora_model), args.system)
+
+
+if __name__ == "__main__":
+    run_stage(main)

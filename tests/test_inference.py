@@ -1,0 +1,81 @@
+"""inference.py as its users call it: a chat, a file of questions, models compared."""
+
+import io
+import json
+
+import pytest
+from conftest import in_process, merge, stage
+
+QUESTIONS = "What does the heart do?\n高血压要注意什么？\nHow is asthma treated?\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, records, tmp_path_factory):
+    """An SFT adapter, the same merged, and a reward model on it."""
+    folder = tmp_path_factory.mktemp("inference")
+    in_process(*stage("sft", tiny("llama"), records, folder / "sft")).ok()
+    in_process(*merge(tiny("llama"), folder / "sft", folder / "merged")).ok()
+    in_process(*stage("rm", folder / "merged", records, folder / "rm")).ok()
+    return folder
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def ask(*flags):
+    return in_process("inference.py", "--max_new_tokens", 6, *flags)
+
+
+def test_a_file_is_answered_and_gone_on_with(tiny, trained, tmp_path):
+    (tmp_path / "q.txt").write_text(QUESTIONS, encoding="utf-8")
+    common = ("--data_file", tmp_path / "q.txt", "--dtype", "float32")
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    ask("--base_model", trained / "merged", *common, "--predictions_file", one, "--batch_size", 2).ok()
+    assert [row["Input"] for row in lines(one)] == QUESTIONS.splitlines()
+    # the adapter on its base answers as the merged model does, also in batches of one
+    flags = ("--base_model", tiny("llama"), "--lora_model", trained / "sft", "--batch_size", 1)
+    ask(*flags, *common, "--predictions_file", two).ok()
+    assert lines(two) == lines(one)
+
+    whole = one.read_text("utf-8")
+    one.write_text(whole.splitlines(keepends=True)[0], encoding="utf-8")
+    said = ask("--base_model", trained / "merged", *common, "--predictions_file", one).ok()
+    assert "1 of 3 answers are in" in said.stderr and one.read_text("utf-8") == whole
+    (tmp_path / "q.txt").write_text("Another?\n")
+    other = ask("--base_model", trained / "merged", *common, "--predictions_file", one)
+    assert other.code == 2 and "holds answers to other questions" in other.stderr
+    assert one.read_text("utf-8") == whole
+
+
+def test_models_are_compared(tiny, trained, records, tmp_path):
+    output = tmp_path / "compared.jsonl"
+    flags = ("--compare", tiny("llama"), trained / "merged", "--reward_model", trained / "rm", "--data_file")
+    printed = ask(*flags, records / "rl", "--predictions_file", output, "--max_eval_samples", 3).ok().stdout
+    assert f"{tiny('llama')}: " in printed and f"wins against {tiny('llama')}: 0.50" in printed
+    assert "3 questions" in printed
+    for row in lines(output):
+        assert row["Output"].keys() == row["Score"].keys() == {tiny("llama"), str(trained / "merged")}
+
+
+def test_a_chat_has_history_that_can_be_cleared(trained, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is flu?\nAnd why?\n/clear\nWhat is flu?\n/exit\n"))
+    shown = ask("--base_model", trained / "merged", "--interactive", "--system", "Be brief.").ok().stdout
+    first, second, third = [part.strip() for part in shown.split("Model: ")[1:]]
+    assert first.split("You:")[0] == third.split("You:")[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--base_model is missing"),
+        (("--compare", "a", "b"), "--compare needs --data_file"),
+        (("--base_model", "nowhere"), "--model_name_or_path nowhere is no model"),
+        (("--base_model", "a", "--max_new_tokens", 0), "--max_new_tokens is 0"),
+        (("--base_model", "a", "--data_file", "nowhere"), "no such folder of records: nowhere"),
+        (("--base_model", "a", "--lora_modle", "b"), "did you mean --lora_model?"),
+    ],
+)
+def test_errors(flags, message):
+    ended = in_process("inference.py", *flags)
+    assert ended.code == 2 and len(ended.errors) == 1 and message in ended.errors[0]
