@@ -125,4 +125,6 @@ def test_golden_mask_of_default_model(default_model):
     assert DataArguments(train_file_dir="unused").encode(tokenizer, CONVERSATION) == {
         "input_ids": system + first + answers[0] + second + answers[1],
         "labels": [-100] * len(system + first) + answers[0] + [-100] * len(second) + answers[1],
+        "source_tokens": len(system + first + answers[0] + second),
+        "target_tokens": len(answers[1]),
     }
