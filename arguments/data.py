@@ -149,10 +149,11 @@ class DataArguments:
     def tokenize(self, rows: Dataset, encode: Callable, tokenizer, keep: tuple[str, ...] = (), **settings) -> Dataset:
         """`encode` of every row beside its columns `keep`: in parallel, once on a machine, and kept on disk.
 
-        What is kept is found again only under the same rows, tokenizer, template, code of `encode` and its module,
-        lengths and `settings`.
+        What is kept is found again only under the same rows, tokenizer, template, code (of `encode`'s module and of what
+        encodes conversations), lengths and `settings`.
         """
-        code, lengths = inspect.getsource(inspect.getmodule(encode)), (self.max_source_length, self.max_target_length)
+        code = [inspect.getsource(inspect.getmodule(made_by)) for made_by in (encode, encode_turns, DataArguments)]
+        lengths = self.max_source_length, self.max_target_length
         key = fingerprint(rows._fingerprint, code, tokenizer_key(tokenizer), lengths, sorted(settings.items()))
         workers = self.preprocessing_num_workers or (os.cpu_count() if len(rows) >= 20_000 else None)
         with PartialState().local_main_process_first():
