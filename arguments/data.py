@@ -149,7 +149,7 @@ class DataArguments:
     def tokenize(self, rows: Dataset, encode: Callable, tokenizer, keep: tuple[str, ...] = (), **settings) -> Dataset:
         """`encode` of every row beside its columns `keep`: in parallel, once on a machine, and kept on disk.
 
-        What is kept is found again only under the same rows, tokenizer, template, code (of `encode`'s module and of what
+        It is found again only under the same rows, tokenizer, template, code (of `encode`'s module and of what
         encodes conversations), lengths and `settings`.
         """
         code = [inspect.getsource(inspect.getmodule(made_by)) for made_by in (encode, encode_turns, DataArguments)]
