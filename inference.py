@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, TaskType
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer, set_seed
 
@@ -70,6 +70,10 @@ class InferenceArguments:
         for flag in ("max_new_tokens", "batch_size", "max_source_length"):
             if getattr(self, flag) < 1:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected at least 1")
+        if self.temperature < 0:
+            raise UserError(f"--temperature is {self.temperature}, expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p is {self.top_p}, expected a share above 0, up to 1")
 
     def model_args(self, name: str) -> ModelArguments:
         return ModelArguments(
@@ -91,7 +95,14 @@ class Answerer:
         self.data_args = DataArguments(train_file_dir="unused", max_source_length=args.max_source_length)
         model = model_args.load_model(AutoModelForCausalLM)
         if adapter:
+            if not (Path(adapter) / "adapter_config.json").exists():
+                raise UserError(
+                    f"--lora_model {adapter} holds no adapter_config.json: name the output folder of a stage"
+                )
             check_base(Path(adapter), name, args.force)
+            task = PeftConfig.from_pretrained(adapter).task_type
+            if task != TaskType.CAUSAL_LM:
+                raise UserError(f"--lora_model {adapter} is a {task} adapter: it scores answers, it gives none")
             model = PeftModel.from_pretrained(model, adapter)
         on_gpu = torch.cuda.is_available() and not (args.load_in_8bit or args.load_in_4bit)
         self.model = model.to("cuda") if on_gpu else model

@@ -4,23 +4,41 @@
         --output_dir outputs/pt-merged
 
 Reads   the base model and an adapter of a causal language model or of a reward model (its score head comes along).
-Writes  a plain model with tokenizer and chat template, that from_pretrained loads, and merge.json with the proof.
+        Weights stay on disk: one file of the base at a time is in memory.
+Writes  a plain model with tokenizer and chat template, that from_pretrained loads, and merge.json with the proof:
+        each merged tensor against the formula of its adapter, the logits of a few texts against the adapter model's.
         output_dir may be the adapter's own folder: the adapter then moves into its subfolder adapter/, since
         transformers would add an adapter beside merged weights a second time.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
 from loguru import logger
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from peft import PeftConfig
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
 
 from arguments import UserError, check_base, parse_arguments, run_stage
+from arguments.base import fingerprint, weight_files
+from arguments.command_line import Fault
+from arguments.streamed import MergedWeights, adapted, grown_vocabulary, on_disk, save_merged, untie
 
 PROBES = (
     "What are the symptoms of influenza, and when should I see a doctor?",
@@ -46,7 +64,15 @@ class MergeArguments:
             "choices": ["auto", "float32", "float16", "bfloat16"],
         },
     )
-    max_shard_size: str = field(default="5GB", metadata={"help": "Larger models are written as several files."})
+    max_shard_size: str | None = field(
+        default=None,
+        metadata={"help": "Largest file to write, e.g. 5GB. Default: that of the base; memory follows it."},
+    )
+    gguf: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a llama.cpp checkout: its convert_hf_to_gguf.py also writes model.gguf."},
+    )
+    push_to_hub: str | None = field(default=None, metadata={"help": "Upload the merged model under this name."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
     force: bool = field(default=False, metadata={"help": "Merge into another base than the adapter was trained on."})
 
@@ -54,6 +80,12 @@ class MergeArguments:
         for flag in ("peft_model_path", "output_dir"):
             if not getattr(self, flag):
                 raise UserError(f"--{flag} is missing")
+        if Path(self.output_dir).is_file():
+            raise UserError(f"--output_dir {self.output_dir} is a file: name a folder")
+        if self.gguf and not (Path(self.gguf) / "convert_hf_to_gguf.py").is_file():
+            raise UserError(f"--gguf {self.gguf} holds no convert_hf_to_gguf.py: name a checkout of llama.cpp")
+        if self.max_shard_size and not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]I?B", self.max_shard_size.upper()):
+            raise UserError(f"--max_shard_size is {self.max_shard_size}, expected a size such as 5GB or 500MB")
 
 
 def find_adapter(path: str) -> Path:
@@ -64,15 +96,14 @@ def find_adapter(path: str) -> Path:
     raise UserError(f"--peft_model_path {path} holds no adapter_config.json: name the output folder of a stage")
 
 
-def load_base(args: MergeArguments, config: PeftConfig):
-    """The base model in float32, with the head that the adapter's task needs."""
-    name = args.base_model_name_or_path or config.base_model_name_or_path
-    kwargs = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
+def load(args: MergeArguments, config: PeftConfig, folder: Path, **kwargs):
+    """The base, its weights on disk, with the head that the adapter's task needs."""
+    name, kwargs = args.base_model_name_or_path, kwargs | {"trust_remote_code": args.trust_remote_code}
     try:
         if config.task_type == "SEQ_CLS":
-            return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **kwargs)
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+            return on_disk(AutoModelForSequenceClassification, name, folder, num_labels=1, **kwargs)
+        return on_disk(AutoModelForCausalLM, name, folder, **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--base_model_name_or_path {name} is no model: {str(error).splitlines()[0]}") from error
 
 
@@ -108,48 +139,123 @@ def move_into_place(staging: Path, output: Path) -> None:
     staging.rmdir()
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, staging: Path) -> dict:
+    """Write the merged model into `staging` and prove it; returns the facts for merge.json."""
+    name, scratch = args.base_model_name_or_path, staging / "converted"
+    base = load(args, config, scratch, dtype=torch.float32)
+    if rows := grown_vocabulary(base, adapter):
+        grown = {"vocab_size": rows, "ignore_mismatched_sizes": True}
+        base = load(args, config, scratch, dtype=torch.float32, **grown)
+    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    try:
+        model, weights = adapted(base, adapter)
+    except (RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"{adapter} is not an adapter of this base: {said}") from error
+    expected = probe(model, tokenizer)
+
+    dtype = getattr(torch, stored_dtype(args))
+    target = load(args, config, scratch, dtype=dtype, **(grown if rows else {}))
+    target.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    merged = MergedWeights(model, weights, dtype)
+    if apart := untie(target, merged):
+        logger.info(f"{', '.join(apart)} no longer equals what the base tied it to: written as a tensor of its own")
+    largest = max((path.stat().st_size for path in weight_files(name)), default="5GB")
+    save_merged(target, merged, staging, args.max_shard_size or largest)
+    tokenizer.save_pretrained(staging)
+
+    parity = compare(expected, probe(on_disk(type(target), staging, scratch, dtype=torch.float32), tokenizer))
+    if not parity["relative_difference"] <= TOLERANCE[stored_dtype(args)]:  # also true for NaN
+        raise Fault(f"the merged model differs from the adapter model, nothing was kept: {parity}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    tensors = {"merged": len(merged.errors), "largest_error": max(merged.errors.values(), default=0.0)}
+    return {
+        "base": {"name": name, "fingerprint": fingerprint(name)},
+        "adapter": {"name": str(adapter), "sha256": sha256(adapter / "adapter_model.safetensors")},
+        "dtype": stored_dtype(args),
+        "untied": apart,
+        "tensors": tensors,
+        "parity": parity,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
 def main():
     (args,) = parse_arguments(MergeArguments)
     adapter = find_adapter(args.peft_model_path)
-    adapter_config = PeftConfig.from_pretrained(adapter)
-    check_base(adapter, args.base_model_name_or_path or adapter_config.base_model_name_or_path, args.force)
-    base = load_base(args, adapter_config)
-    dtype = args.dtype if args.dtype != "auto" else stored_dtype(args, adapter_config)
-    tokenizer = AutoTokenizer.from_pretrained(args.peft_model_path, trust_remote_code=args.trust_remote_code)
-    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-
     try:
-        model = PeftModel.from_pretrained(base, adapter)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{adapter} is not an adapter of this base: {str(error).strip().splitlines()[0]}") from error
-    expected = probe(model, tokenizer)
-    merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
-
+        config = PeftConfig.from_pretrained(adapter)
+    except (ValueError, TypeError) as error:  # JSON that is none, or no adapter's
+        raise UserError(f"{adapter}/adapter_config.json cannot be read: {error}") from error
+    args.base_model_name_or_path = args.base_model_name_or_path or config.base_model_name_or_path
+    check_base(adapter, args.base_model_name_or_path, args.force)
+    own = (Path(args.peft_model_path) / "tokenizer_config.json").exists()  # else the base's serves
+    tokenizer = AutoTokenizer.from_pretrained(
+        args.peft_model_path if own else args.base_model_name_or_path, trust_remote_code=args.trust_remote_code
+    )
     output = Path(args.output_dir)
     staging = output / ".merging"
     shutil.rmtree(staging, ignore_errors=True)
-    merged.save_pretrained(staging, max_shard_size=args.max_shard_size)
-    tokenizer.save_pretrained(staging)
-
-    found = probe(type(merged).from_pretrained(staging, dtype=torch.float32), tokenizer)
-    parity = compare(expected, found)
-    if not parity["relative_difference"] <= TOLERANCE[dtype]:  # also true for NaN
+    staging.mkdir(parents=True)
+    try:
+        facts = merge(args, config, adapter, tokenizer, staging)
+        if args.gguf:
+            facts["gguf"] = write_gguf(Path(args.gguf), staging, tokenizer)
+        (staging / "merge.json").write_text(json.dumps(facts, indent=2))
+    except BaseException:
         shutil.rmtree(staging)
-        raise RuntimeError(f"the merged model differs from the adapter model, nothing was kept: {parity}")
-    facts = {"base": base.config._name_or_path, "adapter": str(adapter), "dtype": dtype, "parity": parity}
-    (staging / "merge.json").write_text(json.dumps(facts, indent=2))
+        if not any(output.iterdir()):
+            output.rmdir()
+        raise
     move_into_place(staging, output)
+    parity, tensors = facts["parity"], facts["tensors"]
     logger.info(
-        f"Merged {adapter} into {output} ({dtype}): largest difference of logits "
-        f"{parity['largest_difference']:.2g}, equal top-1 {parity['equal_top1']:.1%}"
+        f"Merged {adapter} into {output} ({facts['dtype']}): {tensors['merged']} matrices off by at most "
+        f"{tensors['largest_error']:.1g} of their largest number; logits by {parity['largest_difference']:.2g}, equal "
+        f"top-1 {parity['equal_top1']:.1%}"
     )
+    if args.push_to_hub:
+        upload(output, args.push_to_hub)
 
 
-def stored_dtype(args: MergeArguments, adapter_config: PeftConfig) -> str:
-    """The dtype that the base's config names, as text."""
-    name = args.base_model_name_or_path or adapter_config.base_model_name_or_path
-    dtype = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code).dtype or torch.float32
-    return str(dtype).removeprefix("torch.")
+def write_gguf(llama_cpp: Path, folder: Path, tokenizer) -> dict:
+    """Convert the merged model to folder/model.gguf in its own dtype, read that back, and return how they compare."""
+    target = folder / "model.gguf"
+    command = [sys.executable, llama_cpp / "convert_hf_to_gguf.py", folder, "--outfile", target, "--outtype", "auto"]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if ended.returncode:
+        raise Fault(f"llama.cpp's converter failed, nothing was kept: {ended.stderr.strip().splitlines()[-1]}")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = probe(model, tokenizer)
+    config = GgufConfig(dequantize=True)
+    found = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=target.name, quantization_config=config, dtype=torch.float32
+    )
+    parity = compare(expected, probe(found, tokenizer))
+    if not parity["relative_difference"] <= TOLERANCE["bfloat16"]:
+        raise Fault(f"model.gguf differs from the merged model, nothing was kept: {parity}")
+    logger.info(f"model.gguf: logits differ by {parity['largest_difference']:.2g}, top-1 {parity['equal_top1']:.1%}")
+    return parity
+
+
+def upload(folder: Path, name: str) -> None:
+    """Put the merged model into the hub repository `name`, private when it is new."""
+    HfApi().create_repo(name, private=True, exist_ok=True)
+    HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+    logger.info(f"Uploaded to https://huggingface.co/{name}")
+
+
+def stored_dtype(args: MergeArguments) -> str:
+    """The dtype to write, as text: the flag's, or what the base's config names."""
+    if args.dtype != "auto":
+        return args.dtype
+    config = AutoConfig.from_pretrained(args.base_model_name_or_path, trust_remote_code=args.trust_remote_code)
+    return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Writes  the adapter with its head, tokenizer, metrics (held-out accuracy, margin
 
 from dataclasses import dataclass, field
 
+import torch
 from datasets import Dataset
 from peft import TaskType
 from transformers import AutoModelForSequenceClassification, set_seed
@@ -52,7 +53,7 @@ def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset
         lengths |= {"chosen_tokens": chosen["target_tokens"], "rejected_tokens": rejected["target_tokens"]}
         return ids | lengths | {"length": max(map(len, ids.values()))}
 
-    return data_args.tokenize(rows, encode, tokenizer)
+    return data_args.tokenize(rows, encode, tokenizer, keep=("kind",))
 
 
 def longer_wins(dataset: Dataset) -> float:
@@ -61,11 +62,36 @@ def longer_wins(dataset: Dataset) -> float:
     return sum((chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in lengths) / len(lengths)
 
 
+def accuracies(margins: torch.Tensor, kinds: list[str]) -> dict[str, float]:
+    """Share of pairs whose chosen answer scores higher, of all and of each named kind; ties count half."""
+    right = (margins > 0).float() + 0.5 * (margins == 0).float()
+    found = {"accuracy": right.mean().item(), "margin": margins.mean().item()}
+    for kind in sorted(set(kinds) - {""}):
+        found[f"accuracy_{kind}"] = right[[other == kind for other in kinds]].mean().item()
+    return found
+
+
 class PairTrainer(RewardTrainer):
-    """trl.RewardTrainer that puts the length-only baseline and the number of pairs beside the held-out accuracy."""
+    """trl.RewardTrainer with the exact held-out accuracy, also by kind of rejected answer, and the length-only one.
+
+    The library's accuracy is the mean over batches of each batch's, in which pairs of a small last batch weigh more.
+    """
+
+    def evaluate(self, *args, **kwargs):
+        self.margins = []
+        return super().evaluate(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if not model.training:
+            chosen, rejected = outputs.logits.float().flatten().chunk(2)
+            self.margins.append(self.accelerator.gather_for_metrics(chosen - rejected).cpu())
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "eval_loss" in logs:
+            found = accuracies(torch.cat(self.margins), self.eval_dataset["kind"][:])
+            logs |= {f"eval_{name}": value for name, value in found.items()}
             logs |= {"eval_longer_wins": longer_wins(self.eval_dataset), "eval_pairs": len(self.eval_dataset)}
         super().log(logs, *args, **kwargs)
 
@@ -75,6 +101,7 @@ def main():
         ModelArguments, AdapterArguments, DataArguments, RewardArguments
     )
     set_seed(training_args.seed)
+    model_args.check(data_args.longest, trains_all=not adapter_args.use_peft)
 
     tokenizer = model_args.load_tokenizer()
     train_rows, eval_rows = data_args.load_pairs(training_args.output_dir)

@@ -111,10 +111,10 @@ def main():
         ModelArguments, AdapterArguments, DataArguments, FinetuningArguments
     )
     set_seed(training_args.seed)
-    longest = data_args.max_source_length + data_args.max_target_length
-    if training_args.packing and training_args.packing_length < longest:
+    model_args.check(data_args.longest, trains_all=not adapter_args.use_peft)
+    if training_args.packing and training_args.packing_length < data_args.longest:
         raise UserError(
-            f"--packing_length {training_args.packing_length} cannot hold a conversation of {longest} tokens"
+            f"--packing_length {training_args.packing_length} cannot hold a conversation of {data_args.longest} tokens"
         )
 
     tokenizer = model_args.load_tokenizer()

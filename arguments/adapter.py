@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
 
 from arguments.base import check_base
 from arguments.command_line import UserError
@@ -33,6 +34,10 @@ class AdapterArguments:
     )
 
     def __post_init__(self):
+        if self.peft_path and not self.use_peft:
+            raise UserError("--use_peft False trains no adapter, so --peft_path has none to go on from")
+        if not self.target_modules.strip(", "):
+            raise UserError("--target_modules is empty: a comma list of module names, or all")
         if self.lora_rank < 1:
             raise UserError(f"--lora_rank is {self.lora_rank}, expected at least 1")
         if not 0 <= self.lora_dropout < 1:
@@ -62,9 +67,13 @@ class AdapterArguments:
             check_base(Path(self.peft_path), model.config._name_or_path, self.force)
             try:
                 model = PeftModel.from_pretrained(model, self.peft_path, is_trainable=True)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, RuntimeError, SafetensorError) as error:
                 raise UserError(f"--peft_path {self.peft_path} is not an adapter for this model: {error}") from error
         else:
+            names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+            for name in (self.modules_to_save or "").split(","):
+                if name.strip() and name.strip() not in names:
+                    raise UserError(f"--modules_to_save {name}: the model has no module of that name")
             try:
                 model = get_peft_model(model, self.peft_config(task_type))
             except ValueError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -42,10 +42,18 @@ def weight_files(name_or_path: str) -> list[Path]:
     return []
 
 
+def open_safetensors(path: Path):
+    """safetensors' safe_open; a damaged file is a UserError."""
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): copy or download it again") from error
+
+
 def stored_tensors(path: Path) -> Iterator[tuple[str, tuple, object]]:
     """Name, shape and something to slice of each tensor in a file, without reading it whole."""
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
                 tensor = file.get_slice(name)
                 yield name, tuple(tensor.get_shape()), tensor
@@ -106,6 +114,17 @@ def record_base(folder: Path) -> None:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         facts = {"base": base, "fingerprint": fingerprint(base)}
         (folder / BASE_FILE).write_text(json.dumps(facts, indent=1))
+
+
+def is_base(adapter: Path, model: str) -> bool:
+    """Whether the adapter was trained on `model`: by its name, or on the same weights under another name."""
+    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if name == model or Path(name).resolve() == Path(model).resolve():
+        return True
+    path = adapter / BASE_FILE
+    known = json.loads(path.read_text())["fingerprint"] if path.exists() else {}
+    found = fingerprint(model)
+    return bool(known and found) and difference(known, found) is None
 
 
 def check_base(adapter: Path, base: str, force: bool = False) -> None:

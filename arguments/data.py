@@ -83,9 +83,21 @@ class DataArguments:
     def __post_init__(self):
         if not (self.train_file_dir or self.dataset_name):
             raise UserError("--train_file_dir is missing: name the folder with the training records")
-        for flag in ("max_source_length", "max_target_length"):
-            if getattr(self, flag) < 1:
-                raise UserError(f"--{flag} is {getattr(self, flag)}, expected at least 1")
+        counts = "max_train_samples", "max_eval_samples", "validation_split_count", "preprocessing_num_workers"
+        for flag in ("max_source_length", "max_target_length", *counts):
+            if (value := getattr(self, flag)) is not None and value < 1:
+                raise UserError(f"--{flag} is {value}, expected at least 1")
+        if self.preview < 0:
+            raise UserError(f"--preview is {self.preview}, expected a number of records")
+        if not 0 < self.validation_split_percentage < 100:
+            raise UserError(
+                f"--validation_split_percentage is {self.validation_split_percentage}, expected a share in percent"
+            )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that the lengths allow."""
+        return self.max_source_length + self.max_target_length
 
     def load_documents(self, output_dir: str | None = None) -> tuple[Dataset, Dataset]:
         """Training and held-out rows {"text"}. Skipped records are listed in output_dir."""
@@ -259,8 +271,11 @@ class DataArguments:
         paths = find_files(folder)
         if not paths:
             raise UserError(f"{folder} holds no file that ends in {', '.join(SUFFIXES)}")
+        source = {"paths": [str(path) for path in paths]}
+        if next(file_rows(form, **source), None) is None:
+            raise UserError(f"{folder} holds no records: its {len(paths)} file(s) are empty")
         contents = [(str(path), digest(path)) for path in paths]
-        return rows_of(form, file_rows, {"paths": [str(p) for p in paths]}, contents, fresh=self.overwrite_cache)
+        return rows_of(form, file_rows, source, contents, fresh=self.overwrite_cache)
 
 
 def weighted_folders(folders: str) -> list[tuple[str, float]]:

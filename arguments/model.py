@@ -4,8 +4,10 @@ import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import torch
 from loguru import logger
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from arguments.command_line import UserError
@@ -58,6 +60,8 @@ class ModelArguments:
     def __post_init__(self):
         if not self.model_name_or_path:
             raise UserError("--model_name_or_path is missing: name the folder or hub id of the base model")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("--load_in_4bit and --load_in_8bit: choose one of them")
 
     @property
     def hub_kwargs(self) -> dict:
@@ -84,6 +88,21 @@ class ModelArguments:
             )
         return config
 
+    def check(self, longest: int, trains_all: bool) -> None:
+        """Before anything is loaded: can this model be trained on rows of `longest` tokens, and in all its weights?
+
+        Raises:
+            UserError: when it knows fewer positions, or when its weights would be quantised.
+        """
+        if trains_all and (self.load_in_4bit or self.load_in_8bit):
+            raise UserError("--use_peft False trains all weights, which --load_in_4bit and --load_in_8bit freeze")
+        positions = getattr(self.load_config().get_text_config(), "max_position_embeddings", None)  # ALiBi has none
+        if positions and longest > positions:
+            raise UserError(
+                f"{self.model_name_or_path} knows {positions} positions, and rows may have {longest} tokens: lower "
+                "--block_size, or --max_source_length and --max_target_length"
+            )
+
     def load_tokenizer(self):
         """The tokenizer, with a chat template and, where its vocabulary has one, a pad token other than eos."""
         source = self.tokenizer_name_or_path or self.model_name_or_path
@@ -92,6 +111,10 @@ class ModelArguments:
             tokenizer = AutoTokenizer.from_pretrained(source, use_fast=self.use_fast_tokenizer, **self.hub_kwargs)
         except (OSError, ValueError) as error:
             raise UserError(f"no tokenizer in {source}: {str(error).strip().splitlines()[0]}") from error
+        try:
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(tokenizer.chat_template or "")
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"the chat template in {source}, line {error.lineno}: {error.message}") from error
         tokenizer.padding_side = "right"
         if tokenizer.eos_token is None:
             raise UserError(f"the tokenizer in {source} has no eos token: answers could never end")
@@ -118,7 +141,7 @@ class ModelArguments:
                 **self.hub_kwargs,
                 **kwargs,
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"cannot load {self.model_name_or_path}: {str(error).strip().splitlines()[0]}") from error
         logger.info(
             f"Loaded {self.model_name_or_path}: {config.model_type}, {model.num_parameters():,} parameters, {dtype}"

@@ -38,7 +38,8 @@ class RewardSourceArguments:
                 "--reward_model_name_or_path is missing: name the output folder of the reward stage, "
                 "or --reward_functions"
             )
-        self.weights()  # a wrong list shows now, not after the models are loaded
+        self.weights()  # what is wrong shows now, not after the models are loaded
+        self.functions = self._load_functions()
 
     def find_adapter(self) -> Path | None:
         """The folder of the reward adapter at reward_model_name_or_path (in its adapter/ after a merge in place)."""
@@ -82,7 +83,7 @@ class RewardSourceArguments:
             model = PeftModel.from_pretrained(model, adapter)
         return RewardModel(model, tokenizer, data_args)
 
-    def load_functions(self) -> dict[str, Callable]:
+    def _load_functions(self) -> dict[str, Callable]:
         """The functions of --reward_functions by name.
 
         Raises:
@@ -95,7 +96,10 @@ class RewardSourceArguments:
             raise UserError(f"--reward_functions {self.reward_functions}: expected path/to/file.py:name[,name...]")
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # it is the user's code: say which file, and what it said
+            raise UserError(f"--reward_functions: {path} raised {type(error).__name__}: {error}") from error
         functions = {name.strip(): getattr(module, name.strip(), None) for name in names.split(",")}
         missing = [name for name, function in functions.items() if not callable(function)]
         if missing:

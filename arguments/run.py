@@ -18,6 +18,16 @@ from transformers.trainer_utils import sort_checkpoints
 from arguments.base import record_base
 from arguments.command_line import Fault, UserError
 
+POSITIVE = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+)
 SEAL = "seal.json"  # in a checkpoint: size and hash of each of its files
 
 
@@ -67,6 +77,16 @@ class RunArguments:
             raise UserError("--output_dir is missing: name the folder for this stage's adapter and metrics")
         if (Path(self.output_dir) / "merge.json").exists() and not self.fresh:
             raise UserError(f"{self.output_dir} already holds a merged model: --fresh trains it anew and replaces it")
+        if Path(self.output_dir).is_file():
+            raise UserError(f"--output_dir {self.output_dir} is a file: name a folder")
+        asked = str(self.resume_from_checkpoint or "")
+        if asked.lower() not in ("", "true", "false") and not Path(asked).is_dir():
+            raise UserError(f"--resume_from_checkpoint {asked} is no folder: name a checkpoint-N of an earlier run")
+        if not (self.do_train or self.do_eval):
+            raise UserError("--do_train False and --do_eval False leave nothing to do")
+        for flag in POSITIVE:
+            if (value := getattr(self, flag)) is not None and not value > 0:  # also true for NaN
+                raise UserError(f"--{flag} is {value}, expected a number above 0")
         self._choose_precision()
         if not torch.cuda.is_available():
             self.use_cpu = True
@@ -75,6 +95,8 @@ class RunArguments:
 
     def _choose_precision(self):
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
+        if self.precision not in ("auto", asked):
+            raise UserError(f"--precision {self.precision} and --{asked} contradict each other")
         if asked == "fp16" and not torch.cuda.is_available():
             logger.warning("fp16 needs a GPU: taking what this CPU does best instead")
             asked = "auto"
@@ -92,10 +114,6 @@ class RunArguments:
         """The checkpoint to go on from: the one asked for, else the newest whole one in output_dir, else None."""
         asked = self.resume_from_checkpoint
         if asked and str(asked).lower() not in ("true", "false"):
-            if not Path(asked).is_dir():
-                raise UserError(
-                    f"--resume_from_checkpoint {asked} is no folder: name a checkpoint-N of an earlier run"
-                )
             return asked
         if not Path(self.output_dir).is_dir():
             return None
@@ -276,7 +294,9 @@ def plot_curves(log_history: list[dict], folder: Path) -> None:
 
     timings = ("runtime", "per_second", "flos", "epoch", "step", "num_tokens")
     names = {key.removeprefix("eval_") for row in log_history for key in row}
-    for name in sorted(n for n in names if not n.endswith(timings) and not n.startswith(("train_", "seconds_"))):
+    for name in sorted(
+        n for n in names if not n.endswith(timings) and not n.startswith(("train_", "seconds_", "accuracy_"))
+    ):
         figure, axes = pyplot.subplots(figsize=(7, 4))
         for key, label in ((name, "train"), (f"eval_{name}", "held out")):
             points = [(row["step"], row[key]) for row in log_history if isinstance(row.get(key), int | float)]

@@ -12,13 +12,12 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from measure import ROOT, machine, measure
+
 WAYS = {
     "padded": ["--train_sampling_strategy", "random"],
     "grouped by length": ["--train_sampling_strategy", "group_by_length"],
@@ -33,21 +32,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each training; 0: skip that part")
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
-
-
-def measure(command: list, environment: dict) -> tuple[float, float, str]:
-    """Seconds, peak resident memory (GiB) of the process, and what it printed."""
-    started = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as file:
-        process = subprocess.Popen(
-            [str(part) for part in command], cwd=ROOT, env=environment, stdout=file, stderr=file
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        file.seek(0)
-        printed = file.read()
-    if status:
-        raise SystemExit(f"{command[1]} failed:\n{printed[-3000:]}")
-    return time.perf_counter() - started, usage.ru_maxrss / 2**20, printed
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -107,6 +91,7 @@ def main():
     args = arguments()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        print(machine(), end="\n\n")
         environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
         for wanted, table in ((args.rows, rows_table), (args.steps, training_table)):
             if wanted:

@@ -12,17 +12,15 @@ does not.
 import argparse
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from measure import ROOT, machine, measure
+
 TRL_PACKAGES = ["torch==2.13.0", "trl==1.12.0", "transformers==5.23.0", "peft==0.21.2", "accelerate", "datasets"]
 
 
@@ -88,31 +86,19 @@ def our_training(output: Path) -> dict:
     return {"seconds": seconds, "rollouts": [row for row in history if "reward" in row]}
 
 
-def measure(command: list, environment: dict, log: Path) -> tuple[float, float]:
-    """Seconds and peak resident memory (GiB) of a command that must succeed."""
-    started = time.perf_counter()
-    with log.open("w") as file:
-        command = [str(part) for part in command]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{command[1]} failed:\n{log.read_text()[-3000:]}")
-    return time.perf_counter() - started, usage.ru_maxrss / 2**20
-
-
 def run(contestant: str, args, folder: Path, prompts: Path, reward_model: str, number: int) -> dict:
     """One run: figures of its training, without the loading, and of the whole process."""
-    output, log = folder / f"run-{number}", folder / f"run-{number}.log"
+    output = folder / f"run-{number}"
     output.mkdir()
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     if contestant.startswith("ours"):
-        seconds, memory = measure(our_command(args, contestant.split()[-1], folder, output), environment, log)
+        seconds, memory, _ = measure(our_command(args, contestant.split()[-1], folder, output), environment)
         training = our_training(output)
     else:
         settings = vars(args) | {"reward_model": reward_model, "prompts": str(prompts), "output": str(output)}
         (output / "settings.json").write_text(json.dumps(settings))
         command = [trl_python(), ROOT / "benchmarks" / "ppo_trl.py", output / "settings.json"]
-        seconds, memory = measure(command, environment, log)
+        seconds, memory, _ = measure(command, environment)
         training = json.loads((output / "training.json").read_text())
     rollouts = training["rollouts"]
     found = {key: sum(row[f"seconds_{key}"] for row in rollouts) for key in ("generate", "score", "update")}
@@ -136,12 +122,6 @@ def table(results: dict[str, list[dict]]) -> str:
         rewards = [statistics.fmean(column) for column in zip(*(run["rewards"] for run in runs), strict=True)]
         lines.append(f"| {contestant} | {' | '.join(cells)} | {' '.join(f'{r:.2f}' for r in rewards)} |")
     return "\n".join(lines)
-
-
-def machine() -> str:
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name, cores = cpu[1] if cpu else platform.machine(), len(os.sched_getaffinity(0))
-    return f"{name}, {cores} cores, {time.strftime('%Y-%m-%d')}"
 
 
 def main():

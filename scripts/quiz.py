@@ -15,6 +15,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arguments.run import native_bf16  # noqa: E402
+
 PROMPTS = {"en": "Question: {}\nAnswer: ", "zh": "问题：{}\n答案："}
 
 
@@ -37,7 +40,7 @@ def choice(model, tokenizer, prompt: str, options: list[str]) -> int:
 def accuracy(path: str, quiz: dict[str, list[dict]]) -> dict:
     """A model's share of right answers, over all questions and by language."""
     model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(),
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if native_bf16() else torch.float32).eval(),
         AutoTokenizer.from_pretrained(path),
     )
     right = {

@@ -1,9 +1,9 @@
 """The pipeline's closing table: every stage on held-out data, before and after; and three unseen prompts answered.
 
-    python scripts/report.py models/SmolLM2-135M-Instruct outputs
+    python scripts/report.py outputs models/SmolLM2-135M-Instruct outputs/{pt,sft,rl}-merged
 
-Reads all_results.json of outputs/pt, sft, rm and rl, quiz.json (of scripts/quiz.py), and the models
-outputs/sft-merged and rl-merged.
+Reads all_results.json of outputs/pt, sft, rm and rl, quiz.json (of scripts/quiz.py), and the models: the base and
+those that PT, SFT and RL made.
 """
 
 import json
@@ -37,6 +37,10 @@ def print_table(outputs: Path) -> None:
     for stage, what, before, after, unit, count in ROWS:
         found = results[stage]
         print(f"{stage:4} {what:30} {found[before]:9.3f} {found[after]:9.3f}   {found[count]} {unit}")
+    kinds = sorted(k for k in results["RM"] if k.startswith("eval_accuracy_") and not k.endswith("_before"))
+    for kind in kinds:
+        what = f"accuracy, {kind.removeprefix('eval_accuracy_').replace('_', ' ')}"
+        print(f"{'RM':4} {what:30} {results['RM'][kind + '_before']:9.3f} {results['RM'][kind]:9.3f}")
     (base, pt, sft), quiz = quiz_accuracies(outputs)
     for stage, before, after in (("PT", base, pt), ("SFT", pt, sft)):
         print(f"{stage:4} {'quiz accuracy (chance: 0.25)':30} {before:9.3f} {after:9.3f}   {quiz} questions")
@@ -62,25 +66,27 @@ def unseen_prompts(outputs: Path) -> list[list[dict]]:
 
 
 @torch.no_grad()
-def answer(model, tokenizer, messages: list[dict]) -> str:
-    """The most likely answer, at most 64 tokens of it."""
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+def answers_to(prompts: list[list[dict]], model, tokenizer) -> list[str]:
+    """The most likely answer to each, at most 64 tokens of it."""
+    inputs = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True, padding_side="left"
+    )
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=64, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    ids = model.generate(**inputs, generation_config=greedy)[0, inputs["input_ids"].shape[1] :]
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    ids = model.generate(**inputs, generation_config=greedy)[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def main():
-    base, outputs = sys.argv[1], Path(sys.argv[2])
+    outputs, base, _, sft, rl = Path(sys.argv[1]), *sys.argv[2:]
     print_table(outputs)
     prompts = unseen_prompts(outputs)
     answers = {}
-    tokenizer = AutoTokenizer.from_pretrained(outputs / "sft-merged")  # its template serves a base that has none
-    for name, path in (("base", base), ("SFT", outputs / "sft-merged"), ("RL", outputs / "rl-merged")):
+    tokenizer = AutoTokenizer.from_pretrained(sft)  # its template serves a base that has none
+    for name, path in (("base", base), ("SFT", sft), ("RL", rl)):
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-        answers[name] = [answer(model, tokenizer, messages) for messages in prompts]
+        answers[name] = answers_to(prompts, model, tokenizer)
     for number, messages in enumerate(prompts):
         print(f"\n{messages[-1]['content']}")
         for name, texts in answers.items():

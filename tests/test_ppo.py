@@ -11,8 +11,8 @@ from torch.utils.data import BatchSampler
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from arguments import GuardArguments
+from arguments.roles import ActorCritic, last_token, score_head
 from rl_training import (
-    ActorCritic,
     InverseTransformSampling,
     adapted_kl_coef,
     advantages_and_returns,
@@ -21,10 +21,8 @@ from rl_training import (
     distinct,
     explained_variance,
     kl_estimate,
-    last_token,
     policy_loss,
     prompt_order,
-    score_head,
     token_rewards,
     uniforms,
     value_loss,
@@ -326,7 +324,7 @@ def tiny():
     )
     policy = LlamaForCausalLM(config).eval()
     head = score_head(16, {"weight": torch.randn(1, 16)})
-    return ActorCritic(policy, head, None, lora=False).eval()
+    return ActorCritic(policy, head, None, lora=False, critic="adapter").eval()
 
 
 def padded(rows, width, pad=0):

@@ -201,66 +201,6 @@ def test_pinned_losses(tiny, records, tmp_path):
     assert found == pytest.approx(PINNED, rel=1e-4)
 
 
-# --- errors
-
-
-def test_errors_end_with_one_message(tiny, records, tmp_path):
-    """Exit code 2, one message that names the cause, no traceback, and no output folder."""
-    llama, output, missing = tiny("llama"), tmp_path / "out", tmp_path / "missing"
-    adapter = tmp_path / "adapter"
-    in_process(*stage("pt", llama, records, adapter)).ok()
-    broken = write_records(tmp_path / "broken")
-    for name in ("pt", "sft", "rm", "rl"):
-        with (broken / name / "rows.jsonl").open("a", encoding="utf-8") as file:
-            file.write('{"text": "cut o\n')
-    cases = [
-        (stage(name, llama, records, output, "--lora_rnk", 4), "--lora_rnk: did you mean --lora_rank?")
-        for name in SCRIPTS
-    ]
-    rl = ("--reward_model_name_or_path", llama)
-    cases += [(stage(name, missing, records, output, *rl[: 2 * (name == "rl")]), str(missing)) for name in SCRIPTS]
-    cases += [(stage(name, llama, missing, output, *rl[: 2 * (name == "rl")]), "no such folder") for name in SCRIPTS]
-    cases += [(stage(name, llama, broken, output, *rl[: 2 * (name == "rl")]), "rows.jsonl:9: not") for name in SCRIPTS]
-    cases += [
-        (stage(name, adapter, records, output, *rl[: 2 * (name == "rl")]), "It holds an adapter: merge it first")
-        for name in SCRIPTS
-    ]
-    cases += [
-        (stage("rl", llama, records, output), "--reward_model_name_or_path is missing"),
-        (stage("rl", llama, records, output, *rl), "has no score head"),
-        (stage("rl", llama, records, output, rl[0], adapter), "not a reward model"),
-        (stage("rl", llama, records, output, rl[0], missing), str(missing)),
-        (stage("rl", llama, records, output, *rl, "--batch_size", 4, "--mini_batch_size", 3), "--batch_size 4"),
-        (stage("pt", llama, records, output, "--block_size", "many"), "--block_size"),
-        (stage("pt", llama, records, output, "--lr_scheduler_type", "cosin"), "cosin"),
-        (stage("pt", llama, records, output, "--target_modules", "nothing_of_that_name"), "--target_modules"),
-        (stage("pt", llama, records, output, "--peft_path", missing), "--peft_path"),
-        (merge(llama, adapter, ""), "--output_dir is missing"),
-        (merge(llama, missing, output), "holds no adapter_config.json"),
-        (merge(missing, adapter, output), str(missing)),
-        (merge(tiny("bloom"), adapter, output), "it is a bloom, the adapter was trained on a llama"),
-        ([*merge(tiny("bloom"), adapter, output), "--force"], "is not an adapter of this base"),
-    ]
-    wrong = []
-    for command, message in cases:
-        try:
-            ended = in_process(*command)
-            found = (ended.code, len(ended.errors), "Traceback" in ended.stderr, output.exists())
-            if found != (2, 1, False, False) or message not in ended.stderr[ended.stderr.index("error:") :]:
-                wrong.append((command, message, found, ended.stderr[-400:]))
-        except Exception as error:  # a traceback, for the user
-            wrong.append((command, message, repr(error)[:400]))
-        shutil.rmtree(output, ignore_errors=True)
-    assert not wrong, "\n\n".join(map(str, wrong))
-
-
-def test_error_in_a_process_of_its_own(tmp_path):
-    ended = in_subprocess("rl_training.py", "--model_name_or_pth", "x", "--output_dir", tmp_path / "out")
-    assert ended.code == 2 and ended.stdout == "" and "Traceback" not in ended.stderr
-    assert ended.errors == ["error: unknown argument --model_name_or_pth: did you mean --model_name_or_path?"]
-    assert not (tmp_path / "out").exists()
-
-
 # --- resume
 
 

@@ -1,0 +1,170 @@
+"""PPO's roles on one base model: policy and reward are adapters, the reference is the base with adapters off."""
+
+import copy
+from contextlib import contextmanager
+from types import MethodType
+
+import torch
+from loguru import logger
+from peft import PeftConfig, TaskType, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from arguments.base import check_base, is_base
+from arguments.command_line import UserError
+from arguments.reward import RewardModel
+
+
+def last_token(ids, pad_token_id: int):
+    """Index [batch] of the last token that is not padding, as AutoModelForSequenceClassification finds it."""
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    return (positions * (ids != pad_token_id)).argmax(-1)
+
+
+def score_head(hidden_size: int, state: dict | None) -> nn.Linear:
+    """A linear head in float32: with the weights in `state`, else zero, as the value function starts.
+
+    A reward model knows whole answers. Read at each token of 32 sampled answers, its head explained -58% and -45% of
+    the variance of their scores with one seed of SmolLM2, 11% and -14% with another: no better than a head of zeros.
+    """
+    head = nn.Linear(hidden_size, 1, bias=bool(state and "bias" in state))
+    if state:
+        head.load_state_dict(state)
+    else:
+        nn.init.zeros_(head.weight)
+    return head.float()
+
+
+def at_columns(hidden, columns):
+    """hidden [batch, time, size] at columns [batch, n]: [batch, n, size]."""
+    return hidden.gather(1, columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+class ActorCritic(nn.Module):
+    """The roles of PPO. With LoRA all share one base; without, reference and value are copies of the policy.
+
+    The value function is `value_head` on the hidden states of one role: of "value", which is trained with it, or of a
+    frozen one (`critic` "head"), whose hidden states are computed once a rollout.
+    """
+
+    def __init__(self, policy, value_head: nn.Linear, reward_head: nn.Linear | None, lora: bool, critic: str):
+        super().__init__()
+        self.policy, self.value_head, self.reward_head, self.lora = policy, value_head, reward_head, lora
+        self.config = policy.config
+        self.frozen_role = "reward" if reward_head else "reference"
+        self.trains_critic_body = critic == "adapter"
+        copies = {} if lora else {"reference": copy.deepcopy(policy).requires_grad_(False)}
+        if not lora and self.trains_critic_body:
+            copies["value"] = copy.deepcopy(policy)
+        self.copies = nn.ModuleDict(copies)
+        if reward_head:
+            reward_head.requires_grad_(False)
+        self.reset_gradients()
+
+    def reset_gradients(self):
+        if self.lora:  # switching adapters flips requires_grad
+            for adapter in self.policy.peft_config:
+                self.policy.set_requires_grad(adapter, adapter != "reward")
+
+    def activation_checkpointing_enable(self, **kwargs):
+        for model in (self.policy, *self.copies.values()):
+            model.activation_checkpointing_enable(**kwargs)
+
+    @contextmanager
+    def role(self, name: str):
+        """The causal language model that plays `name`: policy, reference, value or reward."""
+        if not self.lora:
+            yield self.copies[name] if name != "policy" else self.policy
+        elif name == "reference":
+            with self.policy.disable_adapter():
+                yield self.policy.get_base_model()
+            self.reset_gradients()
+        else:
+            self.policy.set_adapter("default" if name == "policy" else name)
+            self.reset_gradients()
+            yield self.policy.get_base_model()
+
+    def logits(self, name: str, ids, mask, keep):
+        """Logits [batch, len(keep), vocabulary] in float32 at the positions `keep`."""
+        with self.role(name) as model:
+            return model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits.float()
+
+    def hidden(self, name: str, ids, mask):
+        """Last hidden states [batch, time, size] in float32."""
+        with self.role(name) as model:
+            return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+
+    def critic_parts(self) -> dict[str, dict]:
+        """The tensors of the value function, by the name of their file."""
+        parts = {"head": self.value_head.state_dict()}
+        if self.trains_critic_body and self.lora:
+            parts["model"] = get_peft_model_state_dict(self.policy, adapter_name="value")
+        elif self.trains_critic_body:
+            parts["model"] = self.copies["value"].state_dict()
+        return parts
+
+    def trained(self) -> tuple[list, list]:
+        """Trained parameters of the policy and of the value function."""
+        policy, critic = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                of_value = name.startswith(("copies.value.", "value_head.")) or (self.lora and ".value." in name)
+                (critic if of_value else policy).append(parameter)
+        return policy, critic
+
+
+def full_precision_head(model) -> None:
+    """Keep the output layer out of autocast: bfloat16 logits near 20 lie 0.125 apart, too coarse for a KL."""
+
+    def forward(head, hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return type(head).forward(head, hidden.to(head.weight.dtype).contiguous())
+
+    head = model.get_output_embeddings()
+    head.forward = MethodType(forward, head)  # a bound method follows its head when a model is copied
+
+
+def build_actor_critic(
+    model_args, adapter_args, data_args, reward_args, critic: str
+) -> tuple[ActorCritic, RewardModel | None]:
+    """Load the base once and put the roles on it, as far as the reward model allows."""
+    adapter, reward_model = reward_args.find_adapter(), None
+    base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path if adapter else None
+    shared = bool(adapter) and adapter_args.use_peft and is_base(adapter, model_args.model_name_or_path)
+    if adapter:
+        check_base(adapter, model_args.model_name_or_path if shared else base_name, adapter_args.force)
+    if shared:
+        logger.info(f"Reward model {adapter} is an adapter on the policy's base: one base model in memory")
+    elif reward_args.reward_model_name_or_path:
+        why = f"is an adapter on {base_name}" if adapter else "is a whole model"
+        why = "shares no base with a policy that trains all weights" if not adapter_args.use_peft else why
+        logger.info(f"Reward model {reward_args.reward_model_name_or_path} {why}: loaded beside the policy")
+        reward_model = reward_args.load_model(data_args, model_args)
+
+    policy = model_args.load_model(AutoModelForCausalLM)
+    full_precision_head(policy)
+    hidden_size = policy.config.get_text_config().hidden_size
+    policy = adapter_args.apply(policy, TaskType.CAUSAL_LM)
+    head_state = None
+    if shared:
+        policy.load_adapter(adapter, "reward", is_trainable=False)
+        if critic == "adapter":
+            policy.load_adapter(adapter, "value", is_trainable=True)
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        head_state = {k.rpartition(".")[2]: v for k, v in tensors.items() if ".score." in k}
+        if not head_state:
+            raise UserError(f"{adapter} holds no score head, its rewards would be random: train it with stage 3")
+    elif adapter_args.use_peft and critic == "adapter":
+        policy.add_adapter("value", adapter_args.peft_config(TaskType.CAUSAL_LM))
+    disable_dropout(policy)
+    reward_head = score_head(hidden_size, head_state) if shared else None
+    model = ActorCritic(policy, score_head(hidden_size, None), reward_head, adapter_args.use_peft, critic)
+    return model, reward_model
+
+
+def disable_dropout(model) -> None:
+    """Dropout would make the ratio of new to old probabilities random."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

@@ -1,0 +1,239 @@
+"""A base model, its adapter and both merged, while the weights stay on disk: each tensor is read when it is used."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from accelerate.hooks import (
+    AlignDevicesHook,
+    add_hook_to_module,
+    attach_align_device_hook,
+    remove_hook_from_submodules,
+)
+from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from arguments.base import open_safetensors
+from arguments.command_line import Fault
+
+PREFIX = "base_model.model."  # of every name inside a PeftModel
+WRAPPED = (".base_layer", ".original_module", ".token_adapter")  # what peft puts into the names of the base's tensors
+# Largest difference from the formula, relative to the largest weight, that rounding to a dtype explains.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def on_disk(auto_class, name: str | Path, folder: Path, **kwargs) -> nn.Module:
+    """A model that runs though its weights stay on disk: transformers' disk offload.
+
+    Only what it must convert to load (experts of a mixture, .bin files) is written to `folder`.
+    """
+    model = auto_class.from_pretrained(name, device_map={"": "disk"}, offload_folder=str(folder), **kwargs)
+    return model.eval()
+
+
+def without_hooks(model: nn.Module) -> tuple[nn.Module, dict]:
+    """A model from on_disk as an empty one, and where each of its tensors lies (accelerate's offload index).
+
+    What the files lack, such as a new head, is in neither.
+    """
+    hooks = [hook for module in model.modules() if (hook := getattr(module, "_hf_hook", None)) and hook.offload]
+    index = dict(hooks[0].weights_map.dataset.index)
+    for name, source in model.all_tied_weights_keys.items():
+        index.setdefault(name, index.get(source))
+    for hook in hooks:
+        hook.original_devices = {}  # else removing it would put a new head back, from where it is not
+    remove_hook_from_submodules(model)
+    del model.hf_device_map  # else peft dispatches it again
+    return model, {name: place for name, place in index.items() if place}
+
+
+def adapter_shapes(adapter: Path) -> dict[str, list[int]]:
+    """Shapes of the adapter's tensors, by the names that their counterparts have in the base model."""
+    with open_safetensors(adapter / "adapter_model.safetensors") as file:
+        return {plain(name): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no dict)
+
+
+def grown_vocabulary(model: nn.Module, adapter: Path) -> int | None:
+    """Rows of the input embedding that the adapter was saved with, where they are not the base's; else None."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding) + ".weight"
+    rows = adapter_shapes(adapter).get(name, embedding.weight.shape)[0]
+    return rows if rows != embedding.weight.shape[0] else None
+
+
+def plain(name: str) -> str:
+    """The name in the base model of a tensor in a PeftModel."""
+    for part in WRAPPED:
+        name = name.replace(part, "")
+    return name.removeprefix(PREFIX)
+
+
+def wrappers(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
+    """Name in the base model and module of each outermost layer that peft wrapped."""
+    last = None
+    for name, module in model.named_modules():
+        inside = last is not None and name.startswith(last)
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not inside:
+            last = name + "."
+            yield name.removeprefix(PREFIX), module
+
+
+def layers(wrapper: nn.Module) -> Iterator[LoraLayer]:
+    """The LoRA layers that lie around one layer of the base: one, but for one around each matrix of some experts."""
+    while isinstance(wrapper, LoraLayer):
+        yield wrapper
+        wrapper = wrapper.base_layer
+
+
+def adapted(model: nn.Module, adapter: Path) -> tuple[PeftModel, Mapping]:
+    """`model` from on_disk with the adapter around it, and the map that reads its tensors, the adapter's too.
+
+    It can run: a module reads its weights just before. A layer with an adapter reads all of its own at once, since it
+    may use its base's weight without calling it (DoRA).
+
+    Raises:
+        RuntimeError, ValueError: when the adapter does not fit the model, or neither holds some tensor.
+    """
+    model, index = without_hooks(model)
+    given, nothing = (
+        adapter_shapes(adapter),
+        torch.zeros(1),
+    )  # beside weights on meta, peft would lose its own
+    for name, tensor in list(model.named_parameters(remove_duplicate=False)):
+        if name in index and name not in given:
+            value = nothing.expand(tensor.shape)
+        else:
+            value = torch.full(tensor.shape, torch.nan)
+        set_module_tensor_to_device(model, name, "cpu", value=value)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    tensors = {name: tensor.data for name, tensor in model.named_parameters(remove_duplicate=False)}
+    own = {name: tensor for name, tensor in tensors.items() if tensor.data_ptr() != nothing.data_ptr()}
+    for name, tensor in list(own.items()):
+        if plain(name) in index and tensor.isnan().all():
+            del own[name]
+        elif ".original_module" not in name and tensor.isnan().any():
+            raise ValueError(f"{plain(name)} holds NaN in the adapter, or is in neither of the two")
+    places = {name: index[plain(name)] for name in tensors if name not in own}
+    weights = OffloadedWeightsLoader(state_dict=own, index=places)
+    attach_align_device_hook(
+        model,
+        execution_device=torch.device("cpu"),
+        offload=True,
+        weights_map=weights,
+        preload_module_classes=sorted({type(module).__name__ for _, module in wrappers(model)}),
+    )
+    return model, weights
+
+
+def by_formula(layer: LoraLayer, weight: torch.Tensor) -> torch.Tensor:
+    """What LoRA makes of `weight`: W + s B A, its rows scaled to the trained lengths under DoRA; all in float32.
+
+    https://arxiv.org/abs/2106.09685 (LoRA, eq. 3) and https://arxiv.org/abs/2402.09353 (DoRA, eq. 5).
+    """
+    (name,) = layer.active_adapters
+    embedding = name in layer.lora_embedding_A
+    a = layer.lora_embedding_A[name] if embedding else layer.lora_A[name].weight
+    b = layer.lora_embedding_B[name] if embedding else layer.lora_B[name].weight
+    if weight.ndim == 3:  # the experts of a mixture, with a B and an A each: [experts, out, in], or [experts, in, out]
+        b, a = b.unflatten(1, (-1, len(weight))).permute(2, 0, 1), a.unflatten(0, (len(weight), -1))
+        turned = layer.in_features != weight.shape[2]
+    else:
+        turned = embedding or layer.fan_in_fan_out  # stored as [in, out], and B A is [out, in]
+    result = (weight.mT if turned else weight) + layer.scaling[name] * (b @ a)
+    if name in layer.lora_magnitude_vector:
+        lengths = layer.lora_magnitude_vector[name].weight.flatten()
+        result = result * (lengths / result.norm(dim=1)).unsqueeze(1)
+    return result.mT if turned else result
+
+
+class MergedWeights(Mapping):
+    """Name of a tensor in the merged model -> that tensor, merged when it is asked for, and held against the formula.
+
+    Attributes:
+        errors: of each merged matrix, the largest difference from `by_formula`, relative to its largest number.
+
+    Raises:
+        Fault: when a merged matrix is not finite, or differs from the formula by more than rounding explains.
+    """
+
+    def __init__(self, model: PeftModel, weights: Mapping, dtype: torch.dtype):
+        self.weights, self.dtype, self.errors = weights, dtype, {}
+        self.names = [plain(name) for name, _ in model.named_parameters()]
+        self.wrapped = dict(wrappers(model))
+        self.last = None, {}
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> torch.Tensor:
+        owner = next((owner for owner in self.wrapped if name.startswith(owner + ".")), None)
+        if owner is None:
+            return self.weights[PREFIX + name].to(self.dtype)
+        if owner != self.last[0]:
+            self.last = owner, self.merged(owner)
+        return self.last[1][name.removeprefix(owner + ".")]
+
+    def merged(self, owner: str) -> dict[str, torch.Tensor]:
+        """The tensors of one wrapped layer, by their names in the base's layer."""
+        wrapper = self.wrapped[owner]
+        wrapper._hf_hook.pre_forward(wrapper)  # reads its weights
+        expected = {}
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            result = wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        else:
+            result = wrapper.get_base_layer()
+        for layer in layers(wrapper):
+            parameter = getattr(layer, "parameter_name", "weight")
+            expected[parameter] = by_formula(layer, getattr(result, parameter))
+            layer.merge()
+        tensors = {name: tensor.to(self.dtype, copy=True) for name, tensor in result.state_dict().items()}
+        for parameter, tensor in expected.items():
+            self.prove(f"{owner}.{parameter}", tensor, tensors[parameter])
+        for layer in layers(wrapper):
+            layer.merged_adapters.clear()
+        wrapper._hf_hook.post_forward(wrapper, None)  # drops them
+        return tensors
+
+    def prove(self, name: str, expected: torch.Tensor, found: torch.Tensor) -> None:
+        """Hold a merged matrix against what it should be."""
+        error = ((found.float() - expected).abs().max() / expected.abs().max()).item()
+        self.errors[name] = error
+        if not error <= ROUNDING[self.dtype]:  # also true for NaN
+            raise Fault(
+                f"{name} is off by {error:.2g} of its largest number after the merge into {self.dtype}, "
+                "nothing was kept"
+            )
+
+
+def untie(model: nn.Module, merged: MergedWeights) -> list[str]:
+    """Give tied weights that the merge made unequal a tensor each; returns their names."""
+    apart = [
+        name for name, source in model.all_tied_weights_keys.items() if not torch.equal(merged[name], merged[source])
+    ]
+    for name in apart:
+        module, _, parameter = name.rpartition(".")
+        tensor = model.get_parameter(name)
+        setattr(model.get_submodule(module), parameter, nn.Parameter(torch.empty_like(tensor), requires_grad=False))
+        del model.all_tied_weights_keys[name]
+    if apart:
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    return apart
+
+
+def save_merged(model: nn.Module, merged: MergedWeights, folder: Path, max_shard_size: int | str) -> None:
+    """save_pretrained of `model` (from on_disk, in the dtype to write) with `merged` as its tensors, file by file."""
+    model, _ = without_hooks(model)
+    for name, tensor in model.named_parameters():
+        if tensor.device.type != "meta":  # no tensor of the base: a new head, rows of a grown vocabulary
+            set_module_tensor_to_device(model, name, "meta")
+    add_hook_to_module(model, AlignDevicesHook(torch.device("cpu"), offload=True, weights_map=merged))
+    model.hf_device_map = {"": "disk"}  # save_pretrained then asks the hook for each tensor
+    model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -1,0 +1,105 @@
+"""The pipeline's memory: with what each stage ran, when, how long, and what came out.
+
+    python scripts/ledger.py start outputs sft scripts/run_sft.sh outputs/pt-merged data/finetune -- --max_steps 30
+    python scripts/ledger.py finish outputs sft
+
+start   reads the stage's inputs (files; folders of models or data; anything else is a name) and flags, and prints
+        "ended" if it ended with just these, "begun" if it was begun with them, "changed" if it was run with others
+        (which: to stderr), "new" if it was never run.
+finish  adds the stage's figures and time.
+Writes  outputs/ledger.jsonl: a line when a stage begins and one when it ends. Of several machines (NODE_RANK) the
+        first one writes, and starts over what changed.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
+FOLLOWS = os.environ.get("NODE_RANK", "0") != "0"
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder's files; of a model's, those on the top level."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    is_model = (path / "config.json").exists() or (path / "adapter_config.json").exists()
+    files = sorted(file for file in (path.iterdir() if is_model else path.rglob("*")) if file.is_file())
+    rows = [f"{file.relative_to(path)} {digest(file)}" for file in files]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def whole_lines(path: Path) -> str:
+    """The ledger's text without a last line that a kill cut short."""
+    text = path.read_text("utf-8") if path.exists() else ""
+    return text[: text.rfind("\n") + 1]
+
+
+def entries(outputs: Path, stage: str) -> list[dict]:
+    """What the ledger holds of a stage."""
+    rows = map(json.loads, whole_lines(outputs / "ledger.jsonl").splitlines())
+    return [row for row in rows if row["stage"] == stage]
+
+
+def add(outputs: Path, row: dict) -> None:
+    if FOLLOWS:
+        return
+    path = outputs / "ledger.jsonl"
+    text = whole_lines(path) + json.dumps(row, ensure_ascii=False) + "\n"
+    path.with_suffix(".new").write_text(text, "utf-8")
+    path.with_suffix(".new").replace(path)
+
+
+def present(outputs: Path, stage: str) -> bool:
+    """Whether what the stage made is still there."""
+    if stage == "quiz":
+        return (outputs / "quiz.json").exists()
+    adapter = (outputs / stage / "adapter_config.json").exists()
+    model = outputs / (f"{stage}-merged" if adapter else stage) / "config.json"
+    return model.exists() and (outputs / stage / "all_results.json").exists()
+
+
+def start(outputs: Path, stage: str, inputs: list[str], flags: list[str]) -> str:
+    """Add a line for a beginning, unless it has ended; returns the word to print."""
+    made = {name: digest(Path(name)) if Path(name).exists() else "a name" for name in inputs}
+    known = entries(outputs, stage)
+    last = known[-1] if known else {}
+    changed = [name for name in made if made[name] != last.get("inputs", {}).get(name)]
+    changed += ["the flags"] * (flags != last.get("flags"))
+    if known and not changed and last["event"] == "finish" and present(outputs, stage):
+        return "ended"
+    versions = {name: version(name) for name in PACKAGES}
+    row = {"stage": stage, "event": "start", "time": time.time(), "inputs": made, "flags": flags, "versions": versions}
+    add(outputs, row)
+    if not known or FOLLOWS:
+        return "new"
+    if changed:
+        print(f"{stage}: {', '.join(changed)} changed since it was run last: it starts over", file=sys.stderr)
+    return "changed" if changed else "begun"
+
+
+def finish(outputs: Path, stage: str) -> None:
+    """Add a line for an end, with the figures of all_results.json."""
+    last = entries(outputs, stage)[-1]
+    results = outputs / stage / "all_results.json"
+    figures = json.loads(results.read_text()) if results.exists() else {}
+    seconds = round(time.time() - last["time"], 1)
+    add(outputs, last | {"event": "finish", "time": time.time(), "seconds": seconds, "figures": figures})
+
+
+def main():
+    event, outputs, stage, *rest = sys.argv[1:]
+    if event == "finish":
+        finish(Path(outputs), stage)
+    else:
+        split = rest.index("--") if "--" in rest else len(rest)
+        print(start(Path(outputs), stage, rest[:split], rest[split + 1 :]))
+
+
+if __name__ == "__main__":
+    main()

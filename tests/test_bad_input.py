@@ -1,0 +1,291 @@
+"""Wrong command lines, models, files and folders: exit code 2, one message that names the thing, nothing written."""
+
+import gzip
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ADAPTER, SCRIPTS, in_process, in_subprocess, merge, stage, write_lines, write_records
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+LONGEST = 10  # seconds
+
+
+@pytest.fixture(scope="module")
+def house(tiny, records, tmp_path_factory):
+    """A tiny llama, trained adapters, and one folder for each thing that can be wrong with a model or with records."""
+    root = tmp_path_factory.mktemp("house")
+    llama = tiny("llama")
+    in_process(*stage("pt", llama, records, root / "adapter")).ok()
+    in_process(*stage("rm", llama, records, root / "rm")).ok()
+
+    def model(name, **files) -> Path:
+        """A copy of the model with some of its files replaced, or left out (None)."""
+        folder = shutil.copytree(llama, root / name)
+        for path, content in files.items():
+            path = next(p for p in folder.iterdir() if p.name.startswith(path))
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
+        return folder
+
+    weights = (Path(llama) / "model.safetensors").read_bytes()
+    model("half weights", model=weights[: len(weights) // 2])
+    model("no weights", model=None)
+    model("no config", config=None)
+    model("broken config", config=b'{"model_type": "llama"')
+    model("unknown type", config=b'{"model_type": "lama5"}')
+    model("no tokenizer", tokenizer=None).joinpath("tokenizer_config.json").unlink()
+    model("broken template", chat_template=b"{% for message in messages %}{{ message['content'] }}")
+    model("other weights", model=weights[:-4000] + bytes(4000))
+    no_eos = model("no eos")
+    settings = json.loads((no_eos / "tokenizer_config.json").read_text())
+    (no_eos / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    for name, content in (("half adapter", slice(0, 2000)), ("no adapter weights", None)):
+        folder = shutil.copytree(root / "adapter", root / name)
+        data = (folder / ADAPTER).read_bytes()
+        (folder / ADAPTER).unlink()
+        if content:
+            (folder / ADAPTER).write_bytes(data[content])
+    folder = shutil.copytree(root / "adapter", root / "broken adapter config")
+    (folder / "adapter_config.json").write_text("{")
+    folder = shutil.copytree(root / "rm", root / "rm without head")
+    tensors = {name: tensor for name, tensor in load_file(folder / ADAPTER).items() if ".score." not in name}
+    save_file(tensors, folder / ADAPTER)
+
+    (root / "empty").mkdir()
+    (root / "a file").write_text("x")
+    for name, text in (("cut", '{"text": "cut o\n'), ("wrong form", '{"weather": "fine"}\n'), ("number", "7\n")):
+        write_records(root / name)
+        for folder in SCRIPTS:
+            with (root / name / folder / "rows.jsonl").open("a", encoding="utf-8") as file:
+                file.write(text)
+    for folder in SCRIPTS:
+        (root / "no lines" / folder).mkdir(parents=True)
+        (root / "no lines" / folder / "rows.jsonl").write_text("\n\n")
+        (root / "pictures" / folder).mkdir(parents=True)
+        (root / "pictures" / folder / "a.png").write_bytes(b"\x89PNG")
+        (root / "cut gz" / folder).mkdir(parents=True)
+        packed = gzip.compress((records / folder / "rows.jsonl").read_bytes())
+        (root / "cut gz" / folder / "rows.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+        (root / "not parquet" / folder).mkdir(parents=True)
+        (root / "not parquet" / folder / "rows.parquet").write_bytes(b"PAR1 no")
+        (root / "bytes" / folder).mkdir(parents=True)
+        (root / "bytes" / folder / "rows.jsonl").write_bytes(bytes([255, 254, 0, 1, 200, 129]) * 40)
+    same = [{"question": "Is it?", "response_chosen": "Yes.", "response_rejected": "Yes."}] * 4
+    write_lines(root / "one class" / "rm", same)
+    rules = "def words(completions, **kwargs):\n    return [1.0]\nnumber = 7\n"
+    (root / "rules.py").write_text(rules)
+    (root / "broken.py").write_text("def words(:\n")
+    (root / "questions.txt").write_text("Is it?\n")
+    return root
+
+
+# stage or script -> rows of: what is wrong (flags; {house}, {llama}, {out} are filled in), what the message names
+EVERY_STAGE = [
+    (("--lora_rnk", 4), "--lora_rnk: did you mean --lora_rank?"),
+    (("stray",), "stray"),
+    (("--model_name_or_path", "{house}/missing"), "{house}/missing"),
+    (("--model_name_or_path", "{house}/empty"), "{house}/empty"),
+    (("--model_name_or_path", "{house}/adapter"), "merge it first"),
+    (("--model_name_or_path", "{house}/broken config"), "broken config"),
+    (("--model_name_or_path", "{house}/unknown type"), "lama5"),
+    (("--model_name_or_path", "{house}/no tokenizer"), "no tokenizer"),
+    (("--model_name_or_path", "{house}/no weights"), "no weights"),
+    (("--model_name_or_path", "{house}/half weights"), "half weights"),
+    (("--model_name_or_path", ""), "--model_name_or_path"),
+    (("--train_file_dir", "{house}/missing"), "no such folder"),
+    (("--train_file_dir", "{house}/empty"), "{house}/empty"),
+    (("--train_file_dir", "{house}/cut/{stage}"), "rows.jsonl:9: not"),
+    (("--train_file_dir", "{house}/wrong form/{stage}"), "rows.jsonl:9"),
+    (("--train_file_dir", "{house}/number/{stage}"), "rows.jsonl:9"),
+    (("--train_file_dir", "{house}/no lines/{stage}"), "no lines/{stage}"),
+    (("--train_file_dir", "{house}/pictures/{stage}"), "pictures/{stage}"),
+    (("--train_file_dir", "{house}/cut gz/{stage}"), "rows.jsonl.gz"),
+    (("--train_file_dir", "{house}/not parquet/{stage}"), "rows.parquet"),
+    (("--train_file_dir", "{house}/bytes/{stage}"), "rows.jsonl"),
+    (("--train_file_dir", "{house}/empty:x"), "empty:x"),
+    (("--validation_file_dir", "{house}/missing"), "no such folder"),
+    (("--output_dir", "{house}/a file"), "{house}/a file"),
+    (("--output_dir", ""), "--output_dir"),
+    (("--lora_rank", 0), "--lora_rank"),
+    (("--lora_rank", "eight"), "--lora_rank"),
+    (("--lora_dropout", 1.5), "--lora_dropout"),
+    (("--target_modules", "nothing_of_that_name"), "--target_modules"),
+    (("--target_modules", ""), "--target_modules"),
+    (("--modules_to_save", "nothing_of_that_name"), "--modules_to_save"),
+    (("--peft_path", "{house}/missing"), "--peft_path"),
+    (("--peft_path", "{house}/half adapter"), "half adapter"),
+    (("--learning_rate", -1), "--learning_rate"),
+    (("--learning_rate", "nan"), "--learning_rate"),
+    (("--num_train_epochs", -1), "--num_train_epochs"),
+    (("--save_steps", -5), "--save_steps"),
+    (("--logging_steps", -5), "--logging_steps"),
+    (("--max_train_samples", 0), "--max_train_samples"),
+    (("--max_eval_samples", -2), "--max_eval_samples"),
+    (("--lr_scheduler_type", "cosin"), "cosin"),
+    (("--dtype", "float8"), "float8"),
+    (("--precision", "fp8"), "fp8"),
+    (("--precision", "fp32", "--bf16"), "--precision"),
+    (("--load_in_4bit", "--load_in_8bit"), "--load_in_8bit"),
+    (("--load_in_4bit", "--use_peft", "False"), "--use_peft"),
+    (("--use_peft", "False", "--peft_path", "{house}/adapter"), "--peft_path"),
+    (("--do_train", "False", "--do_eval", "False"), "--do_eval"),
+    (("--bad_records", "ignore"), "--bad_records"),
+    (("--preview", -1), "--preview"),
+    (("--validation_split_percentage", 150), "--validation_split_percentage"),
+    (("--validation_split_count", 0), "--validation_split_count"),
+    (("--resume_from_checkpoint", "{house}/missing"), "--resume_from_checkpoint"),
+    (("--model_name_or_path", "{house}/no eos"), "no eos"),
+]
+ONE_STAGE = {
+    "pt": [
+        (("--block_size", "many"), "--block_size"),
+        (("--block_size", 0), "--block_size"),
+        (("--block_size", 5000), "--block_size"),
+        (("--per_device_train_batch_size", 0), "--per_device_train_batch_size"),
+        (("--gradient_accumulation_steps", 0), "--gradient_accumulation_steps"),
+    ],
+    "sft": [
+        (("--model_name_or_path", "{house}/broken template"), "chat template"),
+        (("--max_source_length", 0), "--max_source_length"),
+        (("--max_target_length", -1), "--max_target_length"),
+        (("--max_source_length", 4000, "--max_target_length", 4000), "positions"),
+        (("--packing", "--packing_length", 0), "--packing_length"),
+        (("--use_fast_tokenizer", "False", "--packing_length", "x"), "--packing_length"),
+        (("--per_device_eval_batch_size", 0), "--per_device_eval_batch_size"),
+    ],
+    "rm": [
+        (("--train_file_dir", "{house}/one class/rm"), "the same"),
+        (("--model_name_or_path", "{house}/broken template"), "chat template"),
+        (("--max_source_length", 4000, "--max_target_length", 4000), "positions"),
+    ],
+    "rl": [
+        (("--reward_model_name_or_path", ""), "--reward_model_name_or_path is missing"),
+        (("--reward_model_name_or_path", "{llama}"), "has no score head"),
+        (("--reward_model_name_or_path", "{house}/adapter"), "not a reward model"),
+        (("--reward_model_name_or_path", "{house}/missing"), "{house}/missing"),
+        (("--reward_model_name_or_path", "{house}/rm without head"), "score"),
+        (("--reward_functions", "{house}/missing.py:words"), "missing.py"),
+        (("--reward_functions", "{house}/broken.py:words"), "broken.py"),
+        (("--reward_functions", "{house}/rules.py:sentences"), "sentences"),
+        (("--reward_functions", "{house}/rules.py:number"), "number"),
+        (("--reward_functions", "{house}/rules.py"), "--reward_functions"),
+        (("--reward_weights", "one"), "--reward_weights"),
+        (("--reward_weights", "1,2,3"), "--reward_weights"),
+        (("--model_name_or_path", "{house}/broken template"), "chat template"),
+        (("--batch_size", 4, "--mini_batch_size", 3), "--batch_size 4"),
+        (("--batch_size", 0), "--batch_size"),
+        (("--micro_batch_size", 0), "--micro_batch_size"),
+        (("--ppo_epochs", 0), "--ppo_epochs"),
+        (("--max_steps", 0), "--max_steps"),
+        (("--temperature", 0), "--temperature"),
+        (("--gamma", 1.5), "--gamma"),
+        (("--gae_lambda", -1), "--gae_lambda"),
+        (("--clip_range", 0), "--clip_range"),
+        (("--min_target_length", 20, "--max_target_length", 8), "--min_target_length"),
+        (("--max_source_length", 4000, "--max_target_length", 4000), "positions"),
+        (("--kl_estimator", "k4"), "--kl_estimator"),
+        (("--critic", "none"), "--critic"),
+    ],
+}
+MERGES = [
+    ("{llama}", "{house}/adapter", "", (), "--output_dir is missing"),
+    ("{llama}", "", "{out}", (), "--peft_model_path is missing"),
+    ("{llama}", "{house}/missing", "{out}", (), "holds no adapter_config.json"),
+    ("{llama}", "{house}/broken adapter config", "{out}", (), "broken adapter config"),
+    ("{llama}", "{house}/half adapter", "{out}", (), "half adapter"),
+    ("{llama}", "{house}/no adapter weights", "{out}", (), "no adapter weights"),
+    ("{house}/missing", "{house}/adapter", "{out}", (), "{house}/missing"),
+    ("{house}/half weights", "{house}/adapter", "{out}", (), "half weights"),
+    ("{house}/other weights", "{house}/adapter", "{out}", (), "is not the base of"),
+    ("{bloom}", "{house}/adapter", "{out}", (), "it is a bloom, the adapter was trained on a llama"),
+    ("{bloom}", "{house}/adapter", "{out}", ("--force",), "is not an adapter of this base"),
+    ("{llama}", "{house}/adapter", "{house}/a file", (), "a file"),
+    ("{llama}", "{house}/adapter", "{out}", ("--dtype", "int8"), "int8"),
+    ("{llama}", "{house}/adapter", "{out}", ("--max_shard_size", "big"), "--max_shard_size"),
+]
+INFERENCE = [
+    ((), "--base_model is missing"),
+    (("--base_model", "{house}/missing", "--data_file", "{house}/questions.txt"), "{house}/missing"),
+    (("--base_model", "{llama}", "--data_file", "{house}/missing.txt"), "missing.txt"),
+    (
+        ("--base_model", "{llama}", "--lora_model", "{house}/missing", "--data_file", "{house}/questions.txt"),
+        "missing",
+    ),
+    (("--base_model", "{llama}", "--lora_model", "{house}/rm", "--data_file", "{house}/questions.txt"), "rm"),
+    (("--base_model", "{llama}", "--data_file", "{house}/questions.txt", "--max_new_tokens", 0), "--max_new_tokens"),
+    (("--base_model", "{llama}", "--data_file", "{house}/questions.txt", "--temperature", -1), "--temperature"),
+    (("--base_model", "{llama}", "--data_file", "{house}/questions.txt", "--top_p", 2), "--top_p"),
+    (("--compare", "{llama}"), "--data_file"),
+]
+
+
+def commands(house, tiny, records, output) -> list[tuple[list, str]]:
+    """Every wrong command, and what its message must name. Rows of EVERY_STAGE go round the stages."""
+    words = {"house": house, "llama": tiny("llama"), "bloom": tiny("bloom"), "out": output}
+
+    def filled(parts, **more):
+        return [part.format(**words, **more) if isinstance(part, str) else part for part in parts]
+
+    rows, names = [], list(SCRIPTS)
+    for number, (wrong, message) in enumerate(EVERY_STAGE):
+        name = names[number % len(names)]
+        rows.append((name, wrong, message))
+        if wrong[0] in ("--model_name_or_path", "--train_file_dir"):  # what each stage has a way of its own to meet
+            rows += [(other, wrong, message) for other in names if other != name]
+    rows += [(name, wrong, message) for name, found in ONE_STAGE.items() for wrong, message in found]
+    made = []
+    for name, wrong, message in rows:
+        extra = ("--reward_model_name_or_path", house / "rm") if name == "rl" else ()
+        if any(word in wrong for word in ("--reward_functions",)):
+            extra = ()
+        command = stage(name, tiny("llama"), records, output, *extra)
+        made.append(([*command, *filled(wrong, stage=name)], *filled([message], stage=name)))
+    for base, adapter, target, wrong, message in MERGES:
+        made.append(([*merge(*filled([base, adapter, target])), *wrong], *filled([message])))
+    made += [
+        (["inference.py", "--predictions_file", output / "answers.jsonl", *filled(wrong)], *filled([message]))
+        for wrong, message in INFERENCE
+    ]
+    return made
+
+
+def snapshot(folder: Path) -> dict:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_errors_end_with_one_message(house, tiny, records, tmp_path):
+    output, wrong = tmp_path / "out", []
+    table = commands(house, tiny, records, output)
+    assert len(table) >= 120
+    before = snapshot(house)
+    for command, message in table:
+        started = time.monotonic()
+        try:
+            ended = in_process(*command)
+            found = (ended.code, len(ended.errors), "Traceback" in ended.stderr, output.exists())
+            said = ended.stderr[ended.stderr.find("error:") :]
+            if found != (2, 1, False, False) or message not in said or time.monotonic() - started > LONGEST:
+                wrong.append((command, message, found, ended.stderr[-400:]))
+        except BaseException as error:  # a traceback, for the user
+            wrong.append((command, message, repr(error)[:400]))
+        shutil.rmtree(output, ignore_errors=True)
+    assert not wrong, f"{len(wrong)} of {len(table)}:\n\n" + "\n\n".join(map(str, wrong))
+    assert snapshot(house) == before, "something was written into what was read"
+
+
+def test_error_in_a_process_of_its_own(tmp_path):
+    started = time.monotonic()
+    ended = in_subprocess("rl_training.py", "--model_name_or_pth", "x", "--output_dir", tmp_path / "out")
+    assert ended.code == 2 and ended.stdout == "" and "Traceback" not in ended.stderr
+    assert ended.errors == ["error: unknown argument --model_name_or_pth: did you mean --model_name_or_path?"]
+    assert not (tmp_path / "out").exists() and time.monotonic() - started < 60
+
+
+def test_a_tokenizer_loads_from_the_broken_template(house):
+    """The folders are broken in the way that the table says, and in no other."""
+    assert AutoTokenizer.from_pretrained(house / "broken template").eos_token == "<|im_end|>"

@@ -1,0 +1,98 @@
+"""The pipeline's ledger: a stage whose inputs changed runs again, the others do not, and a kill costs nothing."""
+
+import json
+
+import pytest
+
+from scripts.ledger import digest, finish, start
+
+
+@pytest.fixture
+def house(tmp_path):
+    """outputs/ with what two stages made, a model and a data folder; and the words that start() prints for them."""
+    outputs, model, data = tmp_path / "outputs", tmp_path / "model", tmp_path / "data"
+    for folder in (outputs / "pt", outputs / "sft", model, data / "train"):
+        folder.mkdir(parents=True)
+    for folder in (outputs / "pt", outputs / "sft", model):
+        (folder / "config.json").write_text("{}")
+        (folder / "all_results.json").write_text('{"eval_loss": 2.5}')
+    (data / "train" / "a.txt").write_text("one")
+    return outputs, model, data
+
+
+def begin(house, stage="pt", flags=("--seed", "1"), extra=()):
+    outputs, model, data = house
+    return start(outputs, stage, [str(model), str(data), *extra], list(flags))
+
+
+def rows(outputs) -> list[dict]:
+    return [json.loads(line) for line in (outputs / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_a_stage_runs_once(house):
+    outputs = house[0]
+    assert begin(house) == "new"
+    finish(outputs, "pt")
+    assert begin(house) == "ended"
+    assert begin(house, "sft") == "new", "the other stage has its own lines"
+    assert [(row["stage"], row["event"]) for row in rows(outputs)] == [
+        ("pt", "start"),
+        ("pt", "finish"),
+        ("sft", "start"),
+    ]
+    ended = rows(outputs)[1]
+    assert ended["figures"] == {"eval_loss": 2.5} and ended["seconds"] >= 0 and ended["flags"] == ["--seed", "1"]
+
+
+def test_a_stage_that_was_killed_goes_on(house):
+    assert [begin(house), begin(house)] == ["new", "begun"]
+
+
+@pytest.mark.parametrize("what", ["data", "new file", "model", "flags", "name"])
+def test_a_change_starts_it_over(house, what, capsys):
+    outputs, model, data = house
+    begin(house, extra=["hub/name"])
+    finish(outputs, "pt")
+    if what == "data":
+        (data / "train" / "a.txt").write_text("two")
+    if what == "new file":
+        (data / "train" / "b.txt").write_text("one")
+    if what == "model":
+        (model / "model.safetensors").write_bytes(b"x")
+    extra = ["hub/other" if what == "name" else "hub/name"]
+    assert begin(house, flags=["--seed", "2" if what == "flags" else "1"], extra=extra) == "changed"
+    assert "changed since it was run last" in capsys.readouterr().err
+    finish(outputs, "pt")
+
+
+def test_what_is_gone_is_made_again(house):
+    outputs = house[0]
+    begin(house)
+    finish(outputs, "pt")
+    (outputs / "pt" / "config.json").unlink()
+    assert begin(house) == "begun"
+
+
+def test_a_line_cut_short_by_a_kill(house):
+    outputs = house[0]
+    begin(house)
+    with (outputs / "ledger.jsonl").open("a") as file:
+        file.write('{"stage": "pt", "event": "fin')
+    assert begin(house) == "begun"
+    finish(outputs, "pt")
+    assert begin(house) == "ended"
+
+
+def test_digest_knows_names_and_what_lies_below(tmp_path):
+    (tmp_path / "a").write_text("x")
+    first = digest(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    second = digest(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "log").write_text("x")
+    third = digest(tmp_path)
+    assert len({first, second, third}) == 3
+    (tmp_path / "config.json").write_text("{}")
+    with_log = digest(tmp_path)
+    (tmp_path / "runs" / "log").write_text("changed")
+    assert digest(tmp_path) == with_log, "of a model folder only the top level counts, not its logs"

@@ -1,0 +1,184 @@
+"""The merge: every kind of adapter, base and dtype against peft's adapter model; and what a failed one leaves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import in_process, merge
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, MixtralConfig
+
+IDS = torch.arange(3, 40).unsqueeze(0)
+ALL = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": False}
+EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte", "bloom": "word_embeddings", "gemma3": "embed_tokens"}
+
+
+def save_adapter(base: str, folder: Path, auto_class=AutoModelForCausalLM, rows: int | None = None, **config) -> Path:
+    """A random adapter on `base`, far enough from nothing; its base grown to `rows` token ids first."""
+    torch.manual_seed(1)
+    head = {"num_labels": 1} if auto_class is AutoModelForSequenceClassification else {}
+    model = auto_class.from_pretrained(base, dtype=torch.float32, **head)
+    if rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    model = get_peft_model(model, LoraConfig(**(ALL | config)))
+    for name, tensor in model.named_parameters():
+        if tensor.requires_grad and "lora_magnitude" not in name:
+            tensor.data += 0.05 * torch.randn_like(tensor)
+        elif tensor.requires_grad:
+            tensor.data *= 1 + 0.1 * torch.rand_like(tensor)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def in_memory(base: str, adapter: Path, rows: int | None = None):
+    """Logits of the base, and of peft's adapter model, both held whole in float32."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    before = model(IDS).logits
+    if rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return before, PeftModel.from_pretrained(model, adapter).eval()(IDS).logits
+
+
+@torch.no_grad()
+def assert_merged(base: str, adapter: Path, output: Path, atol: float = 1e-4, rows: int | None = None) -> dict:
+    before, expected = in_memory(base, adapter, rows)
+    merged, loading = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values()), loading
+    found = merged.eval()(IDS).logits
+    assert (expected[..., : before.shape[-1]] - before).abs().max() > 10 * atol, "the adapter changes nothing"
+    torch.testing.assert_close(found, expected, atol=atol, rtol=1e-4)
+    return json.loads((output / "merge.json").read_text())
+
+
+KINDS = {
+    "lora": {},
+    "rslora": {"use_rslora": True, "r": 8},
+    "dora": {"use_dora": True},
+    "embeddings": {"target_modules": ["embedding", "q_proj", "c_attn", "query_key_value"]},
+    "dora on embeddings": {"use_dora": True, "target_modules": ["embedding"]},
+    "head": {"target_modules": ["lm_head"]},
+    "embeddings in full": {"target_modules": ["mlp"], "modules_to_save": ["embedding"]},
+    "both in full": {"modules_to_save": ["embedding", "lm_head"]},
+    "some tokens": {"trainable_token_indices": [5, 6, 7]},
+    "biases": {"bias": "lora_only"},
+    "ranks by layer": {"rank_pattern": {"layers.0": 2}, "alpha_pattern": {"layers.1": 3}},
+}
+UNTIES = ("embeddings", "dora on embeddings", "head", "embeddings in full", "both in full")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom"])
+def test_every_kind_of_adapter(family, kind, tiny, tmp_path):
+    """The llama here has a tensor each for embedding and head, the others share one; gpt2 is made of Conv1D."""
+    base, config = tiny(family), dict(KINDS[kind])
+    mlp = {"gpt2": "c_fc", "bloom": "dense_h_to_4h"}.get(family, "up_proj")
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(config.get(key), list):
+            config[key] = [{"embedding": EMBEDDING[family], "mlp": mlp}.get(name, name) for name in config[key]]
+    present = {name.rpartition(".")[2] for name, _ in AutoModelForCausalLM.from_pretrained(base).named_modules()}
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"] = [name for name in config["target_modules"] if name in present]
+    adapter = save_adapter(base, tmp_path / "adapter", fan_in_fan_out=family == "gpt2", **config)
+    in_process(*merge(base, adapter, tmp_path / "merged")).ok()
+    facts = assert_merged(base, adapter, tmp_path / "merged")
+    assert bool(facts["untied"]) == (family != "llama" and kind in UNTIES)
+    assert facts["tensors"]["largest_error"] < 1e-5 and facts["parity"]["equal_top1"] == 1.0
+
+
+def largest(files) -> int:
+    return max(file.stat().st_size for file in files)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtypes_and_files(dtype, tiny, tmp_path):
+    """A base in several files stays in files of that size; the written dtype is the one asked for."""
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny("llama")).save_pretrained(base, max_shard_size="60KB")
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(base)
+    adapter = save_adapter(str(base), tmp_path / "adapter", lora_alpha=1)
+    in_process(*merge(base, adapter, tmp_path / "merged"), "--dtype", dtype).ok()
+    files = list((tmp_path / "merged").glob("*.safetensors"))
+    assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {getattr(torch, dtype)}
+    assert max(file.stat().st_size for file in files) <= max(
+        file.stat().st_size for file in base.glob("*.safetensors")
+    )
+    assert len(files) > 1
+    assert_merged(str(base), adapter, tmp_path / "merged", atol={"float32": 1e-4, "float16": 2e-3}.get(dtype, 2e-2))
+    in_process(*merge(base, adapter, tmp_path / "one"), "--max_shard_size", "1GB").ok()
+    assert [file.name for file in (tmp_path / "one").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_old_files(tiny, tmp_path):
+    """A base of pytorch_model.bin, as bloom-560m's first release."""
+    base = shutil.copytree(tiny("bloom"), tmp_path / "base")
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    adapter = save_adapter(str(base), tmp_path / "adapter")
+    in_process(*merge(base, adapter, tmp_path / "merged")).ok()
+    assert_merged(str(base), adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged/.merging").exists() and not (tmp_path / "merged/converted").exists()
+
+
+def test_a_mixture_of_experts_keeps_its_file_names(tiny, tmp_path):
+    """transformers joins the experts of a layer when it loads them; the merged files have them apart again."""
+    words = AutoTokenizer.from_pretrained(tiny("llama"))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=len(words), num_key_value_heads=2, num_local_experts=4, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(str(tmp_path / "base"), tmp_path / "adapter")
+    in_process(*merge(tmp_path / "base", adapter, tmp_path / "merged")).ok()
+    assert_merged(str(tmp_path / "base"), adapter, tmp_path / "merged")
+    names = [set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("base", "merged")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_grown_vocabulary(family, tiny, tmp_path):
+    base, rows = tiny(family), 410
+    full = {"modules_to_save": [EMBEDDING[family], "lm_head"]} if family == "llama" else {}
+    adapter = save_adapter(base, tmp_path / "adapter", rows=rows, fan_in_fan_out=family == "gpt2", **full)
+    in_process(*merge(base, adapter, tmp_path / "merged")).ok()
+    assert_merged(base, adapter, tmp_path / "merged", rows=rows)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == rows
+
+
+def test_adapters_of_adapters(tiny, tmp_path):
+    """Each adapter is merged into what the one before it became."""
+    base = tiny("llama")
+    for number in range(3):
+        adapter = save_adapter(base, tmp_path / f"adapter-{number}")
+        in_process(*merge(base, adapter, tmp_path / f"merged-{number}")).ok()
+        assert_merged(base, adapter, tmp_path / f"merged-{number}")
+        base = str(tmp_path / f"merged-{number}")
+
+
+def test_a_reward_model_keeps_its_head(tiny, tmp_path):
+    base, sequence = tiny("llama"), AutoModelForSequenceClassification
+    adapter = save_adapter(base, tmp_path / "adapter", sequence, task_type="SEQ_CLS")
+    in_process(*merge(base, adapter, tmp_path / "merged")).ok()
+    plain = sequence.from_pretrained(base, num_labels=1, pad_token_id=0, dtype=torch.float32)
+    found = sequence.from_pretrained(tmp_path / "merged", pad_token_id=0)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(plain, adapter).eval()(IDS).logits
+        torch.testing.assert_close(found.eval()(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merge_that_does_not_prove_itself_leaves_nothing(tiny, tmp_path):
+    """A number that float16 cannot hold; an adapter with NaN."""
+    base = tiny("llama")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    cases = ((1e6, "float16", 1, "nothing was kept"), (float("nan"), "float32", 2, "holds NaN"))
+    for value, dtype, code, message in cases:
+        broken = shutil.copytree(adapter, tmp_path / f"broken-{value}")
+        name = next(name for name in weights if "lora_B" in name)
+        save_file(weights | {name: weights[name] + value}, broken / "adapter_model.safetensors")
+        ended = in_process(*merge(base, broken, tmp_path / "merged"), "--dtype", dtype)
+        assert ended.code == code and message in ended.errors[0] and "Traceback" not in ended.stderr
+        assert not (tmp_path / "merged").exists()
