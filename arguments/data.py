@@ -272,10 +272,13 @@ class DataArguments:
         if not paths:
             raise UserError(f"{folder} holds no file that ends in {', '.join(SUFFIXES)}")
         source = {"paths": [str(path) for path in paths]}
-        if next(file_rows(form, **source), None) is None:
-            raise UserError(f"{folder} holds no records: its {len(paths)} file(s) are empty")
         contents = [(str(path), digest(path)) for path in paths]
-        return rows_of(form, file_rows, source, contents, fresh=self.overwrite_cache)
+        try:
+            return rows_of(form, file_rows, source, contents, fresh=self.overwrite_cache)
+        except ValueError:  # what datasets says of no rows at all
+            if next(file_rows(form, **source), None) is None:
+                raise UserError(f"{folder} holds no records: its {len(paths)} file(s) are empty") from None
+            raise
 
 
 def weighted_folders(folders: str) -> list[tuple[str, float]]:
