@@ -11,6 +11,7 @@ Writes  a plain model with tokenizer and chat template, that from_pretrained loa
         transformers would add an adapter beside merged weights a second time.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -125,18 +126,36 @@ def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict:
 
 
 def move_into_place(staging: Path, output: Path) -> None:
-    """Put the merged files into `output`. The adapter goes aside first and config.json comes last, so that a kill in
-    between leaves a folder that from_pretrained refuses, and that the same command completes."""
-    names = ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md")
-    adapter_files = [output / name for name in names]
-    if adapter_files[0].exists():
-        (output / "adapter").mkdir(exist_ok=True)
-        for path in reversed(adapter_files):
-            if path.exists():
-                os.replace(path, output / "adapter" / path.name)
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, output / path.name)
-    staging.rmdir()
+    """Make `output` the merged model in one step: killed at any moment, it is as it was or all new.
+
+    The new folder is put together beside it (what stays of the old one as hard links, an adapter in adapter/), and the
+    two change places.
+    """
+    new = output.with_name(f".{output.name}.merging")
+    shutil.rmtree(new, ignore_errors=True)
+    replaced = shutil.ignore_patterns(staging.name, "model*.safetensors*", "config.json", "merge.json", "model.gguf")
+    shutil.copytree(output, new, copy_function=os.link, ignore=replaced)
+    if (new / "adapter_config.json").exists():
+        (new / "adapter").mkdir(exist_ok=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md"):
+            if (new / name).exists():
+                os.replace(new / name, new / "adapter" / name)
+    for path in staging.iterdir():
+        os.replace(path, new / path.name)
+    exchange(new, output)
+    shutil.rmtree(new)
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Let two folders change places in one step, or, where the file system cannot, in three."""
+    libc, here, both = ctypes.CDLL(None, use_errno=True), -100, 2  # AT_FDCWD, RENAME_EXCHANGE of renameat2(2)
+    names = os.fsencode(first), os.fsencode(second)
+    if hasattr(libc, "renameat2") and libc.renameat2(here, names[0], here, names[1], both) == 0:
+        return
+    aside = second.with_name(first.name + ".old")
+    os.rename(second, aside)
+    os.rename(first, second)
+    os.rename(aside, first)
 
 
 def sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 
+import huggingface_hub
 from loguru import logger
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
@@ -50,23 +51,35 @@ def run_stage(main):
     So does a disk that is full or cannot be written, with exit code 1.
     """
     logger.remove()
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     main_process = os.environ.get("RANK", "0") == "0"
     logger.add(sys.stderr, format="{time:HH:mm:ss} {level: <7} {message}", level="INFO" if main_process else "ERROR")
     try:
         main()
-    except UserError as error:
-        behind_progress_bar = "\n" if error.code == Fault.code else ""
-        print(f"{behind_progress_bar}error: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError for a write that failed
-        if not DISK.search(str(error)):
+    except Exception as error:
+        said = error if isinstance(error, UserError) else explained(error)
+        if said is None:
             raise
-        print(
-            f"error: cannot write: {error}. Free some space or name another --output_dir, then run the same "
-            "command: it goes on from the last whole checkpoint",
-            file=sys.stderr,
+        behind_progress_bar = "\n" if said.code == Fault.code else ""
+        print(f"{behind_progress_bar}error: {said}", file=sys.stderr)
+        sys.exit(said.code)
+
+
+def explained(error: Exception) -> UserError | None:
+    """What the libraries' errors mean that come from disks and folders, not from a mistake in this project."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "size mismatch for" in text:
+        return UserError(
+            f"what was saved does not fit the model that these flags describe ({text[:200]} ...): give the flags of "
+            "the earlier run, or --fresh"
         )
-        sys.exit(1)
+    # torch.save raises RuntimeError for a write that failed
+    if isinstance(error, OSError | SafetensorError | RuntimeError) and DISK.search(text):
+        return Fault(
+            f"cannot write or read: {text}. Free some space, mend the rights or name another --output_dir, then run "
+            "the same command: it goes on from the last whole checkpoint"
+        )
+    return None
 
 
 def modern_flags(argv: list[str]) -> list[str]:

@@ -28,7 +28,7 @@ POSITIVE = (
     "save_steps",
     "eval_steps",
 )
-SEAL = "seal.json"  # in a checkpoint: size and hash of each of its files
+SEAL = "seal.json"  # in a checkpoint: which stage made it, size and hash of each of its files
 
 
 def native_bf16() -> bool:
@@ -87,6 +87,8 @@ class RunArguments:
         for flag in POSITIVE:
             if (value := getattr(self, flag)) is not None and not value > 0:  # also true for NaN
                 raise UserError(f"--{flag} is {value}, expected a number above 0")
+        if self.hub_token:  # saved with the arguments, it would be lying in every checkpoint
+            os.environ["HF_TOKEN"], self.hub_token = self.hub_token, None
         self._choose_precision()
         if not torch.cuda.is_available():
             self.use_cpu = True
@@ -124,6 +126,11 @@ class RunArguments:
         for found in reversed(sort_checkpoints(self.output_dir)):
             if fault := checkpoint_fault(Path(found)):
                 logger.warning(f"Not going on from {found}: {fault}")
+            elif (made_by := json.loads((Path(found) / SEAL).read_text())["stage"]) != type(self).__name__:
+                raise UserError(
+                    f"{self.output_dir} holds checkpoints of another stage ({made_by}): name another --output_dir, or "
+                    "--fresh to replace them"
+                )
             else:
                 logger.info(f"Going on from {found} (--fresh starts over)")
                 return found
@@ -166,9 +173,8 @@ class CheckpointSeal(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / SEAL).unlink(missing_ok=True)
             record_base(folder)
-            seal = {
-                str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()
-            }
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            seal = {"stage": type(args).__name__, "files": {str(p.relative_to(folder)): digest(p) for p in files}}
             (folder / "seal.tmp").write_text(json.dumps(seal, indent=1))
             os.replace(folder / "seal.tmp", folder / SEAL)
 
@@ -239,8 +245,8 @@ def checkpoint_fault(folder: Path) -> str | None:
     """Why the checkpoint cannot be trusted, or None when it is whole."""
     if not (folder / SEAL).exists():
         return "its saving was interrupted"
-    seal = json.loads((folder / SEAL).read_text())
-    broken = [name for name, known in seal.items() if not (folder / name).is_file() or digest(folder / name) != known]
+    files = json.loads((folder / SEAL).read_text())["files"]
+    broken = [name for name, known in files.items() if not (folder / name).is_file() or digest(folder / name) != known]
     return f"changed since it was saved: {', '.join(broken)}" if broken else None
 
 

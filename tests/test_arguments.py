@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,7 +265,7 @@ def save_checkpoints(folder, *steps):
     for step in steps:
         touch(folder, f"checkpoint-{step}/x")
         state = TrainerState(global_step=step, is_world_process_zero=True)
-        CheckpointSeal().on_save(SimpleNamespace(output_dir=folder, world_size=1), state, None)
+        CheckpointSeal().on_save(run_arguments(folder), state, None)
 
 
 def left(folder):

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ADAPTER, SCRIPTS, in_process, stage
+from conftest import ADAPTER, SCRIPTS, in_process, merge, stage
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 KILLS = int(os.environ.get("KILLS", 4))
 
@@ -31,6 +33,13 @@ def forked(command: list, kill_after: float | None = None) -> int:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)  # a child that has ended already stays until it is waited for
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def tell(name: str, survived: int) -> None:
+    """For benchmarks/faults.py."""
+    if path := os.environ.get("KILLS_REPORT"):
+        with open(path, "a") as file:
+            file.write(f"{name},{survived}\n")
 
 
 def trained(output: Path) -> dict[str, torch.Tensor]:
@@ -64,3 +73,42 @@ def test_killed_at_random_moments(name, tiny, records, tmp_path):
         assert not different, f"killed after {moment:.3f} s: {different[:3]}"
         shutil.rmtree(output)
     assert after_a_checkpoint, "no kill fell behind a checkpoint: nothing was resumed"
+    tell(name, KILLS)
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(torch.arange(3, 40).unsqueeze(0)).logits
+
+
+def assert_gives(folder: Path, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_merge_in_place_killed_at_random_moments(tiny, records, tmp_path):
+    """At every moment from_pretrained(folder) gives the adapter's model: by the adapter before, merged after."""
+    before = tmp_path / "before"
+    in_process(*stage("sft", tiny("llama"), records, before)).ok()
+    base = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    expected = logits(PeftModel.from_pretrained(base, before))
+    started = time.perf_counter()
+    shutil.copytree(before, tmp_path / "timed")
+    assert forked(merge(tiny("llama"), tmp_path / "timed", tmp_path / "timed")) == 0
+    seconds, moments, merged = time.perf_counter() - started, random.Random("merge"), 0
+    for number in range(KILLS):
+        output, moment = tmp_path / f"killed-{number}", (number + moments.random()) / KILLS * seconds
+        shutil.copytree(before, output)
+        forked(merge(tiny("llama"), output, output), kill_after=moment)
+        merged += (output / "config.json").exists()
+        torch.testing.assert_close(
+            logits(AutoModelForCausalLM.from_pretrained(output)), expected, atol=1e-4, rtol=1e-4
+        )
+        assert forked(merge(tiny("llama"), output, output)) == 0, f"killed after {moment:.3f} s, it does not go on"
+        assert (output / "adapter" / ADAPTER).exists() and not (output / "adapter_config.json").exists()
+        torch.testing.assert_close(
+            logits(AutoModelForCausalLM.from_pretrained(output)), expected, atol=1e-4, rtol=1e-4
+        )
+    assert merged < KILLS, "no kill fell into a merge"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "a leftover beside the folder"
+    tell("merge in place", KILLS)

@@ -6,6 +6,7 @@ import subprocess
 import time
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import ADAPTER, SCRIPTS, in_process, in_subprocess, stage
@@ -120,3 +121,34 @@ def test_a_full_disk_is_said_in_one_line(tiny, records, tmp_path):
         subprocess.run(["umount", disk], check=True)
     assert ended.code == 1
     assert "error: cannot write" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_one_line(tiny, records, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a read-only tmpfs here")
+    try:
+        ended = in_process(*stage("sft", tiny("llama"), records, disk / "out", "--report_to", "none"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert ended.code == 1 and len(ended.errors) == 1 and "Read-only file system" in ended.errors[0]
+
+
+def test_the_output_folder_of_another_run(tiny, records, tmp_path):
+    """Checkpoints of another stage, or of another adapter: nothing is resumed, and nothing of them is lost."""
+    output = tmp_path / "out"
+    in_process(*stage("sft", tiny("llama"), records, output, "--save_steps", 2)).ok()
+    before = {path: path.read_bytes() for path in output.rglob("*.safetensors")}
+    ended = in_process(*stage("pt", tiny("llama"), records, output))
+    assert ended.code == 2 and "checkpoints of another stage (FinetuningArguments)" in ended.errors[0]
+    ended = in_process(*stage("sft", tiny("llama"), records, output, "--lora_rank", 2, "--max_steps", 5))
+    assert ended.code == 2 and "does not fit the model" in ended.errors[0]
+    assert {path: path.read_bytes() for path in output.rglob("*.safetensors")} == before
+    in_process(*stage("pt", tiny("llama"), records, output, "--fresh")).ok()
+
+
+def test_no_secret_is_saved_and_no_telemetry_sent(tiny, records, tmp_path):
+    in_process(*stage("sft", tiny("llama"), records, tmp_path / "out", "--hub_token", "hf_secret")).ok()
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+    assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
