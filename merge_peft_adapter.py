@@ -265,7 +265,8 @@ def write_gguf(llama_cpp: Path, folder: Path, tokenizer) -> dict:
 def upload(folder: Path, name: str) -> None:
     """Put the merged model into the hub repository `name`, private when it is new."""
     HfApi().create_repo(name, private=True, exist_ok=True)
-    HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+    of_model = ["config.json", "generation_config.json", "model*", "tokenizer*", "*.jinja", "merge.json"]
+    HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=of_model, ignore_patterns=["*/*"])
     logger.info(f"Uploaded to https://huggingface.co/{name}")
 
 

@@ -73,6 +73,9 @@ def explained(error: Exception) -> UserError | None:
             f"what was saved does not fit the model that these flags describe ({text[:200]} ...): give the flags of "
             "the earlier run, or --fresh"
         )
+    gone = next((e for e in (error, error.__cause__) if isinstance(e, FileNotFoundError) and e.filename), None)
+    if gone:  # what a flag names is looked for when the flags are read; this one was there then
+        return Fault(f"{gone.filename} vanished while it was needed: put it back, then run the same command")
     # torch.save raises RuntimeError for a write that failed
     if isinstance(error, OSError | SafetensorError | RuntimeError) and DISK.search(text):
         return Fault(

@@ -170,7 +170,7 @@ class DataArguments:
         workers = self.preprocessing_num_workers or (os.cpu_count() if len(rows) >= 20_000 else None)
         with PartialState().local_main_process_first():
             return rows.map(
-                encode,
+                lambda row: compact(encode(row)),
                 remove_columns=[name for name in rows.column_names if name not in keep],
                 num_proc=workers,
                 new_fingerprint=key,
@@ -279,6 +279,11 @@ class DataArguments:
             if next(file_rows(form, **source), None) is None:
                 raise UserError(f"{folder} holds no records: its {len(paths)} file(s) are empty") from None
             raise
+
+
+def compact(encoded: dict) -> dict:
+    """Lists of token ids in 4 bytes a number on disk; they come back as lists of int."""
+    return {k: np.asarray(v, dtype=np.int32) if isinstance(v, list) else v for k, v in encoded.items()}
 
 
 def weighted_folders(folders: str) -> list[tuple[str, float]]:

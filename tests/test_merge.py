@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import in_process, merge
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, MixtralConfig
@@ -167,6 +169,22 @@ def test_a_reward_model_keeps_its_head(tiny, tmp_path):
     with torch.no_grad():
         expected = PeftModel.from_pretrained(plain, adapter).eval()(IDS).logits
         torch.testing.assert_close(found.eval()(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_upload(tiny, tmp_path, monkeypatch):
+    """What goes to the hub is the merged model, without the adapter in the same folder."""
+    calls = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: calls.append((name, kwargs)))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: calls.append(kwargs))
+    adapter = save_adapter(tiny("llama"), tmp_path / "adapter")
+    in_process(*merge(tiny("llama"), adapter, adapter), "--push_to_hub", "me/model").ok()
+    (name, created), sent = calls
+    assert name == "me/model" and created["private"] and sent["repo_id"] == "me/model"
+    paths = [str(path.relative_to(adapter)) for path in adapter.rglob("*") if path.is_file()]
+    patterns = {key: sent[key] for key in ("allow_patterns", "ignore_patterns")}
+    uploaded = set(filter_repo_objects(paths, **patterns))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "merge.json"} <= uploaded
+    assert not any(path.startswith("adapter/") for path in uploaded)
 
 
 def test_a_merge_that_does_not_prove_itself_leaves_nothing(tiny, tmp_path):

@@ -4,16 +4,18 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import ADAPTER, SCRIPTS, in_process, in_subprocess, stage
+from conftest import ADAPTER, ROOT, SCRIPTS, in_process, in_subprocess, merge, stage
 from safetensors.torch import load_file
 from test_kills import forked, trained
 from transformers import AutoModelForCausalLM
 
+import arguments.data
 from arguments.command_line import Fault
 from arguments.run import FiniteGradients, StopAtSignal, checkpoint_fault
 
@@ -133,6 +135,23 @@ def test_a_folder_that_cannot_be_written_is_said_in_one_line(tiny, records, tmp_
     finally:
         subprocess.run(["umount", disk], check=True)
     assert ended.code == 1 and len(ended.errors) == 1 and "Read-only file system" in ended.errors[0]
+
+
+def test_a_data_file_that_vanishes_is_said_in_one_line(tiny, records, tmp_path, monkeypatch):
+    """It is listed, and gone when it is read."""
+    monkeypatch.setattr(arguments.data, "find_files", lambda folder: [tmp_path / "rows.jsonl"])
+    ended = in_process(*stage("sft", tiny("llama"), records, tmp_path / "out"))
+    assert ended.code == 1 and len(ended.errors) == 1 and "rows.jsonl vanished" in ended.errors[0]
+
+
+def test_nothing_is_written_outside_the_output_folder(tiny, records, tmp_path):
+    def files() -> set:
+        return {*Path(tiny("llama")).rglob("*"), *records.rglob("*"), *ROOT.iterdir(), *Path.home().iterdir()}
+
+    before = files()
+    in_process(*stage("sft", tiny("llama"), records, tmp_path / "out")).ok()
+    in_process(*merge(tiny("llama"), tmp_path / "out", tmp_path / "merged")).ok()
+    assert files() == before and {path.name for path in tmp_path.iterdir()} == {"out", "merged"}
 
 
 def test_the_output_folder_of_another_run(tiny, records, tmp_path):
