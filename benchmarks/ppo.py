@@ -6,7 +6,8 @@ Runs the contestants in turn, each in a process of its own, and prints their med
 second and what took the time, peak memory of the process, and the reward of each rollout. TRL gets an environment of
 its own in benchmarks/.trl112. Both train LoRA of rank 8 on all linear layers; TRL's value and reward models are whole
 copies of the merged reward model, which is how its trainer works. Its reward holds the penalty for a missing end, ours
-does not.
+does not. Ours runs as scripts/run_rl.sh starts it, with glibc keeping freed memory; TRL as its users do, and once more
+with that setting ("kept memory").
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from measure import ROOT, machine, measure
 
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # what scripts/env.sh sets
 TRL_PACKAGES = ["torch==2.13.0", "trl==1.12.0", "transformers==5.23.0", "peft==0.21.2", "accelerate", "datasets"]
 
 
@@ -34,7 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ppo_epochs", type=int, default=4)
     parser.add_argument("--rollouts", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each contestant")
-    parser.add_argument("--contestants", default="ours bf16,ours fp32,TRL 1.12 fp32")
+    parser.add_argument("--contestants", default="ours bf16,ours fp32,TRL 1.12 fp32,TRL 1.12 fp32 kept memory")
     return parser.parse_args()
 
 
@@ -92,11 +94,13 @@ def run(contestant: str, args, folder: Path, prompts: Path, reward_model: str, n
     output.mkdir()
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     if contestant.startswith("ours"):
+        environment |= KEPT_MEMORY
         seconds, memory, _ = measure(our_command(args, contestant.split()[-1], folder, output), environment)
         training = our_training(output)
     else:
         settings = vars(args) | {"reward_model": reward_model, "prompts": str(prompts), "output": str(output)}
         (output / "settings.json").write_text(json.dumps(settings))
+        environment |= KEPT_MEMORY if "kept memory" in contestant else {}
         command = [trl_python(), ROOT / "benchmarks" / "ppo_trl.py", output / "settings.json"]
         seconds, memory, _ = measure(command, environment)
         training = json.loads((output / "training.json").read_text())
