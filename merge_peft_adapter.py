@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from loguru import logger
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -38,7 +38,7 @@ from transformers import (
 
 from arguments import UserError, check_base, parse_arguments, run_stage
 from arguments.base import fingerprint, weight_files
-from arguments.command_line import Fault
+from arguments.command_line import Fault, explained
 from arguments.streamed import MergedWeights, adapted, grown_vocabulary, on_disk, save_merged, untie
 
 PROBES = (
@@ -105,6 +105,8 @@ def load(args: MergeArguments, config: PeftConfig, folder: Path, **kwargs):
             return on_disk(AutoModelForSequenceClassification, name, folder, num_labels=1, **kwargs)
         return on_disk(AutoModelForCausalLM, name, folder, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
+        if explained(error):  # the disk, not the model
+            raise
         raise UserError(f"--base_model_name_or_path {name} is no model: {str(error).splitlines()[0]}") from error
 
 
@@ -125,25 +127,56 @@ def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict:
     return {"largest_difference": largest, "relative_difference": largest / spread, "equal_top1": same}
 
 
+def move_files(staging: Path, folder: Path) -> None:
+    """The merged files into `folder`, whose adapter goes aside first; config.json comes last, without which
+    from_pretrained refuses the folder."""
+    new = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
+    for stale in {*folder.glob("model*.safetensors*")} - {folder / path.name for path in new}:
+        stale.unlink()
+    if (folder / "adapter_config.json").exists():
+        (folder / "adapter").mkdir(exist_ok=True)
+        for name in (
+            "README.md",
+            "base.json",
+            "adapter_model.bin",
+            "adapter_model.safetensors",
+            "adapter_config.json",
+        ):
+            if (folder / name).exists():
+                os.replace(folder / name, folder / "adapter" / name)
+    for path in new:
+        os.replace(path, folder / path.name)
+    staging.rmdir()
+
+
 def move_into_place(staging: Path, output: Path) -> None:
     """Make `output` the merged model in one step: killed at any moment, it is as it was or all new.
 
-    The new folder is put together beside it (what stays of the old one as hard links, an adapter in adapter/), and the
-    two change places.
+    The new folder is put together beside it (the rest of the old one as hard links) and the two change places. Where
+    nothing can stand beside it (a mount point, no rights) the files move one by one.
     """
+    if os.path.ismount(output) or not os.access(output.parent, os.W_OK):
+        return move_files(staging, output)
     new = output.with_name(f".{output.name}.merging")
     shutil.rmtree(new, ignore_errors=True)
-    replaced = shutil.ignore_patterns(staging.name, "model*.safetensors*", "config.json", "merge.json", "model.gguf")
-    shutil.copytree(output, new, copy_function=os.link, ignore=replaced)
-    if (new / "adapter_config.json").exists():
-        (new / "adapter").mkdir(exist_ok=True)
-        for name in ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md"):
-            if (new / name).exists():
-                os.replace(new / name, new / "adapter" / name)
-    for path in staging.iterdir():
-        os.replace(path, new / path.name)
-    exchange(new, output)
-    shutil.rmtree(new)
+
+    def staged(folder, names):
+        return [staging.name] if Path(folder) == output else []
+
+    try:
+        shutil.copytree(output, new, copy_function=link_or_copy, ignore=staged, symlinks=True)
+        shutil.move(staging, new)
+        move_files(new / staging.name, new)
+        exchange(new, output)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
 
 
 def exchange(first: Path, second: Path) -> None:
@@ -153,6 +186,7 @@ def exchange(first: Path, second: Path) -> None:
     if hasattr(libc, "renameat2") and libc.renameat2(here, names[0], here, names[1], both) == 0:
         return
     aside = second.with_name(first.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
     os.rename(second, aside)
     os.rename(first, second)
     os.rename(aside, first)
@@ -166,10 +200,10 @@ def sha256(path: Path) -> str:
 def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, staging: Path) -> dict:
     """Write the merged model into `staging` and prove it; returns the facts for merge.json."""
     name, scratch = args.base_model_name_or_path, staging / "converted"
-    base = load(args, config, scratch, dtype=torch.float32)
+    base = load(args, config, scratch / "base", dtype=torch.float32)
     if rows := grown_vocabulary(base, adapter):
         grown = {"vocab_size": rows, "ignore_mismatched_sizes": True}
-        base = load(args, config, scratch, dtype=torch.float32, **grown)
+        base = load(args, config, scratch / "base", dtype=torch.float32, **grown)
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     try:
         model, weights = adapted(base, adapter)
@@ -179,7 +213,7 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     expected = probe(model, tokenizer)
 
     dtype = getattr(torch, stored_dtype(args))
-    target = load(args, config, scratch, dtype=dtype, **(grown if rows else {}))
+    target = load(args, config, scratch / "target", dtype=dtype, **(grown if rows else {}))
     target.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     merged = MergedWeights(model, weights, dtype)
     if apart := untie(target, merged):
@@ -188,14 +222,14 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     save_merged(target, merged, staging, args.max_shard_size or largest)
     tokenizer.save_pretrained(staging)
 
-    parity = compare(expected, probe(on_disk(type(target), staging, scratch, dtype=torch.float32), tokenizer))
+    parity = compare(expected, probe(on_disk(type(target), staging, scratch / "read", dtype=torch.float32), tokenizer))
     if not parity["relative_difference"] <= TOLERANCE[stored_dtype(args)]:  # also true for NaN
         raise Fault(f"the merged model differs from the adapter model, nothing was kept: {parity}")
     shutil.rmtree(scratch, ignore_errors=True)
     tensors = {"merged": len(merged.errors), "largest_error": max(merged.errors.values(), default=0.0)}
     return {
         "base": {"name": name, "fingerprint": fingerprint(name)},
-        "adapter": {"name": str(adapter), "sha256": sha256(adapter / "adapter_model.safetensors")},
+        "adapter": {"name": str(adapter), "sha256": sha256(next(adapter.glob("adapter_model.*")))},
         "dtype": stored_dtype(args),
         "untied": apart,
         "tensors": tensors,
@@ -211,13 +245,15 @@ def main():
         config = PeftConfig.from_pretrained(adapter)
     except (ValueError, TypeError) as error:  # JSON that is none, or no adapter's
         raise UserError(f"{adapter}/adapter_config.json cannot be read: {error}") from error
+    if config.peft_type != PeftType.LORA:
+        raise UserError(f"{adapter} is a {config.peft_type} adapter: only LoRA and its forms are merged here")
     args.base_model_name_or_path = args.base_model_name_or_path or config.base_model_name_or_path
     check_base(adapter, args.base_model_name_or_path, args.force)
     own = (Path(args.peft_model_path) / "tokenizer_config.json").exists()  # else the base's serves
     tokenizer = AutoTokenizer.from_pretrained(
         args.peft_model_path if own else args.base_model_name_or_path, trust_remote_code=args.trust_remote_code
     )
-    output = Path(args.output_dir)
+    output = Path(args.output_dir).resolve()
     staging = output / ".merging"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -226,12 +262,12 @@ def main():
         if args.gguf:
             facts["gguf"] = write_gguf(Path(args.gguf), staging, tokenizer)
         (staging / "merge.json").write_text(json.dumps(facts, indent=2))
+        move_into_place(staging, output)
     except BaseException:
-        shutil.rmtree(staging)
+        shutil.rmtree(staging, ignore_errors=True)
         if not any(output.iterdir()):
             output.rmdir()
         raise
-    move_into_place(staging, output)
     parity, tensors = facts["parity"], facts["tensors"]
     logger.info(
         f"Merged {adapter} into {output} ({facts['dtype']}): {tensors['merged']} matrices off by at most "

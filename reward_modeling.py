@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from datasets import Dataset
 from peft import TaskType
+from torch.utils.data import SequentialSampler
 from transformers import AutoModelForSequenceClassification, set_seed
 from trl import RewardConfig, RewardTrainer
 
@@ -77,6 +78,9 @@ class PairTrainer(RewardTrainer):
     The library's accuracy is the mean over batches of each batch's, in which pairs of a small last batch weigh more.
     """
 
+    def _get_eval_sampler(self, eval_dataset):
+        return SequentialSampler(eval_dataset)  # sorted by length already; a shuffled one would mix up the kinds
+
     def evaluate(self, *args, **kwargs):
         self.margins = []
         return super().evaluate(*args, **kwargs)
@@ -91,6 +95,7 @@ class PairTrainer(RewardTrainer):
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "eval_loss" in logs:
             found = accuracies(torch.cat(self.margins), self.eval_dataset["kind"][:])
+            self._metrics["eval"].pop("accuracy"), self._metrics["eval"].pop("margin")  # trl would put its means back
             logs |= {f"eval_{name}": value for name, value in found.items()}
             logs |= {"eval_longer_wins": longer_wins(self.eval_dataset), "eval_pairs": len(self.eval_dataset)}
         super().log(logs, *args, **kwargs)

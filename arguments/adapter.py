@@ -43,6 +43,10 @@ class AdapterArguments:
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout is {self.lora_dropout}, expected a share in [0, 1)")
 
+    @property
+    def saved_modules(self) -> list[str]:
+        return [name.strip() for name in (self.modules_to_save or "").split(",") if name.strip()]
+
     def peft_config(self, task_type: TaskType) -> LoraConfig:
         """The LoRA these flags describe."""
         targets = [name.strip() for name in self.target_modules.split(",") if name.strip()]
@@ -52,7 +56,7 @@ class AdapterArguments:
             r=self.lora_rank,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            modules_to_save=self.modules_to_save.split(",") if self.modules_to_save else None,
+            modules_to_save=self.saved_modules or None,
         )
 
     def apply(self, model: torch.nn.Module, task_type: TaskType) -> torch.nn.Module:
@@ -70,10 +74,10 @@ class AdapterArguments:
             except (ValueError, OSError, RuntimeError, SafetensorError) as error:
                 raise UserError(f"--peft_path {self.peft_path} is not an adapter for this model: {error}") from error
         else:
-            names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-            for name in (self.modules_to_save or "").split(","):
-                if name.strip() and name.strip() not in names:
-                    raise UserError(f"--modules_to_save {name}: the model has no module of that name")
+            names = [name for name, _ in model.named_modules()]
+            for saved in self.saved_modules:
+                if not any(name.endswith(saved) for name in names):
+                    raise UserError(f"--modules_to_save {saved}: the model has no module of that name")
             try:
                 model = get_peft_model(model, self.peft_config(task_type))
             except ValueError as error:

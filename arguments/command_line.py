@@ -7,6 +7,7 @@ import re
 import sys
 
 import huggingface_hub
+import jinja2
 from loguru import logger
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
@@ -71,11 +72,13 @@ def explained(error: Exception) -> UserError | None:
     if isinstance(error, RuntimeError) and "size mismatch for" in text:
         return UserError(
             f"what was saved does not fit the model that these flags describe ({text[:200]} ...): give the flags of "
-            "the earlier run, or --fresh"
+            "the earlier run, or start over (--fresh)"
         )
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return UserError(f"the tokenizer's chat template, line {error.lineno}: {error.message}")
     gone = next((e for e in (error, error.__cause__) if isinstance(e, FileNotFoundError) and e.filename), None)
     if gone:  # what a flag names is looked for when the flags are read; this one was there then
-        return Fault(f"{gone.filename} vanished while it was needed: put it back, then run the same command")
+        return Fault(f"{gone.filename} is not there, or not any more: put it back, then run the same command")
     # torch.save raises RuntimeError for a write that failed
     if isinstance(error, OSError | SafetensorError | RuntimeError) and DISK.search(text):
         return Fault(

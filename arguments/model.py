@@ -4,7 +4,6 @@ import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 import torch
 from loguru import logger
 from safetensors import SafetensorError
@@ -111,10 +110,6 @@ class ModelArguments:
             tokenizer = AutoTokenizer.from_pretrained(source, use_fast=self.use_fast_tokenizer, **self.hub_kwargs)
         except (OSError, ValueError) as error:
             raise UserError(f"no tokenizer in {source}: {str(error).strip().splitlines()[0]}") from error
-        try:
-            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(tokenizer.chat_template or "")
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"the chat template in {source}, line {error.lineno}: {error.message}") from error
         tokenizer.padding_side = "right"
         if tokenizer.eos_token is None:
             raise UserError(f"the tokenizer in {source} has no eos token: answers could never end")

@@ -245,7 +245,9 @@ def checkpoint_fault(folder: Path) -> str | None:
     """Why the checkpoint cannot be trusted, or None when it is whole."""
     if not (folder / SEAL).exists():
         return "its saving was interrupted"
-    files = json.loads((folder / SEAL).read_text())["files"]
+    files = json.loads((folder / SEAL).read_text()).get("files")
+    if files is None:
+        return "an older version saved it"
     broken = [name for name, known in files.items() if not (folder / name).is_file() or digest(folder / name) != known]
     return f"changed since it was saved: {', '.join(broken)}" if broken else None
 

@@ -11,19 +11,20 @@ from accelerate.hooks import (
     remove_hook_from_submodules,
 )
 from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from torch import nn
 
-from arguments.base import open_safetensors
-from arguments.command_line import Fault
+from arguments.command_line import Fault, UserError
 
 PREFIX = "base_model.model."  # of every name inside a PeftModel
 WRAPPED = (".base_layer", ".original_module", ".token_adapter")  # what peft puts into the names of the base's tensors
-# Largest difference from the formula, relative to the largest weight, that rounding to a dtype explains.
-ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+# Half a step of a dtype, relative to the number that is rounded
+ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+SLACK = 1e-5  # of the largest number: the order in which float32 sums are added
 
 
 def on_disk(auto_class, name: str | Path, folder: Path, **kwargs) -> nn.Module:
@@ -51,10 +52,12 @@ def without_hooks(model: nn.Module) -> tuple[nn.Module, dict]:
     return model, {name: place for name, place in index.items() if place}
 
 
-def adapter_shapes(adapter: Path) -> dict[str, list[int]]:
+def adapter_shapes(adapter: Path) -> dict[str, torch.Size]:
     """Shapes of the adapter's tensors, by the names that their counterparts have in the base model."""
-    with open_safetensors(adapter / "adapter_model.safetensors") as file:
-        return {plain(name): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    try:
+        return {plain(name): tensor.shape for name, tensor in load_peft_weights(str(adapter), device="cpu").items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{adapter} holds no whole adapter weights ({str(error).splitlines()[0]})") from error
 
 
 def grown_vocabulary(model: nn.Module, adapter: Path) -> int | None:
@@ -115,6 +118,8 @@ def adapted(model: nn.Module, adapter: Path) -> tuple[PeftModel, Mapping]:
     for name, tensor in list(own.items()):
         if plain(name) in index and tensor.isnan().all():
             del own[name]
+        elif plain(name) in index and plain(name) not in given and ".modules_to_save" not in name:
+            raise ValueError(f"its kind of initialisation changes the base ({plain(name)}): save it as plain LoRA")
         elif ".original_module" not in name and tensor.isnan().any():
             raise ValueError(f"{plain(name)} holds NaN in the adapter, or is in neither of the two")
     places = {name: index[plain(name)] for name in tensors if name not in own}
@@ -193,7 +198,7 @@ class MergedWeights(Mapping):
         for layer in layers(wrapper):
             parameter = getattr(layer, "parameter_name", "weight")
             expected[parameter] = by_formula(layer, getattr(result, parameter))
-            layer.merge()
+            self.merge(layer, owner)
         tensors = {name: tensor.to(self.dtype, copy=True) for name, tensor in result.state_dict().items()}
         for parameter, tensor in expected.items():
             self.prove(f"{owner}.{parameter}", tensor, tensors[parameter])
@@ -202,14 +207,21 @@ class MergedWeights(Mapping):
         wrapper._hf_hook.post_forward(wrapper, None)  # drops them
         return tensors
 
+    def merge(self, layer: LoraLayer, owner: str) -> None:
+        try:
+            layer.merge(safe_merge=True)  # into a copy: what it merges into may be read again
+        except ValueError as error:
+            raise Fault(f"{owner}: {error}; nothing was kept") from error
+
     def prove(self, name: str, expected: torch.Tensor, found: torch.Tensor) -> None:
-        """Hold a merged matrix against what it should be."""
-        error = ((found.float() - expected).abs().max() / expected.abs().max()).item()
-        self.errors[name] = error
-        if not error <= ROUNDING[self.dtype]:  # also true for NaN
+        """Hold a merged matrix against what it should be, number by number."""
+        largest = expected.abs().max()
+        difference = (found.float() - expected).abs()
+        self.errors[name] = (difference.max() / largest.clamp(min=1e-30)).item()
+        if not (difference <= ROUNDING[self.dtype] * expected.abs() + SLACK * largest).all():  # also so for NaN
             raise Fault(
-                f"{name} is off by {error:.2g} of its largest number after the merge into {self.dtype}, "
-                "nothing was kept"
+                f"{name} is off by up to {self.errors[name]:.2g} of its largest number after the merge into "
+                f"{self.dtype}, nothing was kept"
             )
 
 

@@ -5,7 +5,7 @@
 
 start   reads the stage's inputs (files; folders of models or data; anything else is a name) and flags, and prints
         "ended" if it ended with just these, "begun" if it was begun with them, "changed" if it was run with others
-        (which: to stderr), "new" if it was never run.
+        (which: to stderr; what it made then is deleted), "new" if it was never run.
 finish  adds the stage's figures and time.
 Writes  outputs/ledger.jsonl: a line when a stage begins and one when it ends. Of several machines (NODE_RANK) the
         first one writes, and starts over what changed.
@@ -14,6 +14,7 @@ Writes  outputs/ledger.jsonl: a line when a stage begins and one when it ends. O
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from importlib.metadata import version
@@ -47,8 +48,6 @@ def entries(outputs: Path, stage: str) -> list[dict]:
 
 
 def add(outputs: Path, row: dict) -> None:
-    if FOLLOWS:
-        return
     path = outputs / "ledger.jsonl"
     text = whole_lines(path) + json.dumps(row, ensure_ascii=False) + "\n"
     path.with_suffix(".new").write_text(text, "utf-8")
@@ -64,27 +63,42 @@ def present(outputs: Path, stage: str) -> bool:
     return model.exists() and (outputs / stage / "all_results.json").exists()
 
 
+def content(name: str) -> str:
+    """Hash of what an input holds; several folders may be joined as in --train_file_dir, a,b:2."""
+    if Path(name).exists():
+        return digest(Path(name))
+    parts = [part if Path(part).exists() else part.rpartition(":")[0] for part in name.split(",")]
+    if all(part and Path(part).exists() for part in parts):
+        return " ".join([name, *(digest(Path(part)) for part in parts)])
+    return name
+
+
 def start(outputs: Path, stage: str, inputs: list[str], flags: list[str]) -> str:
     """Add a line for a beginning, unless it has ended; returns the word to print."""
-    made = {name: digest(Path(name)) if Path(name).exists() else "a name" for name in inputs}
+    made = {name: content(name) for name in inputs}
     known = entries(outputs, stage)
-    last = known[-1] if known else {}
-    changed = [name for name in made if made[name] != last.get("inputs", {}).get(name)]
-    changed += ["the flags"] * (flags != last.get("flags"))
+    last = known[-1] if known else {"inputs": {}, "flags": flags}
+    before = [*last["inputs"].values(), *[None] * len(made)]
+    changed = [name for (name, now), then in zip(made.items(), before, strict=False) if now != then]
+    changed += ["the flags"] * (flags != last["flags"])
     if known and not changed and last["event"] == "finish" and present(outputs, stage):
         return "ended"
+    if FOLLOWS:
+        return "new"
+    if known and changed:
+        print(f"{stage}: {', '.join(changed)} changed since it was run last: it starts over", file=sys.stderr)
+        for made_then in (outputs / stage, outputs / f"{stage}-merged"):
+            shutil.rmtree(made_then, ignore_errors=True)
     versions = {name: version(name) for name in PACKAGES}
     row = {"stage": stage, "event": "start", "time": time.time(), "inputs": made, "flags": flags, "versions": versions}
     add(outputs, row)
-    if not known or FOLLOWS:
-        return "new"
-    if changed:
-        print(f"{stage}: {', '.join(changed)} changed since it was run last: it starts over", file=sys.stderr)
-    return "changed" if changed else "begun"
+    return "new" if not known else "changed" if changed else "begun"
 
 
 def finish(outputs: Path, stage: str) -> None:
     """Add a line for an end, with the figures of all_results.json."""
+    if FOLLOWS:
+        return
     last = entries(outputs, stage)[-1]
     results = outputs / stage / "all_results.json"
     figures = json.loads(results.read_text()) if results.exists() else {}

@@ -69,7 +69,7 @@ def unseen_prompts(outputs: Path) -> list[list[dict]]:
 def answers_to(prompts: list[list[dict]], model, tokenizer) -> list[str]:
     """The most likely answer to each, at most 64 tokens of it."""
     inputs = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True, padding_side="left"
+        prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
     )
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=64, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -83,7 +83,7 @@ def main():
     print_table(outputs)
     prompts = unseen_prompts(outputs)
     answers = {}
-    tokenizer = AutoTokenizer.from_pretrained(sft)  # its template serves a base that has none
+    tokenizer = AutoTokenizer.from_pretrained(sft, padding_side="left")  # its template serves a base that has none
     for name, path in (("base", base), ("SFT", sft), ("RL", rl)):
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
         answers[name] = answers_to(prompts, model, tokenizer)

@@ -24,7 +24,8 @@ if [ -z "$PYTHON" ]; then
 fi
 export MODEL PYTHON
 
-[ -z "$FRESH" ] || rm -rf "${OUTPUTS:?}"
+: "${NODE_RANK:=0}"  # of several machines the first one clears, keeps the ledger and reports
+[ -z "$FRESH" ] || [ "$NODE_RANK" != 0 ] || rm -rf "${OUTPUTS:?}"
 mkdir -p "$OUTPUTS"
 if [ "$MODEL" = models/SmolLM2-135M-Instruct ]; then
   mkdir -p models && "$PYTHON" scripts/get_default_model.py "$MODEL"
@@ -32,13 +33,14 @@ fi
 
 # stage name model data flags...: unless outputs/ledger.jsonl says that it ended with these same inputs and flags, run it.
 stage() {
-  local name=$1 model=$2 data=$3 state
+  local name=$1 model=$2 data=$3 state=new
   local inputs=("scripts/run_$name.sh" "$model" "$data") output=$OUTPUTS/$name
   shift 3
   [ "$name" != rl ] || inputs+=("$REWARD_MODEL")
-  state=$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$name" "${inputs[@]}" -- "$@" "${FLAGS[@]}")
+  if [ -z "$FRESH" ] || [ "$NODE_RANK" = 0 ]; then
+    state=$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$name" "${inputs[@]}" -- "$@" "${FLAGS[@]}")
+  fi
   [ "$state" = ended ] && echo "$name: done already" && return
-  [ "$state" != changed ] || rm -rf "${output:?}" "$output-merged"
   export TRAIN=$data VALIDATION=$data
   if [ -d "$data/train" ]; then TRAIN+=/train VALIDATION+=/validation; fi
   MODEL=$model OUTPUT=$output MERGED=$output-merged bash "scripts/run_$name.sh" "$@" "${FLAGS[@]}"
@@ -53,7 +55,7 @@ stage pt "$MODEL" "$PT_DATA" --max_steps 26
 stage sft "$(result pt)" "$SFT_DATA" --max_steps 30
 stage rm "$(result sft)" "$RM_DATA" --max_steps 30 --max_eval_samples 90
 stage rl "$(result sft)" "$RL_DATA" --max_steps 6 --max_eval_samples 48
-[ "${NODE_RANK:-0}" = 0 ] || exit 0  # of several machines the first one reports
+[ "$NODE_RANK" = 0 ] || exit 0
 quizzed=("$MODEL" "$(result pt)" "$(result sft)")
 if [ "$("$PYTHON" scripts/ledger.py start "$OUTPUTS" quiz "$QUIZ" "${quizzed[@]}")" != ended ]; then
   "$PYTHON" scripts/quiz.py "$QUIZ" "${quizzed[@]}" >"$OUTPUTS/quiz.json"

@@ -1,6 +1,7 @@
 """The merge: every kind of adapter, base and dtype against peft's adapter model; and what a failed one leaves."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from conftest import in_process, merge
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, MixtralConfig
 
@@ -64,13 +66,14 @@ KINDS = {
     "embeddings": {"target_modules": ["embedding", "q_proj", "c_attn", "query_key_value"]},
     "dora on embeddings": {"use_dora": True, "target_modules": ["embedding"]},
     "head": {"target_modules": ["lm_head"]},
+    "head and attention": {"target_modules": ["q_proj", "c_attn", "query_key_value", "lm_head"]},
     "embeddings in full": {"target_modules": ["mlp"], "modules_to_save": ["embedding"]},
     "both in full": {"modules_to_save": ["embedding", "lm_head"]},
     "some tokens": {"trainable_token_indices": [5, 6, 7]},
     "biases": {"bias": "lora_only"},
     "ranks by layer": {"rank_pattern": {"layers.0": 2}, "alpha_pattern": {"layers.1": 3}},
 }
-UNTIES = ("embeddings", "dora on embeddings", "head", "embeddings in full", "both in full")
+UNTIES = ("head and attention", "embeddings", "dora on embeddings", "head", "embeddings in full", "both in full")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,6 +172,61 @@ def test_a_reward_model_keeps_its_head(tiny, tmp_path):
     with torch.no_grad():
         expected = PeftModel.from_pretrained(plain, adapter).eval()(IDS).logits
         torch.testing.assert_close(found.eval()(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_lies_below_the_output_folder_stays(tiny, tmp_path):
+    """Also what is called as the files of a model: other models, checkpoints, the critic of an RL run."""
+    adapter = save_adapter(tiny("llama"), tmp_path / "out")
+    for name in ("config.json", "model.safetensors", "merge.json"):
+        (adapter / "other").mkdir(exist_ok=True)
+        (adapter / "other" / name).write_text("mine")
+    (adapter / "model-00001-of-00002.safetensors").write_text("of an earlier merge")
+    (adapter / "notes.txt").write_text("mine")
+    in_process(*merge(tiny("llama"), adapter, adapter)).ok()
+    assert {path.name: path.read_text() for path in (adapter / "other").iterdir()} == dict.fromkeys(
+        ("config.json", "model.safetensors", "merge.json"), "mine"
+    )
+    assert (adapter / "notes.txt").read_text() == "mine" and len(list(adapter.glob("model*.safetensors"))) == 1
+    assert_merged(tiny("llama"), adapter / "adapter", adapter)
+
+
+def test_without_a_place_beside_the_output_folder(tiny, tmp_path, monkeypatch):
+    """A mount point: the files move into it one by one, and the adapter aside."""
+    adapter = save_adapter(tiny("llama"), tmp_path / "out")
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    in_process(*merge(tiny("llama"), adapter, adapter)).ok()
+    assert_merged(tiny("llama"), adapter / "adapter", adapter)
+    assert not (adapter / ".merging").exists() and not (adapter / "adapter_config.json").exists()
+
+
+def test_an_adapter_of_2023(tiny, tmp_path):
+    """peft saved adapter_model.bin then."""
+    adapter = save_adapter(tiny("llama"), tmp_path / "adapter")
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    in_process(*merge(tiny("llama"), adapter, tmp_path / "merged")).ok()
+    assert_merged(tiny("llama"), adapter, tmp_path / "merged")
+
+
+def test_adapters_that_are_not_merged_here(tiny, tmp_path):
+    """PiSSA changes the base when it is loaded; IA3 is no LoRA. Neither may pass for merged."""
+    pissa = save_adapter(tiny("llama"), tmp_path / "pissa", init_lora_weights="pissa")
+    ended = in_process(*merge(tiny("llama"), pissa, tmp_path / "merged"))
+    assert ended.code == 2 and "save it as plain LoRA" in ended.errors[0]
+    config = IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny("llama")), config).save_pretrained(tmp_path / "ia3")
+    ended = in_process(*merge(tiny("llama"), tmp_path / "ia3", tmp_path / "merged"))
+    assert ended.code == 2 and "only LoRA" in ended.errors[0]
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_that_was_not_merged_is_seen(dtype, tiny, tmp_path, monkeypatch):
+    """Also a short-trained one, whose update is a thousandth of the weights, in a coarse dtype."""
+    adapter = save_adapter(tiny("llama"), tmp_path / "adapter", lora_alpha=0.1)
+    monkeypatch.setattr(LoraLinear, "merge", lambda self, **kwargs: None)
+    ended = in_process(*merge(tiny("llama"), adapter, tmp_path / "merged"), "--dtype", dtype)
+    assert ended.code == 1 and "after the merge" in ended.errors[0] and not (tmp_path / "merged").exists()
 
 
 def test_upload(tiny, tmp_path, monkeypatch):

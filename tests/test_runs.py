@@ -141,7 +141,7 @@ def test_a_data_file_that_vanishes_is_said_in_one_line(tiny, records, tmp_path, 
     """It is listed, and gone when it is read."""
     monkeypatch.setattr(arguments.data, "find_files", lambda folder: [tmp_path / "rows.jsonl"])
     ended = in_process(*stage("sft", tiny("llama"), records, tmp_path / "out"))
-    assert ended.code == 1 and len(ended.errors) == 1 and "rows.jsonl vanished" in ended.errors[0]
+    assert ended.code == 1 and len(ended.errors) == 1 and "rows.jsonl is not there, or not any more" in ended.errors[0]
 
 
 def test_nothing_is_written_outside_the_output_folder(tiny, records, tmp_path):

@@ -29,6 +29,7 @@ from conftest import (
     merge,
     results,
     stage,
+    write_lines,
     write_records,
 )
 from peft import PeftModel
@@ -199,6 +200,48 @@ def test_pinned_losses(tiny, records, tmp_path):
         in_process(*stage(name, tiny("llama"), records, tmp_path / name, *flags, "--use_cpu")).ok()
         found[name] = results(tmp_path / name)["eval_loss"]
     assert found == pytest.approx(PINNED, rel=1e-4)
+
+
+def test_reward_accuracy_counts_pairs_and_names_kinds(tiny, tmp_path):
+    """Seven pairs of unlike lengths in batches of four: the scores of each, one by one, give the same figures."""
+    words = "It passes by itself in time , with rest .".split()  # noqa: SIM905
+    kinds = ["unsafe", "wrong fact", "unsafe", ""]
+    rows = [
+        {
+            "question": "What helps?",
+            "response_chosen": " ".join(words[: 2 + i]),
+            "response_rejected": " ".join(words[9 - i :]),
+            "kind": kinds[i % 4],
+        }
+        for i in range(7)
+    ]
+    for name in ("train", "held"):
+        write_lines(tmp_path / name, rows)
+    flags = ("--per_device_eval_batch_size", 4, "--max_eval_samples", 7, "--keep_duplicates", "--learning_rate", 1e-2)
+    command = [SCRIPTS["rm"], "--model_name_or_path", tiny("llama"), "--output_dir", tmp_path / "rm", "--max_steps", 3]
+    folders = ("--train_file_dir", tmp_path / "train", "--validation_file_dir", tmp_path / "held")
+    in_process(*command, *folders, *flags, "--precision", "fp32").ok()
+    in_process(*merge(tiny("llama"), tmp_path / "rm", tmp_path / "merged")).ok()
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+
+    @torch.no_grad()
+    def score(question, answer) -> float:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+        return model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.item()
+
+    def margin(row) -> float:
+        return score(row["question"], row["response_chosen"]) - score(row["question"], row["response_rejected"])
+
+    margins = [margin(row) for row in rows]
+    found = results(tmp_path / "rm")
+    assert found["eval_margin"] == pytest.approx(sum(margins) / 7, abs=1e-4)
+    assert found["eval_accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / 7)
+    for kind in ("unsafe", "wrong fact"):
+        own = [margin > 0 for margin, row in zip(margins, rows, strict=True) if row["kind"] == kind]
+        assert found[f"eval_accuracy_{kind}"] == pytest.approx(sum(own) / len(own))
+    assert "eval_accuracy_" not in found and 0 < found["eval_accuracy"] < 1, "choose a seed that tells kinds apart"
 
 
 # --- resume
