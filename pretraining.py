@@ -120,6 +120,7 @@ def main():
     if training_args.isolate_documents and not keeps_apart(model):
         raise UserError(f"--isolate_documents: {model.config.model_type} does not go by position_ids, leave it out")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)
+    training_args.keep_casts(model)
 
     trainer = PretrainingTrainer(
         model=model,

@@ -118,6 +118,7 @@ def main():
     model = model_args.load_model(AutoModelForSequenceClassification, num_labels=1)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model = adapter_args.apply(model, TaskType.SEQ_CLS)
+    training_args.keep_casts(model)
 
     trainer = PairTrainer(
         model=model,

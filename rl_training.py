@@ -684,6 +684,7 @@ def main():
         return data_args.show(train_dataset, tokenizer)
 
     model, reward_model = build_actor_critic(model_args, adapter_args, data_args, reward_args, training_args.critic)
+    training_args.keep_casts(model)
 
     trainer = PPOTrainer(
         model=model,

@@ -130,6 +130,7 @@ def main():
     elif training_args.packing:
         logger.warning(f"{model.config.model_type} does not go by position_ids: batches of like length, not packing")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)
+    training_args.keep_casts(model)
 
     trainer = FinetuningTrainer(
         model=model,

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import ADAPTER, ROOT, SCRIPTS, in_process, in_subprocess, merge, stage
+from conftest import ADAPTER, ROOT, SCRIPTS, in_process, in_subprocess, merge, results, stage
 from safetensors.torch import load_file
 from test_kills import forked, trained
 from transformers import AutoModelForCausalLM
 
 import arguments.data
+import arguments.run
 from arguments.command_line import Fault
 from arguments.run import FiniteGradients, StopAtSignal, checkpoint_fault
 
@@ -171,3 +172,28 @@ def test_no_secret_is_saved_and_no_telemetry_sent(tiny, records, tmp_path):
     in_process(*stage("sft", tiny("llama"), records, tmp_path / "out", "--hub_token", "hf_secret")).ok()
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
     assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
+
+
+@pytest.mark.parametrize("name", ["pt", "sft", "rm", "rl"])
+def test_kept_casts_change_no_number(name, tiny, records, tmp_path, monkeypatch):
+    """Frozen weights in bfloat16 give the losses and weights of float32 ones that autocast casts at every product."""
+    flags = ("--precision", "bf16", "--seed", 3)
+    if name == "rl":
+        in_process(*stage("rm", tiny("llama"), records, tmp_path / "reward")).ok()
+        flags += ("--reward_model_name_or_path", tmp_path / "reward")
+    in_process(*stage(name, tiny("llama"), records, tmp_path / "kept", *flags)).ok()
+    monkeypatch.setattr(arguments.run.RunArguments, "keep_casts", lambda self, model: None)
+    in_process(*stage(name, tiny("llama"), records, tmp_path / "cast", *flags)).ok()
+    kept, cast = trained(tmp_path / "kept"), trained(tmp_path / "cast")
+    assert kept.keys() == cast.keys() and all(torch.equal(kept[key], cast[key]) for key in kept)
+    for key in ("eval_loss", "eval_reward", "eval_kl"):
+        assert results(tmp_path / "kept").get(key) == results(tmp_path / "cast").get(key)
+
+
+def test_only_frozen_linear_layers_are_kept_cast(tiny, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    run = SimpleNamespace(bf16=True)
+    arguments.run.RunArguments.keep_casts(run, model.requires_grad_(False))
+    dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
+    linear = {name for name in dtypes if "proj" in name}
+    assert linear and all((dtypes[name] == torch.bfloat16) == (name in linear) for name in dtypes)
