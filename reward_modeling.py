@@ -9,7 +9,9 @@ Writes  the adapter with its head, tokenizer, metrics (held-out accuracy, margin
         answer wins") and curves into output_dir.
 """
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -94,7 +96,12 @@ class PairTrainer(RewardTrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "eval_loss" in logs:
-            found = accuracies(torch.cat(self.margins), self.eval_dataset["kind"][:])
+            margins, kinds = torch.cat(self.margins), self.eval_dataset["kind"][:]
+            found = accuracies(margins, kinds)
+            if self.is_world_process_zero():
+                line = {"step": self.state.global_step, "margins": margins.tolist(), "kinds": kinds}
+                with (Path(self.args.output_dir) / "margins.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._metrics["eval"].pop("accuracy"), self._metrics["eval"].pop("margin")  # trl would put its means back
             logs |= {f"eval_{name}": value for name, value in found.items()}
             logs |= {"eval_longer_wins": longer_wins(self.eval_dataset), "eval_pairs": len(self.eval_dataset)}

@@ -335,8 +335,9 @@ class PPOTrainer(Trainer):
         answers: dict[int, list[int]] = {}
         with self.model.role(role) as model, self.accelerator.autocast():
             kept, model.generation_config = model.generation_config, self.decoding()
-            for start in range(0, len(order), 4 * args.micro_batch_size):
-                chunk = order[start : start + 4 * args.micro_batch_size]
+            at_once = 8 * args.micro_batch_size  # no activations are kept here
+            for start in range(0, len(order), at_once):
+                chunk = order[start : start + at_once]
                 padded = self.processing_class.pad(
                     {"input_ids": [prompts[i] for i in chunk]}, padding_side="left", return_tensors="pt"
                 ).to(args.device)
@@ -597,6 +598,8 @@ class PPOTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         step, shown = self.state.global_step, list(zip(rows, answers, self.reference_scores, strict=True))[:count]
+        with (Path(self.args.output_dir) / "scores.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "scores": [answer["score"] for answer in answers]}) + "\n")
         with (Path(self.args.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
             for row, answer, reference in shown:
                 line = {"step": step, "prompt": row["prompt"], "answer": answer["text"], "score": answer["score"]}

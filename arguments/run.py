@@ -7,7 +7,9 @@ import os
 import resource
 import shutil
 import signal
+import sys
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ POSITIVE = (
     "save_steps",
     "eval_steps",
 )
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 SEAL = "seal.json"  # in a checkpoint: which stage made it, size and hash of each of its files
 
 
@@ -163,6 +166,9 @@ class RunArguments:
         if not trainer.is_world_process_zero():
             return
         trainer.save_state()
+        run = {"script": Path(sys.argv[0]).name, "arguments": without_secrets(sys.argv[1:])}
+        run["versions"] = {name: version(name) for name in PACKAGES}
+        (Path(self.output_dir) / "run.json").write_text(json.dumps(run, ensure_ascii=False, indent=1), "utf-8")
         record_base(Path(self.output_dir))
         peak = {"peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}  # kiB on Linux
         if torch.cuda.is_available():
@@ -174,6 +180,15 @@ class RunArguments:
         results = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(results | before | peak, indent=4, sort_keys=True))
         plot_curves(trainer.state.log_history, Path(self.output_dir))
+
+
+def without_secrets(argv: list[str]) -> list[str]:
+    """A command line's words, but for the value of --hub_token."""
+    words = []
+    for word in argv:
+        hidden = words[-1:] == ["--hub_token"] or word.startswith("--hub_token=")
+        words.append("..." if hidden else word)
+    return words
 
 
 class CheckpointSeal(TrainerCallback):
@@ -266,9 +281,10 @@ def checkpoint_fault(folder: Path) -> str | None:
 
 
 def clear_output(folder: Path) -> None:
-    """Remove an earlier run's checkpoints and merged weights, which would be taken for this run's."""
+    """Remove an earlier run's checkpoints, merged weights and lines, which would be taken for this run's."""
     merged = [*folder.glob("model*.safetensors*"), folder / "config.json"] if (folder / "merge.json").exists() else []
-    for path in [*folder.glob("checkpoint-*"), *merged, folder / "adapter", folder / "merge.json"]:
+    told = [folder / f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
+    for path in [*folder.glob("checkpoint-*"), *merged, *told, folder / "adapter", folder / "merge.json"]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # another rank may have been first
         else:

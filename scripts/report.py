@@ -2,8 +2,9 @@
 
     python scripts/report.py outputs models/SmolLM2-135M-Instruct outputs/{pt,sft,rl}-merged
 
-Reads all_results.json of outputs/pt, sft, rm and rl, quiz.json (of scripts/quiz.py), and the models: the base and
-those that PT, SFT and RL made.
+Reads   all_results.json of outputs/pt, sft, rm and rl, quiz.json (of scripts/quiz.py), and the models: the base and
+        those that PT, SFT and RL made.
+Writes  answers.json and report.html (of scripts/page.py) into outputs.
 """
 
 import json
@@ -13,50 +14,21 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts.page import write_page  # noqa: E402
+from scripts.table import table_rows  # noqa: E402
+
 PROMPTS = 3
-# stage, what is measured, key before, key after, what the count counts, its key
-ROWS = (
-    ("PT", "perplexity, unseen documents", "eval_perplexity_before", "eval_perplexity", "tokens", "eval_tokens"),
-    ("SFT", "loss, unseen answers", "eval_loss_before", "eval_loss", "tokens", "eval_tokens"),
-    ("RM", "accuracy, unseen pairs", "eval_accuracy_before", "eval_accuracy", "pairs", "eval_pairs"),
-    ("RM", "margin, unseen pairs", "eval_margin_before", "eval_margin", "pairs", "eval_pairs"),
-    ("RM", "accuracy of 'longer wins'", "eval_longer_wins", "eval_longer_wins", "pairs", "eval_pairs"),
-    ("RL", "reward, unseen prompts", "eval_reward_before", "eval_reward", "prompts", "eval_prompts"),
-    ("RL", "KL to the SFT model, nats", "eval_kl_before", "eval_kl", "prompts", "eval_prompts"),
-    ("RL", "answer length, tokens", "eval_length_before", "eval_length", "prompts", "eval_prompts"),
-    ("RL", "answers that end", "eval_eos_rate_before", "eval_eos_rate", "prompts", "eval_prompts"),
-)
 
 
 def print_table(outputs: Path) -> None:
-    results = {
-        stage: json.loads((outputs / stage.lower() / "all_results.json").read_text())
-        for stage in dict.fromkeys(row[0] for row in ROWS)
-    }
+    stages = ("pt", "sft", "rm", "rl")
     print(f"\n{'':4} {'on held-out data':30} {'before':>9} {'after':>9}   n")
-    for stage, what, before, after, unit, count in ROWS:
-        found = results[stage]
-        print(f"{stage:4} {what:30} {found[before]:9.3f} {found[after]:9.3f}   {found[count]} {unit}")
-    kinds = sorted(k for k in results["RM"] if k.startswith("eval_accuracy_") and not k.endswith("_before"))
-    for kind in kinds:
-        what = f"accuracy, {kind.removeprefix('eval_accuracy_').replace('_', ' ')}"
-        print(f"{'RM':4} {what:30} {results['RM'][kind + '_before']:9.3f} {results['RM'][kind]:9.3f}")
-    (base, pt, sft), quiz = quiz_accuracies(outputs)
-    for stage, before, after in (("PT", base, pt), ("SFT", pt, sft)):
-        print(f"{stage:4} {'quiz accuracy (chance: 0.25)':30} {before:9.3f} {after:9.3f}   {quiz} questions")
-    print(
-        "\n     time per stage: "
-        + ", ".join(
-            f"{stage} {found['train_runtime']:.0f} s (peak {found['peak_rss_gib']:.1f} GiB)"
-            for stage, found in results.items()
-        )
-    )
-
-
-def quiz_accuracies(outputs: Path) -> tuple[list[float], int]:
-    """Of the base, PT and SFT models, and over how many questions."""
-    found = list(json.loads((outputs / "quiz.json").read_text()).values())
-    return [row["accuracy"] for row in found], found[0]["questions"]
+    for stage, what, before, after, count in table_rows({name: outputs / name for name in stages}, outputs):
+        print(f"{stage:4} {what:30} {before:>9} {after:>9}   {count}")
+    results = {name: json.loads((outputs / name / "all_results.json").read_text()) for name in stages}
+    spent = [f"{n.upper()} {r['train_runtime']:.0f} s (peak {r['peak_rss_gib']:.1f} GiB)" for n, r in results.items()]
+    print(f"\n     time per stage: {', '.join(spent)}")
 
 
 def unseen_prompts(outputs: Path) -> list[list[dict]]:
@@ -79,18 +51,24 @@ def answers_to(prompts: list[list[dict]], model, tokenizer) -> list[str]:
 
 
 def main():
-    outputs, base, _, sft, rl = Path(sys.argv[1]), *sys.argv[2:]
+    outputs, base, pt, sft, rl = Path(sys.argv[1]), *sys.argv[2:]
     print_table(outputs)
     prompts = unseen_prompts(outputs)
-    answers = {}
     tokenizer = AutoTokenizer.from_pretrained(sft, padding_side="left")  # its template serves a base that has none
-    for name, path in (("base", base), ("SFT", sft), ("RL", rl)):
+    answers = {}
+    for name, path in (("base", base), ("PT", pt), ("SFT", sft), ("RL", rl)):
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
         answers[name] = answers_to(prompts, model, tokenizer)
-    for number, messages in enumerate(prompts):
-        print(f"\n{messages[-1]['content']}")
-        for name, texts in answers.items():
-            print(f"  {name:5} {texts[number]}")
+    shown = [
+        (messages[-1]["content"], {name: texts[number] for name, texts in answers.items()})
+        for number, messages in enumerate(prompts)
+    ]
+    for question, given in shown:
+        print(f"\n{question}")
+        for name, text in given.items():
+            print(f"  {name:5} {text}")
+    (outputs / "answers.json").write_text(json.dumps(shown, ensure_ascii=False, indent=1), "utf-8")
+    print(f"\nsee {write_page(outputs)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 from arguments import DataArguments, ModelArguments
-from scripts.report import ROWS
+from scripts.table import ROWS
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,9 @@ def assert_table(printed: str, outputs) -> None:
         assert [float(row[1]), float(row[2])] == pytest.approx([found[before], found[after]], abs=1e-3)
         assert int(row[3]) == found[count]
     assert "time per stage: PT " in printed
-    assert printed.count("\n  base  ") == printed.count("\n  SFT   ") == printed.count("\n  RL    ") == 3
+    assert all(printed.count(f"\n  {name:5} ") == 3 for name in ("base", "PT", "SFT", "RL"))
+    page = (outputs / "report.html").read_text("utf-8")
+    assert page.count("<svg") > 10 and not re.search(r"(src|href)=.?http", page), "it must open without a network"
 
 
 def test_pipeline(pipeline):

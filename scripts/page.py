@@ -1,0 +1,173 @@
+"""One self-contained page of what the pipeline, or one stage, did: report.html opens from the disk, without a network.
+
+    python scripts/page.py outputs        # the pipeline
+    python scripts/page.py outputs/rl     # one stage
+
+Reads what the stages left: all_results.json, trainer_state.json, run.json, margins.jsonl (RM), scores.jsonl and
+guards.jsonl (RL); of the pipeline also ledger.jsonl, quiz.json and answers.json.
+"""
+
+import io
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+from jinja2 import Environment, FileSystemLoader
+from matplotlib import pyplot
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts.ledger import entries  # noqa: E402
+from scripts.table import table_rows  # noqa: E402
+
+matplotlib.use("Agg")
+matplotlib.rcParams |= {
+    "svg.fonttype": "none",  # text stays text: the reader's own fonts, Chinese too
+    "svg.hashsalt": "report",
+    "text.color": "#888",
+    "axes.edgecolor": "#888",
+    "axes.labelcolor": "#888",
+    "xtick.color": "#888",
+    "ytick.color": "#888",
+}
+STAGES = ("pt", "sft", "rm", "rl")
+SCRIPTS = ("pretraining.py", "supervised_finetuning.py", "reward_modeling.py", "rl_training.py")
+CURVES = {
+    "pt": ("loss", "perplexity", "learning_rate"),
+    "sft": ("loss", "learning_rate"),
+    "rm": ("loss", "accuracy", "margin"),
+    "rl": ("reward", "kl", "length", "eos_rate", "entropy", "distinct_2", "win_rate", "explained_variance"),
+}
+
+
+def read_json(path: Path, empty):
+    return json.loads(path.read_text("utf-8")) if path.exists() else empty
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def svg(title: str, draw) -> str:
+    """An SVG element of what `draw(axes)` draws."""
+    figure, axes = pyplot.subplots(figsize=(5, 3))
+    draw(axes)
+    axes.set_title(title, fontsize=10)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    target = io.StringIO()
+    figure.savefig(target, format="svg", transparent=True, bbox_inches="tight")
+    pyplot.close(figure)
+    return target.getvalue()[target.getvalue().index("<svg") :]
+
+
+def curve(history: list[dict], name: str) -> str | None:
+    """Training and held-out values of a quantity over the optimizer steps; None where there are none."""
+    lines = {}
+    for key, label in ((name, "train"), (f"eval_{name}", "held out")):
+        points = [(row["step"], row[key]) for row in history if isinstance(row.get(key), int | float)]
+        if points:
+            lines[label] = points
+    if not lines:
+        return None
+
+    def draw(axes):
+        for label, points in lines.items():
+            axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        axes.set_xlabel("optimizer step")
+
+    return svg(name.replace("_", " "), draw)
+
+
+def histogram(title: str, groups: dict[str, list[float]]) -> str:
+    def draw(axes):
+        for label, values in groups.items():
+            axes.hist(values, bins=20, alpha=0.5, label=label)
+
+    return svg(title, draw)
+
+
+def calibration(margins: list[float]) -> str:
+    """Of pairs whose margin promises a probability, the share in which the chosen answer does win, by fifths."""
+    sure = sorted((1 / (1 + math.exp(-abs(margin))), margin > 0) for margin in margins)
+    fifths = [sure[i * len(sure) // 5 : (i + 1) * len(sure) // 5] for i in range(5)]
+    points = [tuple(map(statistics.fmean, zip(*fifth, strict=True))) for fifth in fifths if fifth]
+
+    def draw(axes):
+        axes.plot([0.5, 1], [0.5, 1], linestyle=":", color="#888", label="perfect")
+        axes.plot(*zip(*points, strict=True), marker="o", label="this model")
+        axes.set(xlabel="promised", ylabel="came true")
+
+    return svg("calibration of the reward model", draw)
+
+
+def plots(name: str, folder: Path) -> list[str]:
+    history = read_json(folder / "trainer_state.json", {"log_history": []})["log_history"]
+    found = [curve(history, quantity) for quantity in CURVES[name]]
+    margins = read_lines(folder / "margins.jsonl")
+    if margins:
+        groups = {"before": margins[0]["margins"], "after": margins[-1]["margins"]}
+        found += [histogram("margins of held-out pairs", groups), calibration(margins[-1]["margins"])]
+        kinds = {k: v for k, v in read_json(folder / "all_results.json", {}).items() if k.startswith("eval_accuracy_")}
+        kinds = {k.removeprefix("eval_accuracy_"): v for k, v in kinds.items() if not k.endswith("before")}
+        if kinds:
+            found.append(
+                svg("accuracy by kind of rejected answer", lambda axes: axes.barh(list(kinds), kinds.values()))
+            )
+    scores = read_lines(folder / "scores.jsonl")
+    if scores:
+        groups = {"SFT model": scores[0]["scores"], "policy": scores[-1]["scores"]}
+        found.append(histogram("rewards of held-out prompts", groups))
+    return [plot for plot in found if plot]
+
+
+def describe(name: str, folder: Path, known: list[dict]) -> dict:
+    """What the page says of a stage; `known` is what the ledger holds of it."""
+    results, last = read_json(folder / "all_results.json", {}), known[-1] if known else {}
+    run = read_json(folder / "run.json", {"arguments": []})
+    ended = last.get("event") == "finish" or (not known and results)
+    seconds = last.get("seconds") or results.get("train_runtime")
+    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(known[0]["time"])) if known else ""
+    return {
+        "name": name,
+        "state": "ended" if ended else "begun" if known or folder.exists() else "to come",
+        "seconds": f"{seconds / 60:.1f} min" if seconds else "",
+        "memory": f"{results['peak_rss_gib']} GiB" if "peak_rss_gib" in results else "",
+        "plots": plots(name, folder),
+        "flags": " ".join(run["arguments"]),
+        "inputs": last.get("inputs", {}),
+        "began": began,
+    }
+
+
+def stage_of(folder: Path) -> str | None:
+    """Which stage filled a folder; None for a folder of stages."""
+    script = read_json(folder / "run.json", {}).get("script")
+    return next((name for name, stage in zip(STAGES, SCRIPTS, strict=True) if stage == script), None)
+
+
+def write_page(outputs: Path) -> Path:
+    """Write outputs/report.html, of one stage or of the pipeline, and return its path."""
+    alone = stage_of(outputs)
+    folders = {alone: outputs} if alone else {name: outputs / name for name in STAGES}
+    stages = [describe(name, folder, entries(outputs, name)) for name, folder in folders.items()]
+    runs = [read_json(folder / "run.json", {"versions": {}}) for folder in folders.values()]
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    page = environment.get_template("page.html.jinja").render(
+        title=f"Stage {alone.upper()}" if alone else "From base model to PPO",
+        stages=stages,
+        rows=table_rows(folders, outputs),
+        guards=[row for folder in folders.values() for row in read_lines(folder / "guards.jsonl")],
+        answers=read_json(outputs / "answers.json", []),
+        versions=next((run["versions"] for run in runs if run["versions"]), {}),
+    )
+    target = outputs / "report.html"
+    target.write_text(page, "utf-8")
+    return target
+
+
+if __name__ == "__main__":
+    print(f"see {write_page(Path(sys.argv[1]))}")
