@@ -1,0 +1,53 @@
+"""report.html: one self-contained page of a stage, or of the pipeline."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import in_process, stage
+
+from scripts.ledger import finish, start
+from scripts.page import write_page
+
+
+@pytest.fixture(scope="module")
+def outputs(tiny, records, tmp_path_factory):
+    """rm and rl as the pipeline leaves them, with a ledger, a guard that fired and answers in Chinese."""
+    folder = tmp_path_factory.mktemp("outputs")
+    for name in ("rm", "rl"):
+        assert start(folder, name, [tiny("llama"), str(records / name)], ["--seed", "1"]) == "new"
+        flags = ("--eval_on_start", "--hub_token", "hf_secret") if name == "rm" else ("--eval_on_start",)
+        flags += ("--reward_model_name_or_path", folder / "rm") if name == "rl" else ()
+        in_process(*stage(name, tiny("llama"), records, folder / name, *flags)).ok()
+        finish(folder, name)
+    guard = {"step": 3, "guard": "length", "reason": "answers had 4 tokens & have <40> now", "stopped": False}
+    (folder / "rl" / "guards.jsonl").write_text(json.dumps(guard) + "\n")
+    answers = [["流感有什么症状？", {"base": "<b>不知道</b>", "RL": "发热、咳嗽和肌肉疼痛。"}]]
+    (folder / "answers.json").write_text(json.dumps(answers, ensure_ascii=False), "utf-8")
+    return folder
+
+
+def needs_network(page: str) -> bool:
+    return bool(re.search(r"(src|href)\s*=\s*.?(https?:|//)|@import|url\(\s*.?http", page))
+
+
+def test_the_pipeline_on_one_page(outputs):
+    page = write_page(outputs).read_text("utf-8")
+    assert not needs_network(page)
+    assert "发热、咳嗽和肌肉疼痛。" in page and "&lt;b&gt;不知道" in page, "what a model says is shown, not run"
+    assert "&lt;40&gt; now" in page and "hf_secret" not in page
+    assert page.count('<li class="ended">') == 2 and page.count('<li class="to come">') == 2
+    results = json.loads((outputs / "rm" / "all_results.json").read_text())
+    assert f">{results['eval_margin']:.3f}</td>" in page
+    for title in ("calibration of the reward model", "margins of held-out pairs", "rewards of held-out prompts", "kl"):
+        assert f">{title}</text>" in page, f"no plot {title}"
+    assert "prefers-color-scheme" in page or "color-scheme: light dark" in page
+
+
+def test_one_stage_alone(outputs, tmp_path):
+    folder = shutil.copytree(outputs / "rl", tmp_path / "rl")
+    page = write_page(folder).read_text("utf-8")
+    assert "<title>Stage RL</title>" in page and page.count("<li class=") == 1
+    assert "--reward_model_name_or_path" in page and "transformers 5." in page
+    assert not needs_network(page)
