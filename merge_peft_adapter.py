@@ -4,7 +4,7 @@
         --output_dir outputs/pt-merged
 
 Reads   the base model and an adapter of a causal language model or of a reward model (its score head comes along).
-        Weights stay on disk: one file of the base at a time is in memory.
+        Weights stay on disk; what a merge holds of its own is about one file of the base.
 Writes  a plain model with tokenizer and chat template, that from_pretrained loads, and merge.json with the proof:
         each merged tensor against the formula of its adapter, the logits of a few texts against the adapter model's.
         output_dir may be the adapter's own folder: the adapter then moves into its subfolder adapter/, since
