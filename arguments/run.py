@@ -142,7 +142,8 @@ class RunArguments:
     def keep_casts(self, model: torch.nn.Module) -> None:
         """Keep frozen linear weights in bfloat16, which autocast casts them to in every product: the same numbers.
 
-        Without the casts a decoding step on a CPU takes half the time. Heads and embeddings stay as they are.
+        On a CPU the casts cost most in decoding: a rollout's sampling took 5.6 s without and 7.2 s with them, in two
+        series. Heads and embeddings stay as they are.
         """
         if not self.bf16:
             return

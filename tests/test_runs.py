@@ -1,5 +1,6 @@
 """Runs that are told to end, meet numbers that are not finite, or find the disk full."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -112,29 +113,29 @@ def test_fp16_skips_overflows_until_the_scale_is_spent():
         step()
 
 
-def test_a_full_disk_is_said_in_one_line(tiny, records, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True).returncode:
+@contextlib.contextmanager
+def mounted(folder: Path, options: str):
+    """A small file system at `folder`, which is made."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("no right to mount a small tmpfs here")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_said_in_one_line(tiny, records, tmp_path):
+    with mounted(tmp_path / "disk", "size=200k") as disk:
         command = stage("sft", tiny("llama"), records, disk / "out", "--save_steps", 1, "--report_to", "none")
         ended = in_subprocess(*command)
-    finally:
-        subprocess.run(["umount", disk], check=True)
     assert ended.code == 1
     assert "error: cannot write" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_said_in_one_line(tiny, records, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no right to mount a read-only tmpfs here")
-    try:
+    with mounted(tmp_path / "disk", "ro") as disk:
         ended = in_process(*stage("sft", tiny("llama"), records, disk / "out", "--report_to", "none"))
-    finally:
-        subprocess.run(["umount", disk], check=True)
     assert ended.code == 1 and len(ended.errors) == 1 and "Read-only file system" in ended.errors[0]
 
 
