@@ -28,6 +28,7 @@ from huggingface_hub import HfApi
 from loguru import logger
 from peft import PeftConfig, PeftType
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,7 +40,7 @@ from transformers import (
 from arguments import UserError, check_base, parse_arguments, run_stage
 from arguments.base import fingerprint, weight_files
 from arguments.command_line import Fault, explained
-from arguments.streamed import MergedWeights, adapted, grown_vocabulary, on_disk, save_merged, untie
+from arguments.streamed import MergedWeights, adapted, grown_vocabulary, opened, running, save_merged, untie
 
 PROBES = (
     "What are the symptoms of influenza, and when should I see a doctor?",
@@ -97,13 +98,16 @@ def find_adapter(path: str) -> Path:
     raise UserError(f"--peft_model_path {path} holds no adapter_config.json: name the output folder of a stage")
 
 
-def load(args: MergeArguments, config: PeftConfig, folder: Path, **kwargs):
-    """The base, its weights on disk, with the head that the adapter's task needs."""
+def auto_class(config: PeftConfig):
+    return AutoModelForSequenceClassification if config.task_type == "SEQ_CLS" else AutoModelForCausalLM
+
+
+def load(args: MergeArguments, config: PeftConfig, folder: Path, dtype: torch.dtype, **kwargs):
+    """The base, empty, with the head that the adapter's task needs; and the index of where its tensors lie."""
     name, kwargs = args.base_model_name_or_path, kwargs | {"trust_remote_code": args.trust_remote_code}
+    labels = {"num_labels": 1} if config.task_type == "SEQ_CLS" else {}
     try:
-        if config.task_type == "SEQ_CLS":
-            return on_disk(AutoModelForSequenceClassification, name, folder, num_labels=1, **kwargs)
-        return on_disk(AutoModelForCausalLM, name, folder, **kwargs)
+        return opened(auto_class(config), name, folder, dtype, **labels, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         if explained(error):  # the disk, not the model
             raise
@@ -112,10 +116,15 @@ def load(args: MergeArguments, config: PeftConfig, folder: Path, **kwargs):
 
 @torch.no_grad()
 def probe(model, tokenizer) -> list[torch.Tensor]:
-    """Logits [tokens, vocabulary] (or scores [1]) of each probe text, in float32."""
-    model.eval()
-    outputs = [model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits for text in PROBES]
-    return [logits[0].float() for logits in outputs]
+    """Logits [tokens, vocabulary] (or scores [1]) of each probe text, in float32.
+
+    One batch: a model whose weights stay on disk reads them once.
+    """
+    rows = [torch.tensor(tokenizer(text)["input_ids"]) for text in PROBES]
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
+    logits = model.eval()(input_ids=ids, attention_mask=mask).logits.float()
+    return list(logits) if logits.ndim == 2 else [row[: len(text)] for row, text in zip(logits, rows, strict=True)]
 
 
 def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict:
@@ -200,20 +209,21 @@ def sha256(path: Path) -> str:
 def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, staging: Path) -> dict:
     """Write the merged model into `staging` and prove it; returns the facts for merge.json."""
     name, scratch = args.base_model_name_or_path, staging / "converted"
-    base = load(args, config, scratch / "base", dtype=torch.float32)
+    base, index = load(args, config, scratch / "base", torch.float32)
+    grown = {}
     if rows := grown_vocabulary(base, adapter):
         grown = {"vocab_size": rows, "ignore_mismatched_sizes": True}
-        base = load(args, config, scratch / "base", dtype=torch.float32, **grown)
+        base, index = load(args, config, scratch / "base", torch.float32, **grown)
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     try:
-        model, weights = adapted(base, adapter)
+        model, weights = adapted(base, index, adapter)
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
         raise UserError(f"{adapter} is not an adapter of this base: {said}") from error
     expected = probe(model, tokenizer)
 
     dtype = getattr(torch, stored_dtype(args))
-    target = load(args, config, scratch / "target", dtype=dtype, **(grown if rows else {}))
+    target, _ = load(args, config, scratch / "target", dtype, **grown)
     target.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     merged = MergedWeights(model, weights, dtype)
     if apart := untie(target, merged):
@@ -222,7 +232,9 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     save_merged(target, merged, staging, args.max_shard_size or largest)
     tokenizer.save_pretrained(staging)
 
-    parity = compare(expected, probe(on_disk(type(target), staging, scratch / "read", dtype=torch.float32), tokenizer))
+    code = {"trust_remote_code": args.trust_remote_code}
+    written = opened(auto_class(config), staging, scratch / "read", torch.float32, **code)
+    parity = compare(expected, probe(running(*written), tokenizer))
     if not parity["relative_difference"] <= TOLERANCE[stored_dtype(args)]:  # also true for NaN
         raise Fault(f"the merged model differs from the adapter model, nothing was kept: {parity}")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -240,6 +252,7 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
 
 def main():
     (args,) = parse_arguments(MergeArguments)
+    give_memory_back()
     adapter = find_adapter(args.peft_model_path)
     try:
         config = PeftConfig.from_pretrained(adapter)
@@ -304,6 +317,14 @@ def upload(folder: Path, name: str) -> None:
     of_model = ["config.json", "generation_config.json", "model*", "tokenizer*", "*.jinja", "merge.json"]
     HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=of_model, ignore_patterns=["*/*"])
     logger.info(f"Uploaded to https://huggingface.co/{name}")
+
+
+def give_memory_back() -> None:
+    """Let glibc return each freed tensor: what it keeps for later piles up, layer by layer (and env.sh makes it)."""
+    threshold, most = (-3, 2**20), (-4, 2**16)  # M_MMAP_THRESHOLD, M_MMAP_MAX of mallopt(3)
+    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
+        set_option(*threshold)
+        set_option(*most)
 
 
 def stored_dtype(args: MergeArguments) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.hooks import (
     AlignDevicesHook,
     add_hook_to_module,
@@ -17,7 +18,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from arguments.base import local_file, stored_tensors, weight_files
 from arguments.command_line import Fault, UserError
 
 PREFIX = "base_model.model."  # of every name inside a PeftModel
@@ -27,20 +31,63 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8
 SLACK = 1e-5  # of the largest number: the order in which float32 sums are added
 
 
-def on_disk(auto_class, name: str | Path, folder: Path, **kwargs) -> nn.Module:
-    """A model that runs though its weights stay on disk: transformers' disk offload.
+def opened(auto_class, name: str | Path, folder: Path, dtype: torch.dtype, **kwargs) -> tuple[nn.Module, dict]:
+    """An empty model, and where each of its tensors lies (accelerate's offload index).
 
-    Only what it must convert to load (experts of a mixture, .bin files) is written to `folder`.
+    Where the files name the tensors as the model does, no tensor is read. Else transformers' disk offload opens them:
+    it reads each once and writes to `folder` what it must convert (experts of a mixture, .bin files). What the files
+    lack, such as a new head, is not in the index.
     """
-    model = auto_class.from_pretrained(name, device_map={"": "disk"}, offload_folder=str(folder), **kwargs)
-    return model.eval()
+    grown = kwargs.pop("ignore_mismatched_sizes", False)
+    config = AutoConfig.from_pretrained(name, **kwargs)
+    with init_empty_weights(include_buffers=False):
+        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=kwargs.get("trust_remote_code"))
+    model.tie_weights()  # what init_empty_weights undid
+    index = index_by_name(model, weight_files(str(name)), grown)
+    if index is None:
+        kwargs |= {"dtype": dtype, "ignore_mismatched_sizes": grown}
+        model = auto_class.from_pretrained(name, device_map={"": "disk"}, offload_folder=str(folder), **kwargs)
+        return without_hooks(model.eval())
+    model._weight_conversions = []  # save_pretrained then keeps the names
+    if model.can_generate() and local_file(str(name), GENERATION_CONFIG_NAME):
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model.eval(), index
+
+
+def index_by_name(model: nn.Module, files: list[Path], grown: bool) -> dict | None:
+    """The offload index of an empty model, its buffers read; None where the files do not name its tensors as it does.
+
+    The files may lack a new head, and with `grown` they may hold tensors of another size, which are left out.
+    """
+    if not all(path.suffix == ".safetensors" for path in files):
+        return None
+    stored = {name: (path, shape) for path in files for name, shape, _ in stored_tensors(path)}
+    index, body = {}, model.base_model_prefix + "."
+    for name, tensor in model.state_dict().items():
+        path, shape = stored.get(name, (None, None))
+        if shape == tuple(tensor.shape):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            index[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": dtype}
+        elif name in stored and not grown or name not in stored and name.startswith(body):
+            return None
+    for name, source in model.all_tied_weights_keys.items():
+        index.setdefault(name, index.get(source))
+    weights = OffloadedWeightsLoader(index=index)
+    for name, _ in model.named_buffers():
+        if name in index:
+            set_module_tensor_to_device(model, name, "cpu", value=weights[name])
+    return {name: place for name, place in index.items() if place}
+
+
+def running(model: nn.Module, index: dict) -> nn.Module:
+    """An empty model made to run: each module reads its weights just before it is used."""
+    weights = OffloadedWeightsLoader(index=index)
+    attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
+    return model
 
 
 def without_hooks(model: nn.Module) -> tuple[nn.Module, dict]:
-    """A model from on_disk as an empty one, and where each of its tensors lies (accelerate's offload index).
-
-    What the files lack, such as a new head, is in neither.
-    """
+    """A model of transformers' disk offload as an empty one, and the index of where its tensors lie."""
     hooks = [hook for module in model.modules() if (hook := getattr(module, "_hf_hook", None)) and hook.offload]
     index = dict(hooks[0].weights_map.dataset.index)
     for name, source in model.all_tied_weights_keys.items():
@@ -92,8 +139,8 @@ def layers(wrapper: nn.Module) -> Iterator[LoraLayer]:
         wrapper = wrapper.base_layer
 
 
-def adapted(model: nn.Module, adapter: Path) -> tuple[PeftModel, Mapping]:
-    """`model` from on_disk with the adapter around it, and the map that reads its tensors, the adapter's too.
+def adapted(model: nn.Module, index: dict, adapter: Path) -> tuple[PeftModel, Mapping]:
+    """An empty model with the adapter around it, and the map that reads its tensors, the adapter's too.
 
     It can run: a module reads its weights just before. A layer with an adapter reads all of its own at once, since it
     may use its base's weight without calling it (DoRA).
@@ -101,11 +148,8 @@ def adapted(model: nn.Module, adapter: Path) -> tuple[PeftModel, Mapping]:
     Raises:
         RuntimeError, ValueError: when the adapter does not fit the model, or neither holds some tensor.
     """
-    model, index = without_hooks(model)
-    given, nothing = (
-        adapter_shapes(adapter),
-        torch.zeros(1),
-    )  # beside weights on meta, peft would lose its own
+    given = adapter_shapes(adapter)
+    nothing = torch.zeros(1)  # beside weights on meta, peft would lose its own
     for name, tensor in list(model.named_parameters(remove_duplicate=False)):
         if name in index and name not in given:
             value = nothing.expand(tensor.shape)
@@ -148,10 +192,10 @@ def by_formula(layer: LoraLayer, weight: torch.Tensor) -> torch.Tensor:
         turned = layer.in_features != weight.shape[2]
     else:
         turned = embedding or layer.fan_in_fan_out  # stored as [in, out], and B A is [out, in]
-    result = (weight.mT if turned else weight) + layer.scaling[name] * (b @ a)
+    result = (b @ a).mul_(layer.scaling[name]).add_(weight.mT if turned else weight)
     if name in layer.lora_magnitude_vector:
         lengths = layer.lora_magnitude_vector[name].weight.flatten()
-        result = result * (lengths / result.norm(dim=1)).unsqueeze(1)
+        result.mul_((lengths / result.norm(dim=1)).unsqueeze(1))
     return result.mT if turned else result
 
 
@@ -214,11 +258,12 @@ class MergedWeights(Mapping):
             raise Fault(f"{owner}: {error}; nothing was kept") from error
 
     def prove(self, name: str, expected: torch.Tensor, found: torch.Tensor) -> None:
-        """Hold a merged matrix against what it should be, number by number."""
-        largest = expected.abs().max()
-        difference = (found.float() - expected).abs()
+        """Hold a merged matrix against what it should be, number by number; in place, `expected` is used up."""
+        difference = found.to(torch.float32, copy=True).sub_(expected).abs_()
+        largest = expected.abs_().max()
         self.errors[name] = (difference.max() / largest.clamp(min=1e-30)).item()
-        if not (difference <= ROUNDING[self.dtype] * expected.abs() + SLACK * largest).all():  # also so for NaN
+        allowed = expected.mul_(ROUNDING[self.dtype]).add_(SLACK * largest)
+        if not (difference <= allowed).all():  # also so for NaN
             raise Fault(
                 f"{name} is off by up to {self.errors[name]:.2g} of its largest number after the merge into "
                 f"{self.dtype}, nothing was kept"
@@ -241,8 +286,7 @@ def untie(model: nn.Module, merged: MergedWeights) -> list[str]:
 
 
 def save_merged(model: nn.Module, merged: MergedWeights, folder: Path, max_shard_size: int | str) -> None:
-    """save_pretrained of `model` (from on_disk, in the dtype to write) with `merged` as its tensors, file by file."""
-    model, _ = without_hooks(model)
+    """save_pretrained of an empty model, in the dtype to write, with `merged` as its tensors, file by file."""
     for name, tensor in model.named_parameters():
         if tensor.device.type != "meta":  # no tensor of the base: a new head, rows of a grown vocabulary
             set_module_tensor_to_device(model, name, "meta")

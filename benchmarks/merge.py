@@ -11,6 +11,7 @@ benchmarks/.llamafactory.
 
 import argparse
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -116,7 +117,11 @@ def main():
     found = {name: [] for name in names}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        build(args, folder)
+        building = multiprocessing.get_context("spawn").Process(target=build, args=(args, folder))
+        building.start()  # beside this process, whose peak the measured ones would inherit
+        building.join()
+        if building.exitcode:
+            raise SystemExit("the model could not be built")
         sizes = [file.stat().st_size / 2**30 for file in (folder / "base").glob("*.safetensors")]
         for _ in range(args.repeats):
             for contestant in names:

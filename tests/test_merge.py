@@ -3,17 +3,29 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_process, merge
+from conftest import ROOT, in_process, merge
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    MixtralConfig,
+)
+
+from arguments.streamed import opened
+
+sys.path.append(str(ROOT / "benchmarks"))
+from measure import measure
 
 IDS = torch.arange(3, 40).unsqueeze(0)
 ALL = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": False}
@@ -116,6 +128,36 @@ def test_dtypes_and_files(dtype, tiny, tmp_path):
     assert_merged(str(base), adapter, tmp_path / "merged", atol={"float32": 1e-4, "float16": 2e-3}.get(dtype, 2e-2))
     in_process(*merge(base, adapter, tmp_path / "one"), "--max_shard_size", "1GB").ok()
     assert [file.name for file in (tmp_path / "one").glob("*.safetensors")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3", "mistral", "glm4"])
+def test_the_files_are_found_as_transformers_finds_them(family, tiny, tmp_path, monkeypatch):
+    """Without a tensor being read, each is located where transformers' own disk offload locates it."""
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny(family)).save_pretrained(base, max_shard_size="60KB")
+    model, index = opened(AutoModelForCausalLM, base, tmp_path / "scratch", torch.float32)
+    monkeypatch.setattr("arguments.streamed.index_by_name", lambda *_: None)
+    theirs, expected = opened(AutoModelForCausalLM, base, tmp_path / "scratch", torch.float32)
+    assert index == expected and not list((tmp_path / "scratch").iterdir())
+    assert all(tensor.device.type == "meta" for tensor in model.parameters())
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), theirs.buffers(), strict=True))
+
+
+def test_a_model_in_many_files_is_not_held_whole(tiny, tmp_path):
+    """420 MB in files of 60 MB, under the malloc settings that the run scripts export."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "large", max_shard_size="60MB")
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / "large")
+    settings = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+    peaks = []
+    for base in (tiny("llama"), tmp_path / "large"):
+        adapter = save_adapter(str(base), tmp_path / "adapter", lora_alpha=1)
+        command = [sys.executable, *merge(base, adapter, tmp_path / "merged")]
+        peaks.append(measure(command, settings)[1])
+    assert peaks[1] - peaks[0] < 0.2, peaks
 
 
 def test_old_files(tiny, tmp_path):
