@@ -371,18 +371,17 @@ class PPOTrainer(Trainer):
 
     def token_logp(self, role: str, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies [batch, answer] of the answers' tokens; entropies only without gradients."""
-        mask, columns = batch["answer_mask"], batch["columns"]
-        keep = columns.unique()  # sorted
+        mask = batch["answer_mask"].bool()
+        rows, columns, tokens = mask.nonzero()[:, 0], batch["columns"][mask], batch["tokens"][mask]
         with self.accelerator.autocast():
-            logits = self.model.logits(role, batch["ids"], batch["mask"], keep) / self.args.temperature
+            logits = self.model.logits(role, batch["ids"], batch["mask"], rows, columns) / self.args.temperature
         log_partition = logits.logsumexp(-1)
-        where = torch.searchsorted(keep, columns)
-        rows = torch.arange(len(columns), device=columns.device).unsqueeze(1)
-        logp = logits[rows, where, batch["tokens"]] - log_partition.gather(1, where)
+        nothing = torch.zeros_like(batch["answer_mask"])
+        logp = nothing.masked_scatter(mask, logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - log_partition)
         if torch.is_grad_enabled():
-            return logp * mask, torch.zeros_like(mask)
+            return logp, nothing
         entropy = log_partition - (logits.softmax(-1) * logits).sum(-1)
-        return logp * mask, entropy.gather(1, where) * mask
+        return logp, nothing.masked_scatter(mask, entropy)
 
     def hidden(self, role: str, batch: dict) -> torch.Tensor:
         """Hidden states [batch, time, size] of a role, in float32."""

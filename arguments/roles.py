@@ -85,10 +85,22 @@ class ActorCritic(nn.Module):
             self.reset_gradients()
             yield self.policy.get_base_model()
 
-    def logits(self, name: str, ids, mask, keep):
-        """Logits [batch, len(keep), vocabulary] in float32 at the positions `keep`."""
+    def logits(self, name: str, ids, mask, rows, columns):
+        """Logits [n, vocabulary] in float32 at the n places (rows, columns).
+
+        The output layer sees no other place: transformers' logits_to_keep takes the same columns of all rows, which
+        for answers of several lengths, behind prompts of several lengths, are half as many again.
+        """
+
+        def choose(_, inputs):
+            return inputs[0][rows, columns].unsqueeze(0), *inputs[1:]
+
         with self.role(name) as model:
-            return model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits.float()
+            hook = model.get_output_embeddings().register_forward_pre_hook(choose)
+            try:
+                return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
+            finally:
+                hook.remove()
 
     def hidden(self, name: str, ids, mask):
         """Last hidden states [batch, time, size] in float32."""
