@@ -1,10 +1,12 @@
 """The merge: every kind of adapter, base and dtype against peft's adapter model; and what a failed one leaves."""
 
+import ctypes
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from arguments.streamed import opened
+from merge_peft_adapter import exchange
 
 sys.path.append(str(ROOT / "benchmarks"))
 from measure import measure
@@ -239,6 +242,19 @@ def test_without_a_place_beside_the_output_folder(tiny, tmp_path, monkeypatch):
     in_process(*merge(tiny("llama"), adapter, adapter)).ok()
     assert_merged(tiny("llama"), adapter / "adapter", adapter)
     assert not (adapter / ".merging").exists() and not (adapter / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_two_folders_change_places(in_one_step, tmp_path, monkeypatch):
+    """By renameat2, and by three renames where there is none."""
+    if not in_one_step:
+        monkeypatch.setattr(ctypes, "CDLL", lambda _, use_errno: SimpleNamespace())
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    exchange(tmp_path / "first", tmp_path / "second")
+    assert [(tmp_path / name / "file").read_text() for name in ("first", "second")] == ["second", "first"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
 def test_an_adapter_of_2023(tiny, tmp_path):
