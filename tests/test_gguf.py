@@ -1,7 +1,7 @@
 """--gguf on the real default model (slow): the file that llama.cpp's converter makes, read back; and in llama.cpp.
 
-The converter comes out of the source package of llama_cpp_python on PyPI (77 MB, kept); without a network the test says
-so and is skipped. llama.cpp itself answers where that package is installed, which takes a compiler and 20 minutes.
+The converter comes out of the source package of llama_cpp_python on PyPI (77 MB, kept); without a network the test
+says so and is skipped. llama.cpp itself answers where that package is installed: a compiler builds it in 20 minutes.
 """
 
 import json
