@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import sys
+import warnings
 
 import huggingface_hub
 import jinja2
@@ -55,6 +56,8 @@ def run_stage(main):
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     main_process = os.environ.get("RANK", "0") == "0"
     logger.add(sys.stderr, format="{time:HH:mm:ss} {level: <7} {message}", level="INFO" if main_process else "ERROR")
+    if not sys.warnoptions:  # python -W default shows what libraries say about each other's calls
+        warnings.simplefilter("ignore", FutureWarning)
     try:
         main()
     except Exception as error:

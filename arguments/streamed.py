@@ -1,5 +1,6 @@
 """A base model, its adapter and both merged, while the weights stay on disk: each tensor is read when it is used."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -292,4 +293,6 @@ def save_merged(model: nn.Module, merged: MergedWeights, folder: Path, max_shard
             set_module_tensor_to_device(model, name, "meta")
     add_hook_to_module(model, AlignDevicesHook(torch.device("cpu"), offload=True, weights_map=merged))
     model.hf_device_map = {"": "disk"}  # save_pretrained then asks the hook for each tensor
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # one file is held
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
