@@ -23,11 +23,12 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --output_dir "$OUTPUT" \
   --max_source_length 256 \
   --max_target_length 64 \
-  --max_steps 8 \
+  --max_steps 11 \
   --batch_size 32 \
-  --mini_batch_size 16 \
-  --ppo_epochs 2 \
-  --learning_rate 1e-3 \
+  --mini_batch_size 8 \
+  --ppo_epochs 1 \
+  --learning_rate 1.5e-3 \
+  --adap_kl_ctrl --kl_target 12 --kl_horizon 64 \
   --gae_lambda 1 \
   --missing_eos_penalty 0.3 \
   --lr_scheduler_type constant_with_warmup \
