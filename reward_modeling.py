@@ -75,29 +75,33 @@ def accuracies(margins: torch.Tensor, kinds: list[str]) -> dict[str, float]:
 
 
 class PairTrainer(RewardTrainer):
-    """trl.RewardTrainer with the exact held-out accuracy, also by kind of rejected answer, and the length-only one.
+    """trl.RewardTrainer with exact held-out figures, also by kind of rejected answer, and the length-only accuracy.
 
-    The library's accuracy is the mean over batches of each batch's, in which pairs of a small last batch weigh more.
+    The library's are means over batches of each batch's: pairs of a small last batch weigh more, and over several
+    processes those that fill it up count twice.
     """
 
     def _get_eval_sampler(self, eval_dataset):
         return SequentialSampler(eval_dataset)  # sorted by length already; a shuffled one would mix up the kinds
 
     def evaluate(self, *args, **kwargs):
-        self.margins = []
+        self.scores = []
         return super().evaluate(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if not model.training:
-            chosen, rejected = outputs.logits.float().flatten().chunk(2)
-            self.margins.append(self.accelerator.gather_for_metrics(chosen - rejected).cpu())
+            pairs = torch.stack(outputs.logits.float().flatten().chunk(2), dim=1)  # [pairs, chosen and rejected]
+            self.scores.append(self.accelerator.gather_for_metrics(pairs).cpu())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "eval_loss" in logs:
-            margins, kinds = torch.cat(self.margins), self.eval_dataset["kind"][:]
-            found = accuracies(margins, kinds)
+            scores, kinds = torch.cat(self.scores), self.eval_dataset["kind"][:]
+            margins = scores[:, 0] - scores[:, 1]
+            centering = (self.args.center_rewards_coefficient or 0) * scores.sum(dim=1).square().mean()
+            loss = centering - torch.nn.functional.logsigmoid(margins).mean()
+            found = accuracies(margins, kinds) | {"loss": loss.item()}
             if self.is_world_process_zero():
                 line = {"step": self.state.global_step, "margins": margins.tolist(), "kinds": kinds}
                 with (Path(self.args.output_dir) / "margins.jsonl").open("a", encoding="utf-8") as file:

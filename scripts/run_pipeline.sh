@@ -54,7 +54,7 @@ export REWARD_MODEL=$OUTPUTS/rm
 stage pt "$MODEL" "$PT_DATA" --max_steps 26
 stage sft "$(result pt)" "$SFT_DATA" --max_steps 30
 stage rm "$(result sft)" "$RM_DATA" --max_steps 30 --max_eval_samples 90
-stage rl "$(result sft)" "$RL_DATA" --max_steps 11 --max_eval_samples 90
+stage rl "$(result sft)" "$RL_DATA" --max_steps 10 --max_eval_samples 48
 [ "$NODE_RANK" = 0 ] || exit 0
 quizzed=("$MODEL" "$(result pt)" "$(result sft)")
 if [ "$("$PYTHON" scripts/ledger.py start "$OUTPUTS" quiz "$QUIZ" "${quizzed[@]}")" != ended ]; then

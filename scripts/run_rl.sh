@@ -23,7 +23,7 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --output_dir "$OUTPUT" \
   --max_source_length 256 \
   --max_target_length 64 \
-  --max_steps 11 \
+  --max_steps 10 \
   --batch_size 32 \
   --mini_batch_size 8 \
   --ppo_epochs 1 \

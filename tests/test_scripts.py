@@ -347,32 +347,34 @@ for command in commands:
 
 
 def test_two_ranks(tiny, records, tmp_path):
-    """torchrun with two gloo ranks: SFT and RL as on one with the same global batch."""
+    """torchrun with two gloo ranks: every stage as on one with the same global batch."""
     llama = tiny("llama")
     in_process(*stage("rm", llama, records, tmp_path / "rm")).ok()
     exact = ("--precision", "fp32", "--use_cpu", "--train_sampling_strategy", "random", "--max_eval_samples", 7)
     batch = "--per_device_train_batch_size"
-    one, two, rl = tmp_path / "one", tmp_path / "two", tmp_path / "rl"
-    in_process(*stage("sft", llama, records, one, *exact, batch, 4)).ok()
+    trained, rl = ("pt", "sft", "rm"), tmp_path / "rl"
+    one, two = ({name: tmp_path / ranks / name for name in trained} for ranks in ("one", "two"))
+    for name in trained:
+        in_process(*stage(name, llama, records, one[name], *exact, batch, 4)).ok()
 
     reward = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 2, "--eval_on_start")
     reward += ("--use_cpu", "--precision", "fp32", "--max_eval_samples", 3, "--max_train_samples", 8)
     reward += ("--critic", "adapter")
     in_process(*stage("rl", llama, records, tmp_path / "rl-one", *reward, "--batch_size", 4)).ok()
-    commands = [
-        stage("sft", llama, records, two, *exact, batch, 2),
-        stage("rl", llama, records, rl, *reward, "--batch_size", 2),
-    ]
+    commands = [stage(name, llama, records, two[name], *exact, batch, 2) for name in trained]
+    commands += [stage("rl", llama, records, rl, *reward, "--batch_size", 2)]
     (tmp_path / "driver.py").write_text(ON_TWO_RANKS)
     (tmp_path / "commands.json").write_text(json.dumps([list(map(str, command)) for command in commands]))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
     in_subprocess(*torchrun, tmp_path / "driver.py", tmp_path / "commands.json", tmp_path, PYTHONPATH=str(ROOT)).ok()
 
-    alone, shared = load_file(one / ADAPTER), load_file(two / ADAPTER)
-    assert alone.keys() == shared.keys()
-    for key in alone:
-        torch.testing.assert_close(shared[key], alone[key], atol=1e-4, rtol=0)
-    for script in ("supervised_finetuning.py", "rl_training.py"):
+    for name in trained:
+        alone, shared = load_file(one[name] / ADAPTER), load_file(two[name] / ADAPTER)
+        assert alone.keys() == shared.keys()
+        for key in alone:
+            torch.testing.assert_close(shared[key], alone[key], atol=1e-4, rtol=0)
+        assert results(two[name])["eval_loss"] == pytest.approx(results(one[name])["eval_loss"], rel=1e-4)
+    for script in ("pretraining.py", "supervised_finetuning.py", "reward_modeling.py", "rl_training.py"):
         first, second = (torch.load(tmp_path / f"{script}.{rank}") for rank in (0, 1))
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     saved = load_file(rl / ADAPTER)
@@ -387,12 +389,12 @@ def test_two_ranks(tiny, records, tmp_path):
         assert history(rl, key) == pytest.approx(history(tmp_path / "rl-one", key), abs=1e-5)
 
     assert len((rl / "samples.jsonl").read_text("utf-8").splitlines()) == 2 * 3  # of both ranks' three prompts, twice
-    for output in (two, rl):
+    for output in (*two.values(), rl):
         writers = {path.name.split(".")[-2] for path in (output / "runs").rglob("events.out.tfevents*")}
         assert len(writers) == 1, "more than one process wrote"
     assert results(rl)["eval_prompts"] == 3 and history(rl, "kl")[0] == 0.0
-    assert results(two)["eval_tokens"] == results(one)["eval_tokens"]
-    assert results(two)["eval_loss"] == pytest.approx(results(one)["eval_loss"], rel=1e-4)
+    for name, count in (("pt", "eval_tokens"), ("sft", "eval_tokens"), ("rm", "eval_pairs")):
+        assert results(two[name])[count] == results(one[name])[count]
 
 
 # --- two machines, here as two launches on one
