@@ -27,7 +27,7 @@ GROUPS = {
 }
 GROUPS |= {f"run_{name}.sh": GROUPS[script] for name, script in zip(("pt", "sft", "rm", "rl"), GROUPS, strict=False)}
 # Of bash, torchrun, sbatch, python, pip and the benchmarks, and of other projects, where the text says so
-OTHERS = {"--fresh", "--seed", "--max_steps", "--nodes", "--kills", "--help", "--model", "--rows", "--steps", "--name"}
+OTHERS = {"--nodes", "--kills", "--help", "--model", "--rows", "--steps", "--gpus", "--only_cpu", "--nproc_per_node"}
 PAGES = [ROOT / "README.md", ROOT / "README_ZH.md", ROOT / "data/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
