@@ -13,6 +13,7 @@ Writes  predictions_file: JSON lines {"Input", "Output"}, behind those that an e
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,6 +61,8 @@ class InferenceArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 weights (needs bitsandbytes)."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
     force: bool = field(default=False, metadata={"help": "Use an adapter though its base has changed."})
+    only_cpu: bool = field(default=False, metadata={"help": "Use no GPU."})
+    gpus: str | None = field(default=None, metadata={"help": "Which GPUs, as CUDA_VISIBLE_DEVICES; e.g. 0 or 0,1."})
     seed: int = field(default=42, metadata={"help": "Of sampling."})
 
     def __post_init__(self):
@@ -74,6 +77,9 @@ class InferenceArguments:
             raise UserError(f"--temperature is {self.temperature}, expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p is {self.top_p}, expected a share above 0, up to 1")
+
+        if self.only_cpu or self.gpus is not None:  # before CUDA is looked for
+            os.environ["CUDA_VISIBLE_DEVICES"] = "" if self.only_cpu else self.gpus
 
     def model_args(self, name: str) -> ModelArguments:
         return ModelArguments(

@@ -81,7 +81,8 @@ def build_blocks(
 
     def encode(row):
         text = row["text"] if args.keep_linebreaks else " ".join(row["text"].split())
-        return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]}
+        ids = tokenizer(text)["input_ids"]  # with the bos that LLaMA, Gemma and others want before a text
+        return {"input_ids": ids if ids[-1:] == [tokenizer.eos_token_id] else ids + [tokenizer.eos_token_id]}
 
     def mixed(dataset):  # blocks are cut through documents: mix those first
         return dataset if seed is None else dataset.shuffle(seed=seed)
@@ -114,6 +115,8 @@ def main():
     train_dataset = build_blocks(train_rows, tokenizer, data_args, training_args, seed=training_args.seed)
     eval_dataset = build_blocks(eval_rows, tokenizer, data_args, training_args)
     if data_args.preview:
+        if training_args.streaming:  # the whole corpus may be too much
+            train_dataset = Dataset.from_list(list(train_dataset.take(data_args.preview)))
         return data_args.show(train_dataset, tokenizer)
 
     model = model_args.load_model(AutoModelForCausalLM)
@@ -132,7 +135,7 @@ def main():
         callbacks=training_args.callbacks(),
     )
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=training_args.checkpoint())
+        result = trainer.train(resume_from_checkpoint=training_args.checkpoint(model_args.model_name_or_path))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_model()

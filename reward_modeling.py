@@ -140,7 +140,7 @@ def main():
         callbacks=training_args.callbacks(),
     )
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=training_args.checkpoint())
+        result = trainer.train(resume_from_checkpoint=training_args.checkpoint(model_args.model_name_or_path))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_model()

@@ -131,7 +131,12 @@ class PPOArguments(RunArguments, TrainingArguments):
             if getattr(self, flag):
                 setattr(self, flag, int(getattr(self, flag) * self.steps_per_rollout))
         super().__post_init__()
-        self.gradient_accumulation_steps, self.remove_unused_columns = 1, False  # micro_batch_size does its work
+        if self.gradient_accumulation_steps != 1:
+            logger.warning(
+                "--gradient_accumulation_steps has no effect in RL: mini_batch_size is the optimizer step, "
+                "micro_batch_size what is in memory at once"
+            )
+        self.gradient_accumulation_steps, self.remove_unused_columns = 1, False
 
     def _check_ranges(self):
         for flag in ("temperature", "clip_range", "value_clip_range", "kl_horizon", "reward_clip"):
@@ -264,7 +269,7 @@ class InverseTransformSampling(LogitsProcessor):
 
 
 def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.Tensor]:
-    """A batch of answers. ids, mask [batch, time]: prompt and answer, right-padded; the rest is [batch, answer].
+    """A batch of answers. ids [batch, time]: prompt and answer, right-padded; the rest is [batch, answer].
 
     answer_mask marks real tokens, tokens are their ids, columns the positions whose logits predict them; every tensor
     that the answers carry, one number a token, is padded with 0.
@@ -276,8 +281,8 @@ def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.T
     rows = [torch.tensor(answer["prompt"] + answer["ids"]) for answer in answers]
     tokens = [torch.tensor(answer["ids"]) for answer in answers]
     before = torch.tensor([[len(answer["prompt"]) - 1] for answer in answers])
-    batch = {"ids": stacked(rows, pad_token_id), "mask": stacked([torch.ones_like(row) for row in rows])}
-    batch |= {"tokens": stacked(tokens), "answer_mask": stacked([torch.ones(len(ids)) for ids in tokens])}
+    batch = {"ids": stacked(rows, pad_token_id), "tokens": stacked(tokens)}
+    batch["answer_mask"] = stacked([torch.ones(len(ids)) for ids in tokens])
     columns = before + torch.arange(batch["tokens"].shape[1])
     batch["columns"] = columns.clamp(max=batch["ids"].shape[1] - 2)
     carried = [name for name, value in answers[0].items() if torch.is_tensor(value)]
@@ -374,7 +379,7 @@ class PPOTrainer(Trainer):
         mask = batch["answer_mask"].bool()
         rows, columns, tokens = mask.nonzero()[:, 0], batch["columns"][mask], batch["tokens"][mask]
         with self.accelerator.autocast():
-            logits = self.model.logits(role, batch["ids"], batch["mask"], rows, columns) / self.args.temperature
+            logits = self.model.logits(role, batch["ids"], rows, columns) / self.args.temperature
         log_partition = logits.logsumexp(-1)
         nothing = torch.zeros_like(batch["answer_mask"])
         logp = nothing.masked_scatter(mask, logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - log_partition)
@@ -386,7 +391,7 @@ class PPOTrainer(Trainer):
     def hidden(self, role: str, batch: dict) -> torch.Tensor:
         """Hidden states [batch, time, size] of a role, in float32."""
         with self.accelerator.autocast():
-            return self.model.hidden(role, batch["ids"], batch["mask"])
+            return self.model.hidden(role, batch["ids"])
 
     def token_values(self, batch: dict) -> torch.Tensor:
         """Values [batch, answer] of the states before each token."""
@@ -702,7 +707,7 @@ def main():
         callbacks=training_args.callbacks(),
     )
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=training_args.checkpoint())
+        result = trainer.train(resume_from_checkpoint=training_args.checkpoint(model_args.model_name_or_path))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_model()

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 
 from arguments.base import check_base
@@ -82,7 +83,29 @@ class AdapterArguments:
                 model = get_peft_model(model, self.peft_config(task_type))
             except ValueError as error:
                 raise UserError(f"--target_modules {self.target_modules}: {error}") from error
+        trained_in_float32(model)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
         logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%})")
         return model
+
+
+def trained_in_float32(model: torch.nn.Module) -> None:
+    """Cast what is trained to float32: loss scaling refuses float16 gradients, bfloat16 weights lose small updates.
+
+    peft does so for LoRA's own matrices, not for a score head or other modules saved in full. Those then take their
+    input in float32 and, as an embedding, hand on the dtype of the frozen layers, which only autocast would mend.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+    def widened(_, inputs):
+        return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
+
+    for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
+        frozen = next(wrapper.original_module.parameters()).dtype
+        for module in wrapper.modules_to_save.values():
+            module.register_forward_pre_hook(widened)
+            if isinstance(module, torch.nn.Embedding):
+                module.register_forward_hook(lambda *call, dtype=frozen: call[-1].to(dtype))

@@ -116,6 +116,12 @@ def record_base(folder: Path) -> None:
         (folder / BASE_FILE).write_text(json.dumps(facts, indent=1))
 
 
+def other_base(adapter: Path, model: str) -> str | None:
+    """In which way `model` is another base than the adapter's, in words; None when it is not, or nobody can tell."""
+    path = adapter / BASE_FILE
+    return difference(json.loads(path.read_text())["fingerprint"], fingerprint(model)) if path.exists() else None
+
+
 def is_base(adapter: Path, model: str) -> bool:
     """Whether the adapter was trained on `model`: by its name, or on the same weights under another name."""
     name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]

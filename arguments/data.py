@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, get_dataset_split_names, load_dataset
 from loguru import logger
 
 from arguments.command_line import UserError
@@ -211,7 +211,9 @@ class DataArguments:
         return rows.select(train).select_columns(columns), held_rows.select(held).select_columns(columns)
 
     def _held_out_apart(self) -> bool:
-        """Whether there is a folder of held-out records; the 2023 scripts gave the training folder twice."""
+        """Whether held-out records stand apart, in a folder or split; the 2023 scripts gave one folder for both."""
+        if self.dataset_name and not self.train_file_dir and not self.validation_file_dir:
+            return "validation" in self._hub(get_dataset_split_names)
         twice = self.validation_file_dir and self.validation_file_dir == self.train_file_dir
         if twice and not self.keep_duplicates:
             logger.warning("The validation folder is the training folder: holding out a share of it instead")
@@ -257,13 +259,17 @@ class DataArguments:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             (Path(output_dir) / "bad_records.jsonl").write_text("".join(lines), encoding="utf-8")
 
+    def _hub(self, function: Callable, **kwargs):
+        """`function` of datasets, called for the hub data set."""
+        try:
+            return function(self.dataset_name, self.dataset_config_name, **kwargs)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--dataset_name {self.dataset_name}: {str(error).splitlines()[0]}") from error
+
     def _read(self, folder: str | None, split: str, form: str) -> Dataset:
         """All records of a folder, or of the hub data set, as rows of `form`; bad ones say so."""
         if folder is None:
-            try:
-                hub = load_dataset(self.dataset_name, self.dataset_config_name, split=split)
-            except (OSError, ValueError) as error:
-                raise UserError(f"--dataset_name {self.dataset_name}: {str(error).splitlines()[0]}") from error
+            hub = self._hub(load_dataset, split=split)
             source = {"hub": hub, "name": f"{self.dataset_name}[{split}]"}
             return rows_of(form, hub_rows, source, hub._fingerprint, fresh=self.overwrite_cache)
         if not Path(folder).exists():

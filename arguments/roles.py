@@ -85,8 +85,10 @@ class ActorCritic(nn.Module):
             self.reset_gradients()
             yield self.policy.get_base_model()
 
-    def logits(self, name: str, ids, mask, rows, columns):
-        """Logits [n, vocabulary] in float32 at the n places (rows, columns).
+    def logits(self, name: str, ids, rows, columns):
+        """Logits [n, vocabulary] in float32 at the n places (rows, columns) of right-padded ids.
+
+        No attention mask: a causal model sees nothing of the padding behind a token.
 
         The output layer sees no other place: transformers' logits_to_keep takes the same columns of all rows, which
         for answers of several lengths, behind prompts of several lengths, are half as many again.
@@ -98,14 +100,14 @@ class ActorCritic(nn.Module):
         with self.role(name) as model:
             hook = model.get_output_embeddings().register_forward_pre_hook(choose)
             try:
-                return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
+                return model(input_ids=ids, use_cache=False).logits[0].float()
             finally:
                 hook.remove()
 
-    def hidden(self, name: str, ids, mask):
-        """Last hidden states [batch, time, size] in float32."""
+    def hidden(self, name: str, ids):
+        """Last hidden states [batch, time, size] of right-padded ids in float32."""
         with self.role(name) as model:
-            return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+            return model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
 
     def critic_parts(self) -> dict[str, dict]:
         """The tensors of the value function, by the name of their file."""

@@ -17,7 +17,7 @@ from loguru import logger
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
-from arguments.base import record_base
+from arguments.base import other_base, record_base
 from arguments.command_line import Fault, UserError
 
 POSITIVE = (
@@ -85,6 +85,7 @@ class RunArguments:
         asked = str(self.resume_from_checkpoint or "")
         if asked.lower() not in ("", "true", "false") and not Path(asked).is_dir():
             raise UserError(f"--resume_from_checkpoint {asked} is no folder: name a checkpoint-N of an earlier run")
+        self.fresh |= asked.lower() == "false"
         if not (self.do_train or self.do_eval):
             raise UserError("--do_train False and --do_eval False leave nothing to do")
         for flag in POSITIVE:
@@ -97,6 +98,12 @@ class RunArguments:
             self.use_cpu = True
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))
         super().__post_init__()
+        if self.n_gpu > 1:  # transformers would wrap the model in DataParallel: slow, and not what is tested
+            logger.warning(
+                f"{self.n_gpu} GPUs and one process: using the first. scripts/run_*.sh start one process on each, as "
+                f"does torchrun --nproc_per_node {self.n_gpu}"
+            )
+            self._n_gpu = 1
 
     def _choose_precision(self):
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
@@ -115,8 +122,12 @@ class RunArguments:
         )
         logger.info(f"Device {device}; training in {asked}, trained weights in float32")
 
-    def checkpoint(self) -> str | None:
-        """The checkpoint to go on from: the one asked for, else the newest whole one in output_dir, else None."""
+    def checkpoint(self, base: str) -> str | None:
+        """The checkpoint to go on from: the one asked for, else the newest whole one in output_dir, else None.
+
+        Raises:
+            UserError: when another stage made it, or it was trained on another base model than `base`.
+        """
         asked = self.resume_from_checkpoint
         if asked and str(asked).lower() not in ("true", "false"):
             return asked
@@ -134,8 +145,14 @@ class RunArguments:
                     f"{self.output_dir} holds checkpoints of another stage ({made_by}): name another --output_dir, or "
                     "--fresh to replace them"
                 )
+            elif other := other_base(Path(found), base):
+                raise UserError(
+                    f"{found} was not trained on {base}: {other}. Name its own base, another --output_dir, or --fresh "
+                    "to start over"
+                )
             else:
                 logger.info(f"Going on from {found} (--fresh starts over)")
+                warn_of_changes(Path(found))
                 return found
         return None
 
@@ -203,7 +220,8 @@ class CheckpointSeal(TrainerCallback):
             (folder / SEAL).unlink(missing_ok=True)
             record_base(folder)
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            seal = {"stage": type(args).__name__, "files": {str(p.relative_to(folder)): digest(p) for p in files}}
+            seal = {"stage": type(args).__name__, "arguments": without_secrets(sys.argv[1:])}
+            seal["files"] = {str(p.relative_to(folder)): digest(p) for p in files}
             (folder / "seal.tmp").write_text(json.dumps(seal, indent=1))
             os.replace(folder / "seal.tmp", folder / SEAL)
 
@@ -279,6 +297,17 @@ def checkpoint_fault(folder: Path) -> str | None:
         return "an older version saved it"
     broken = [name for name, known in files.items() if not (folder / name).is_file() or digest(folder / name) != known]
     return f"changed since it was saved: {', '.join(broken)}" if broken else None
+
+
+def warn_of_changes(folder: Path) -> None:
+    """Say which words of the command line are not those that the checkpoint was made with."""
+    before, now = json.loads((folder / SEAL).read_text()).get("arguments"), without_secrets(sys.argv[1:])
+    if before is not None and before != now:
+        gone, new = ([w for w in some if w not in others] for some, others in ((before, now), (now, before)))
+        logger.warning(
+            f"The command has changed since: {' '.join(new) or 'nothing'} for {' '.join(gone) or 'nothing'}. Learning "
+            "rate and schedule stay those of the checkpoint, records are taken from where it stopped"
+        )
 
 
 def clear_output(folder: Path) -> None:

@@ -43,9 +43,18 @@ flag_value() {
 # merge_stage base adapter merged: does nothing where all weights were trained and there is no adapter. Machine 0 merges.
 merge_stage() {
   if [ "${NODE_RANK:-0}" -gt 0 ]; then
-    until [ -f "$3/merge.json" ] || [ ! -f "$2/adapter_config.json" ]; do sleep 2; done
+    [ ! -f "$2/adapter_config.json" ] || echo "waiting for machine 0 to merge into $3"
+    until [ "$3/merge.json" -nt "$2/all_results.json" ] || [ ! -f "$2/adapter_config.json" ]; do
+      [ ! -f "$2/merge_failed" ] || { echo "error: the merge failed on machine 0, see its log" >&2; exit 1; }
+      sleep 2
+    done
   elif [ -f "$2/adapter_config.json" ]; then
-    "$PYTHON" merge_peft_adapter.py --base_model_name_or_path "$1" --peft_model_path "$2" --output_dir "$3"
+    rm -f "$2/merge_failed"
+    "$PYTHON" merge_peft_adapter.py --base_model_name_or_path "$1" --peft_model_path "$2" --output_dir "$3" || {
+      code=$?
+      [ "${NNODES:-1}" -eq 1 ] || touch "$2/merge_failed"  # for those that wait
+      exit "$code"
+    }
   else
     echo "$2 holds a whole model: nothing to merge"
   fi

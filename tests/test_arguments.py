@@ -273,10 +273,10 @@ def left(folder):
 
 
 def test_checkpoint_is_the_newest_by_number(tmp_path, logged):
-    assert run_arguments(tmp_path / "nowhere").checkpoint() is None
-    assert run_arguments(tmp_path).checkpoint() is None
+    assert run_arguments(tmp_path / "nowhere").checkpoint("base") is None
+    assert run_arguments(tmp_path).checkpoint("base") is None
     save_checkpoints(tmp_path, 9, 10)
-    assert run_arguments(tmp_path).checkpoint() == str(tmp_path / "checkpoint-10")
+    assert run_arguments(tmp_path).checkpoint("base") == str(tmp_path / "checkpoint-10")
     assert any("--fresh starts over" in line for line in logged)
 
 
@@ -285,7 +285,7 @@ def test_checkpoint_is_whole(tmp_path, logged):
     touch(tmp_path, "checkpoint-11/x")  # killed before the seal
     (tmp_path / "checkpoint-10" / "x").unlink()
     (tmp_path / "checkpoint-9" / "x").write_text("half")
-    assert run_arguments(tmp_path).checkpoint() == str(tmp_path / "checkpoint-8")
+    assert run_arguments(tmp_path).checkpoint("base") == str(tmp_path / "checkpoint-8")
     faults = [line for line in logged if "Not going on from" in line]
     assert len(faults) == 3 and "checkpoint-11: its saving was interrupted" in faults[0]
     assert all("changed since it was saved: x" in fault for fault in faults[1:])
@@ -294,28 +294,34 @@ def test_checkpoint_is_whole(tmp_path, logged):
 def test_checkpoint_asked_for_wins(tmp_path):
     touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x")
     asked = str(tmp_path / "checkpoint-9")
-    assert run_arguments(tmp_path, resume_from_checkpoint=asked, fresh=True).checkpoint() == asked
+    assert run_arguments(tmp_path, resume_from_checkpoint=asked, fresh=True).checkpoint("base") == asked
     assert left(tmp_path) == ["checkpoint-10/x", "checkpoint-9/x"]
 
 
-@pytest.mark.parametrize("asked", ["True", "False"])
-def test_checkpoint_asked_for_by_no_name_is_the_newest(tmp_path, asked):
-    assert run_arguments(tmp_path, resume_from_checkpoint=asked).checkpoint() is None
+def test_checkpoint_asked_for_by_no_name_is_the_newest(tmp_path):
+    assert run_arguments(tmp_path, resume_from_checkpoint="True").checkpoint("base") is None
     save_checkpoints(tmp_path, 9, 10)
-    assert run_arguments(tmp_path, resume_from_checkpoint=asked).checkpoint() == str(tmp_path / "checkpoint-10")
+    found = run_arguments(tmp_path, resume_from_checkpoint="True").checkpoint("base")
+    assert found == str(tmp_path / "checkpoint-10")
+
+
+def test_no_checkpoint_asked_for_starts_over(tmp_path):
+    save_checkpoints(tmp_path, 9, 10)
+    assert run_arguments(tmp_path, resume_from_checkpoint="False").checkpoint("base") is None
+    assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["checkpoint-11", "checkpoint-9/x"])
 def test_checkpoint_asked_for_is_a_folder(tmp_path, name):
     touch(tmp_path, "checkpoint-9/x")
     with pytest.raises(UserError, match=f"--resume_from_checkpoint .*{name} is no folder"):
-        run_arguments(tmp_path, resume_from_checkpoint=str(tmp_path / name), fresh=True).checkpoint()
+        run_arguments(tmp_path, resume_from_checkpoint=str(tmp_path / name), fresh=True).checkpoint("base")
     assert left(tmp_path) == ["checkpoint-9/x"]
 
 
 def test_fresh_removes_checkpoints_alone(tmp_path):
     touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x", "adapter_config.json", "config.json", "model.safetensors")
-    assert run_arguments(tmp_path, fresh=True).checkpoint() is None
+    assert run_arguments(tmp_path, fresh=True).checkpoint("base") is None
     assert left(tmp_path) == ["adapter_config.json", "config.json", "model.safetensors"]
 
 
@@ -325,7 +331,7 @@ def test_merged_output_needs_fresh(tmp_path):
     with pytest.raises(UserError, match="already holds a merged model: --fresh"):
         run_arguments(tmp_path)
     assert "model.safetensors" in left(tmp_path)
-    assert run_arguments(tmp_path, fresh=True).checkpoint() is None
+    assert run_arguments(tmp_path, fresh=True).checkpoint("base") is None
     assert left(tmp_path) == ["all_results.json"]
 
 

@@ -334,8 +334,8 @@ def padded(rows, width, pad=0):
 
 @torch.no_grad()
 def score(tiny, rows, width):
-    ids, mask = padded(rows, width)
-    outputs = tiny.value_head(tiny.hidden("value", ids, mask)).squeeze(-1)
+    ids, _ = padded(rows, width)
+    outputs = tiny.value_head(tiny.hidden("value", ids)).squeeze(-1)
     return outputs.gather(1, last_token(ids, 0).unsqueeze(1)).squeeze(1)
 
 
@@ -357,7 +357,7 @@ def test_score_is_that_of_sequence_classification(tiny, pad):
     reward.model.load_state_dict(tiny.policy.model.state_dict())
     reward.score.load_state_dict(tiny.value_head.state_dict())
     ids, mask = padded(ROWS, 8, pad)
-    outputs = tiny.value_head(tiny.hidden("value", ids, mask)).squeeze(-1)
+    outputs = tiny.value_head(tiny.hidden("value", ids)).squeeze(-1)
     found = outputs.gather(1, last_token(ids, pad).unsqueeze(1)).squeeze(1)
     close(found, reward(input_ids=ids, attention_mask=mask).logits[:, 0], atol=1e-5, rtol=1e-5)
 
@@ -374,7 +374,6 @@ def test_collate():
     assert batch.pop("logp") == [pytest.approx([-0.1, 0, 0]), pytest.approx([-0.2, -0.3, -0.4])]
     assert batch == {
         "ids": [[1, 2, 3, 9], [4, 5, 6, 7]],
-        "mask": [[1, 1, 1, 0], [1, 1, 1, 1]],
         "tokens": [[3, 0, 0], [5, 6, 7]],
         "answer_mask": [[1, 0, 0], [1, 1, 1]],
         "columns": [[1, 2, 2], [0, 1, 2]],  # where each token is predicted; padding points inside

@@ -49,7 +49,7 @@ def check_roles(trainer, llama: str, adapter: Path) -> None:
     trainer.model.eval()
     rows, pad = [trainer.train_dataset[i] for i in range(4)], trainer.processing_class.pad_token_id
     answers = written_answers(trainer, ("Fever.", "休息", "a" * 9, "At once"))
-    (_, batch), *others = trainer.micro_batches(answers)
+    (chosen, batch), *others = trainer.micro_batches(answers)
     assert not others and (batch["ids"] == pad).any(dim=1).sum() == 3, "this test needs padded rows"
 
     for name, parameter in trainer.model.named_parameters():  # as if trained for long
@@ -57,10 +57,13 @@ def check_roles(trainer, llama: str, adapter: Path) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
     plain = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
-    inputs, places = (batch["ids"], batch["mask"]), batch["mask"].nonzero(as_tuple=True)
-    expected = plain(input_ids=batch["ids"], attention_mask=batch["mask"]).logits[places]
-    torch.testing.assert_close(trainer.model.logits("reference", *inputs, *places), expected)
-    assert not torch.allclose(trainer.model.logits("policy", *inputs, *places), expected, atol=1e-2)
+    ids, mask = batch["ids"], torch.zeros_like(batch["ids"])
+    for i, answer in enumerate(chosen):
+        mask[i, : len(answer["prompt"] + answer["ids"])] = 1
+    places = mask.nonzero(as_tuple=True)
+    expected = plain(input_ids=ids, attention_mask=mask).logits[places]
+    torch.testing.assert_close(trainer.model.logits("reference", ids, *places), expected)
+    assert not torch.allclose(trainer.model.logits("policy", ids, *places), expected, atol=1e-2)
 
     base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
     reward = PeftModel.from_pretrained(base, adapter).eval()
