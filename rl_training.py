@@ -375,7 +375,7 @@ class PPOTrainer(Trainer):
             yield chosen, collate(chosen, self.processing_class.pad_token_id, self.args.device)
 
     def token_logp(self, role: str, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies [batch, answer] of the answers' tokens; entropies only without gradients."""
+        """Log-probabilities and entropies [batch, answer] of the answers' tokens; entropies of samples only."""
         mask = batch["answer_mask"].bool()
         rows, columns, tokens = mask.nonzero()[:, 0], batch["columns"][mask], batch["tokens"][mask]
         with self.accelerator.autocast():
@@ -383,7 +383,7 @@ class PPOTrainer(Trainer):
         log_partition = logits.logsumexp(-1)
         nothing = torch.zeros_like(batch["answer_mask"])
         logp = nothing.masked_scatter(mask, logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - log_partition)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or role != "policy":
             return logp, nothing
         entropy = log_partition - (logits.softmax(-1) * logits).sum(-1)
         return logp, nothing.masked_scatter(mask, entropy)

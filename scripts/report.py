@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arguments.run import native_bf16  # noqa: E402
 from scripts.page import write_page  # noqa: E402
 from scripts.table import table_rows  # noqa: E402
 
@@ -57,7 +58,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(sft, padding_side="left")  # its template serves a base that has none
     answers = {}
     for name, path in (("base", base), ("PT", pt), ("SFT", sft), ("RL", rl)):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if native_bf16() else "auto").eval()
         answers[name] = answers_to(prompts, model, tokenizer)
     shown = [
         (messages[-1]["content"], {name: texts[number] for name, texts in answers.items()})

@@ -52,8 +52,8 @@ result() { if [ -f "$OUTPUTS/$1/config.json" ]; then echo "$OUTPUTS/$1"; else ec
 # Steps are bounded so that the whole stays under 20 minutes on two CPU cores.
 export REWARD_MODEL=$OUTPUTS/rm
 stage pt "$MODEL" "$PT_DATA" --max_steps 26
-stage sft "$(result pt)" "$SFT_DATA" --max_steps 30
-stage rm "$(result sft)" "$RM_DATA" --max_steps 30 --max_eval_samples 90
+stage sft "$(result pt)" "$SFT_DATA" --max_steps 30 --max_eval_samples 60
+stage rm "$(result sft)" "$RM_DATA" --max_steps 30 --max_eval_samples 72
 stage rl "$(result sft)" "$RL_DATA" --max_steps 10 --max_eval_samples 48
 [ "$NODE_RANK" = 0 ] || exit 0
 quizzed=("$MODEL" "$(result pt)" "$(result sft)")

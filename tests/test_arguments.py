@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from loguru import logger
-from transformers import AutoModelForCausalLM, TrainerState
+from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
 from arguments import (
     AdapterArguments,
@@ -309,6 +309,19 @@ def test_no_checkpoint_asked_for_starts_over(tmp_path):
     save_checkpoints(tmp_path, 9, 10)
     assert run_arguments(tmp_path, resume_from_checkpoint="False").checkpoint("base") is None
     assert left(tmp_path) == []
+
+
+def test_gradient_accumulation_is_no_flag_of_ppo(tmp_path, logged):
+    run = PPOArguments(output_dir=str(tmp_path), gradient_accumulation_steps=4)
+    assert run.gradient_accumulation_steps == 1
+    assert any("--gradient_accumulation_steps has no effect in RL" in line for line in logged)
+
+
+def test_several_gpus_in_one_process_are_one(tmp_path, monkeypatch, logged):
+    """transformers would wrap the model in DataParallel."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    run = run_arguments(tmp_path)
+    assert run._n_gpu == 1 and any("4 GPUs and one process" in line for line in logged)
 
 
 @pytest.mark.parametrize("name", ["checkpoint-11", "checkpoint-9/x"])

@@ -5,9 +5,11 @@ import torch
 from conftest import in_process, results, stage
 from datasets import Dataset
 from tiny_models import FAMILIES
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arguments import DataArguments, keeps_apart
+from pretraining import PretrainingArguments, build_blocks
 from pretraining import pack as pack_documents
 from supervised_finetuning import FinetuningTrainer, collate, pack
 
@@ -80,6 +82,20 @@ def test_documents_are_numbered_anew_when_isolated():
     ]
 
 
+def test_documents_get_what_the_tokenizer_puts_around_a_text(tiny, tmp_path):
+    """LLaMA's and Gemma's put bos in front; eos is behind each once."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for single, front in (("$A", []), ("<|im_start|> $A", [bos]), ("<|im_start|> $A <|im_end|>", [bos])):
+        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|im_end|>")]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+        args = PretrainingArguments(output_dir=str(tmp_path), block_size=64)
+        rows, data_args = Dataset.from_list([{"text": "Fever."}]), DataArguments("unused", overwrite_cache=True)
+        (block,) = build_blocks(rows, tokenizer, data_args, args)
+        text = tokenizer("Fever.", add_special_tokens=False)["input_ids"]
+        assert [token for token in block["labels"] if token != -100] == [*front, *text, eos]
+
+
 def test_preview_shows_what_is_trained_and_reads_no_weights(tiny, records, tmp_path):
     broken = tmp_path / "model"
     AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(broken)
@@ -91,6 +107,9 @@ def test_preview_shows_what_is_trained_and_reads_no_weights(tiny, records, tmp_p
         assert ("max_source_length  records cut  tokens lost" in shown) == (name != "pt")
         assert ("[[" in shown) == (name in ("pt", "sft"))
     assert not (tmp_path / "sft" / "adapter_config.json").exists()
+    flags = ("--preview", 2, "--streaming", "--max_steps", 3)
+    shown = in_process(*stage("pt", broken, records, tmp_path / "pt", *flags)).ok().stdout
+    assert shown.count("--- record") == 2 and "2 records" in shown
 
 
 def test_tokenized_rows_are_kept_until_something_changes(tiny, records):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from tiny_models import FAMILIES, save_tiny
 from torch.utils.data import BatchSampler
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from arguments import GuardArguments
 from arguments.roles import ActorCritic, last_token, score_head
@@ -360,6 +361,16 @@ def test_score_is_that_of_sequence_classification(tiny, pad):
     outputs = tiny.value_head(tiny.hidden("value", ids)).squeeze(-1)
     found = outputs.gather(1, last_token(ids, pad).unsqueeze(1)).squeeze(1)
     close(found, reward(input_ids=ids, attention_mask=mask).logits[:, 0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_behind_a_row_needs_no_mask(family, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path)).eval()
+    together = model(input_ids=padded(ROWS, 8, 1)[0], use_cache=False).logits
+    for row, found in zip(ROWS, together, strict=True):
+        alone = model(input_ids=torch.tensor([row]), use_cache=False).logits[0]
+        close(found[: len(row)], alone, atol=1e-5, rtol=1e-5)
 
 
 # batches

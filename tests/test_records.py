@@ -371,6 +371,17 @@ def test_duplicates_and_held_out_records_are_left_out_of_training(tmp_path, capl
     assert kept == ["one", "two", "one", "three", "four"]
 
 
+def test_the_validation_split_of_a_hub_data_set_is_held_out(tmp_path):
+    write_texts(tmp_path / "train.jsonl", "a", "b", "c")
+    train, held = DataArguments(dataset_name=str(tmp_path), validation_split_count=1).load_documents()
+    assert (len(train), len(held)) == (2, 1)
+    write_texts(tmp_path / "validation.jsonl", "d", "e")
+    train, held = DataArguments(dataset_name=str(tmp_path)).load_documents()
+    assert (train["text"][:], held["text"][:]) == (["a", "b", "c"], ["d", "e"])
+    with pytest.raises(UserError, match="--dataset_name"):
+        DataArguments(dataset_name=str(tmp_path / "nowhere")).load_documents()
+
+
 def test_the_training_folder_as_validation_folder_holds_out_a_share(tmp_path):
     data = write_texts(tmp_path / "a.jsonl", *(f"text {i}" for i in range(10)))
     train, held_out = DataArguments(data, data, validation_split_count=3).load_documents()

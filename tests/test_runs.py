@@ -14,7 +14,7 @@ import torch
 from conftest import ADAPTER, ROOT, SCRIPTS, in_process, in_subprocess, merge, results, stage
 from safetensors.torch import load_file
 from test_kills import forked, trained
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arguments.data
 import arguments.run
@@ -167,6 +167,38 @@ def test_the_output_folder_of_another_run(tiny, records, tmp_path):
     assert ended.code == 2 and "does not fit the model" in ended.errors[0]
     assert {path: path.read_bytes() for path in output.rglob("*.safetensors")} == before
     in_process(*stage("pt", tiny("llama"), records, output, "--fresh")).ok()
+
+
+def test_a_run_goes_on_from_its_own_base_only_and_says_what_changed(tiny, records, tmp_path):
+    output, moved = tmp_path / "out", tmp_path / "moved"
+    in_process(*stage("sft", tiny("llama"), records, output, "--max_steps", 2, "--save_steps", 1)).ok()
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(moved)
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    model.save_pretrained(moved)
+    before = {path: path.read_bytes() for path in output.rglob("*.safetensors")}
+    ended = in_process(*stage("sft", moved, records, output, "--max_steps", 3, "--save_steps", 1))
+    assert ended.code == 2 and f"was not trained on {moved}" in ended.errors[0] and "--fresh" in ended.errors[0]
+    assert {path: path.read_bytes() for path in output.rglob("*.safetensors")} == before
+    ended = in_process(*stage("sft", tiny("llama"), records, output, "--max_steps", 3, "--save_steps", 1)).ok()
+    assert "The command has changed since: --max_steps 3 for --max_steps 2." in ended.stderr
+    in_process(*stage("sft", moved, records, output, "--max_steps", 1, "--fresh")).ok()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("name", "saved"), [("rm", None), ("sft", "lm_head,embed_tokens")])
+def test_what_is_trained_is_in_float32_on_a_base_that_is_not(name, saved, precision, tiny, records, tmp_path):
+    """A score head and modules saved in full too: fp16's loss scaling refuses other gradients."""
+    flags = ["--dtype", "bfloat16", "--precision", precision, *(["--modules_to_save", saved] if saved else [])]
+    output = tmp_path / "out"
+    in_process(*stage(name, tiny("llama"), records, output, *flags)).ok()
+    tensors = load_file(output / ADAPTER)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    full = [name for name in tensors if "lora" not in name]
+    assert len(full) == (2 if saved else 1)
+    in_process(*merge(tiny("llama"), output, tmp_path / "merged")).ok()
 
 
 def test_no_secret_is_saved_and_no_telemetry_sent(tiny, records, tmp_path):

@@ -426,3 +426,21 @@ def test_two_machines_train_as_one(tiny, records, tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
     assert results(tmp_path / "two")["eval_loss"] == pytest.approx(results(tmp_path / "one")["eval_loss"], rel=1e-4)
     assert (tmp_path / "two-merged" / "merge.json").exists()
+
+
+def test_a_machine_waits_for_the_merge_of_this_run(tmp_path):
+    """A merge.json older than the run is none; a merge that failed on machine 0 ends the waiting."""
+    adapter, merged = tmp_path / "rm", tmp_path / "rm-merged"
+    adapter.mkdir(), merged.mkdir()
+    (adapter / "adapter_config.json").touch(), (adapter / "all_results.json").touch(), (merged / "merge.json").touch()
+
+    def ended(age: int, limit: int) -> int:
+        os.utime(merged / "merge.json", (0, (adapter / "all_results.json").stat().st_mtime - age))
+        command = f"source scripts/env.sh; merge_stage base {adapter} {merged}"
+        environment = os.environ | {"NODE_RANK": "1", "PYTHON": sys.executable}
+        return subprocess.run(["timeout", str(limit), "bash", "-c", command], cwd=ROOT, env=environment).returncode
+
+    assert ended(age=-1, limit=20) == 0
+    assert ended(age=1, limit=1) == 124  # still waiting
+    (adapter / "merge_failed").touch()
+    assert ended(age=1, limit=20) == 1
