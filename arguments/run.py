@@ -306,14 +306,20 @@ def checkpoint_fault(folder: Path) -> str | None:
 
 def warn_of_changes(folder: Path) -> None:
     """Say which flags are not those that the checkpoint was made with."""
-    words = json.loads((folder / SEAL).read_text()).get("arguments", []), without_secrets(sys.argv[1:])
-    before, now = (set(f" {' '.join(found)}".split(" --")) for found in words)
-    if words[0] and before != now:
-        gone, new = (
-            ", ".join(f"--{flag}" for flag in sorted(some)) or "nothing" for some in (before - now, now - before)
-        )
+
+    def flags(words: list[str]) -> dict[str, str]:  # of a flag that is given twice the last value counts
+        parts = " ".join(words).removeprefix("--").split(" --")
+        return dict(part.replace("=", " ", 1).partition(" ")[::2] for part in parts)
+
+    before = json.loads((folder / SEAL).read_text()).get("arguments")
+    if before is None:  # an older version saved it
+        return
+    before, now = flags(before), flags(without_secrets(sys.argv[1:]))
+    names = sorted(name for name in before | now if before.get(name) != now.get(name))
+    if names:
+        changes = [f"--{name} {now.get(name, 'not given')} (was {before.get(name, 'not given')})" for name in names]
         logger.warning(
-            f"The command has changed since: {new} for {gone}. Learning rate and schedule stay those of the "
+            f"The command has changed since: {', '.join(changes)}. Learning rate and schedule stay those of the "
             "checkpoint, records are taken from where it stopped"
         )
 

@@ -183,7 +183,7 @@ def test_a_run_goes_on_from_its_own_base_only_and_says_what_changed(tiny, record
     assert ended.code == 2 and f"was not trained on {moved}" in ended.errors[0] and "--fresh" in ended.errors[0]
     assert {path: path.read_bytes() for path in output.rglob("*.safetensors")} == before
     ended = in_process(*stage("sft", tiny("llama"), records, output, "--max_steps", 3, "--save_steps", 1)).ok()
-    assert "The command has changed since: --max_steps 3 for --max_steps 2." in ended.stderr
+    assert "The command has changed since: --max_steps 3 (was 2)." in ended.stderr
     in_process(*stage("sft", moved, records, output, "--max_steps", 1, "--fresh")).ok()
 
 
