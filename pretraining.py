@@ -20,7 +20,8 @@ from arguments import (
     DataArguments,
     ModelArguments,
     RunArguments,
-    TokenWeightedEvaluation,
+    SeededOrder,
+    TokenLoss,
     UserError,
     keeps_apart,
     parse_arguments,
@@ -99,8 +100,8 @@ def build_blocks(
     return data_args.cached(pack, {"documents": documents} | settings, documents._fingerprint, settings)
 
 
-class PretrainingTrainer(TokenWeightedEvaluation, Trainer):
-    """transformers.Trainer with token-weighted held-out loss and perplexity."""
+class PretrainingTrainer(SeededOrder, TokenLoss, Trainer):
+    """transformers.Trainer with a loss that needs little memory, token-weighted held-out loss and perplexity."""
 
 
 def main():

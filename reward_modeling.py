@@ -25,6 +25,7 @@ from arguments import (
     DataArguments,
     ModelArguments,
     RunArguments,
+    SeededOrder,
     parse_arguments,
     run_stage,
 )
@@ -54,15 +55,15 @@ def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset
         ids = {"chosen_ids": chosen["input_ids"], "rejected_ids": rejected["input_ids"]}
         lengths = {"source_tokens": chosen["source_tokens"]}
         lengths |= {"chosen_tokens": chosen["target_tokens"], "rejected_tokens": rejected["target_tokens"]}
+        lengths |= {f"{name}_characters": len(row[name]) for name in ("chosen", "rejected")}
         return ids | lengths | {"length": max(map(len, ids.values()))}
 
     return data_args.tokenize(rows, encode, tokenizer, keep=("kind",))
 
 
-def longer_wins(dataset: Dataset) -> float:
-    """Accuracy of always preferring the answer with more tokens: what a reward model must beat. Ties count half."""
-    lengths = [(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
-    return sum((chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in lengths) / len(lengths)
+def longer_wins(chosen: list[int], rejected: list[int]) -> float:
+    """Accuracy of always preferring the longer answer: what a reward model must beat. Ties count half."""
+    return sum((a > b) + 0.5 * (a == b) for a, b in zip(chosen, rejected, strict=True)) / len(chosen)
 
 
 def accuracies(margins: torch.Tensor, kinds: list[str]) -> dict[str, float]:
@@ -74,7 +75,7 @@ def accuracies(margins: torch.Tensor, kinds: list[str]) -> dict[str, float]:
     return found
 
 
-class PairTrainer(RewardTrainer):
+class PairTrainer(SeededOrder, RewardTrainer):
     """trl.RewardTrainer with exact held-out figures, also by kind of rejected answer, and the length-only accuracy.
 
     The library's are means over batches of each batch's: pairs of a small last batch weigh more, and over several
@@ -108,7 +109,10 @@ class PairTrainer(RewardTrainer):
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._metrics["eval"].pop("accuracy"), self._metrics["eval"].pop("margin")  # trl would put its means back
             logs |= {f"eval_{name}": value for name, value in found.items()}
-            logs |= {"eval_longer_wins": longer_wins(self.eval_dataset), "eval_pairs": len(self.eval_dataset)}
+            for unit, name in (("tokens", "longer_wins"), ("characters", "longer_wins_characters")):
+                lengths = (self.eval_dataset[f"{answer}_{unit}"][:] for answer in ("chosen", "rejected"))
+                logs[f"eval_{name}"] = longer_wins(*lengths)
+            logs["eval_pairs"] = len(self.eval_dataset)
         super().log(logs, *args, **kwargs)
 
 

@@ -23,7 +23,8 @@ from arguments import (
     DataArguments,
     ModelArguments,
     RunArguments,
-    TokenWeightedEvaluation,
+    SeededOrder,
+    TokenLoss,
     UserError,
     keeps_apart,
     parse_arguments,
@@ -86,24 +87,8 @@ def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     return batch
 
 
-class FinetuningTrainer(TokenWeightedEvaluation, Trainer):
-    """transformers.Trainer that computes logits only where a token is trained.
-
-    trl.SFTTrainer's loss scores every position on a CPU, the prompt's too, and recomputes them in the backward pass.
-    """
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy of the trained tokens: their sum over num_items_in_batch, the count over all ranks."""
-        labels = inputs.pop("labels")[:, 1:]
-        keep = (labels != -100).any(dim=0).nonzero().squeeze(1)  # positions at which some row is trained
-        outputs = model(**inputs, use_cache=False, logits_to_keep=keep)
-        logits, targets = outputs.logits.float().flatten(0, 1), labels[:, keep].flatten()
-        loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-        if num_items_in_batch is None:  # models that take no loss arguments: the mean of this batch alone
-            loss = loss / (targets != -100).sum().clamp(min=1)
-        else:
-            loss = loss * self.accelerator.num_processes / num_items_in_batch  # DDP averages over ranks
-        return (loss, outputs) if return_outputs else loss
+class FinetuningTrainer(SeededOrder, TokenLoss, Trainer):
+    """transformers.Trainer with logits of trained tokens alone; trl.SFTTrainer's on a CPU are of the prompt's too."""
 
 
 def main():

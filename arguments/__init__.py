@@ -5,9 +5,11 @@ from arguments.base import check_base
 from arguments.command_line import UserError, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.guards import GuardArguments
+from arguments.loss import TokenLoss
 from arguments.model import ModelArguments, keeps_apart
+from arguments.order import SeededOrder
 from arguments.reward import RewardModel, RewardSourceArguments
-from arguments.run import RunArguments, TokenWeightedEvaluation
+from arguments.run import RunArguments
 
 __all__ = [
     "AdapterArguments",
@@ -17,7 +19,8 @@ __all__ = [
     "RewardModel",
     "RewardSourceArguments",
     "RunArguments",
-    "TokenWeightedEvaluation",
+    "SeededOrder",
+    "TokenLoss",
     "UserError",
     "check_base",
     "keeps_apart",

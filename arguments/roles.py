@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from arguments.base import check_base, is_base
 from arguments.command_line import UserError
+from arguments.loss import logits_at
 from arguments.reward import RewardModel
 
 
@@ -89,20 +90,9 @@ class ActorCritic(nn.Module):
         """Logits [n, vocabulary] in float32 at the n places (rows, columns) of right-padded ids.
 
         No attention mask: a causal model sees nothing of the padding behind a token.
-
-        The output layer sees no other place: transformers' logits_to_keep takes the same columns of all rows, which
-        for answers of several lengths, behind prompts of several lengths, are half as many again.
         """
-
-        def choose(_, inputs):
-            return inputs[0][rows, columns].unsqueeze(0), *inputs[1:]
-
-        with self.role(name) as model:
-            hook = model.get_output_embeddings().register_forward_pre_hook(choose)
-            try:
-                return model(input_ids=ids, use_cache=False).logits[0].float()
-            finally:
-                hook.remove()
+        with self.role(name) as model, logits_at(model, rows, columns):
+            return model(input_ids=ids, use_cache=False).logits[0].float()
 
     def hidden(self, name: str, ids):
         """Last hidden states [batch, time, size] of right-padded ids in float32."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import resource
 import shutil
@@ -89,6 +88,8 @@ class RunArguments:
         self.fresh |= asked.lower() == "false"
         if not (self.do_train or self.do_eval):
             raise UserError("--do_train False and --do_eval False leave nothing to do")
+        if self.label_smoothing_factor or not self.average_tokens_across_devices:
+            raise UserError("--label_smoothing_factor and --average_tokens_across_devices False: not supported here")
         for flag in POSITIVE:
             if (value := getattr(self, flag)) is not None and not value > 0:  # also true for NaN
                 raise UserError(f"--{flag} is {value}, expected a number above 0")
@@ -333,37 +334,6 @@ def clear_output(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)  # another rank may have been first
         else:
             path.unlink(missing_ok=True)
-
-
-class TokenWeightedEvaluation:
-    """Mixed into a Trainer: the held-out loss is the mean over all trained tokens, and perplexity stands beside it.
-
-    The library's own is the mean over batches of each batch's mean, in which tokens of short rows weigh more.
-    """
-
-    def evaluate(self, *args, **kwargs):
-        self._loss_and_tokens = torch.zeros(2, dtype=torch.float64)
-        return super().evaluate(*args, **kwargs)
-
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        state, rows = self.accelerator.gradient_state, len(inputs["labels"])
-        if state.end_of_dataloader and state.remainder > 0:  # the last batch repeats rows to fill all ranks
-            own = max(0, state.remainder - self.accelerator.process_index * rows)
-            inputs["labels"] = inputs["labels"].clone()
-            inputs["labels"][own:] = -100
-        tokens = (inputs["labels"][:, 1:] != -100).sum()
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        all_tokens = self.accelerator.reduce(tokens.float())  # the loss of a rank is its sum / all_tokens * ranks
-        sums = torch.stack([loss.detach().float() * all_tokens / self.accelerator.num_processes, tokens.float()])
-        self._loss_and_tokens += self.accelerator.reduce(sums).double().cpu()
-        return loss, logits, labels
-
-    def log(self, logs: dict[str, float], *args, **kwargs):
-        if "eval_loss" in logs:
-            loss, tokens = self._loss_and_tokens.tolist()
-            logs |= {"eval_loss": loss / tokens, "eval_perplexity": math.exp(min(loss / tokens, 100))}
-            logs["eval_tokens"] = int(tokens)
-        super().log(logs, *args, **kwargs)
 
 
 def plot_curves(log_history: list[dict], folder: Path) -> None:

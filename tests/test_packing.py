@@ -1,5 +1,7 @@
 """Packed rows train as separate ones do, in every family; models that cannot keep them apart are found out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import in_process, results, stage
@@ -26,7 +28,7 @@ def conversations():
 def loss_and_gradients(model, rows):
     """Of all trained tokens together, through the trainer's own loss."""
     trainer = FinetuningTrainer.__new__(FinetuningTrainer)
-    trainer.accelerator = type("One", (), {"num_processes": 1})()
+    trainer.accelerator = SimpleNamespace(num_processes=1, unwrap_model=lambda model: model)
     model.zero_grad()
     batch = collate(list(rows), pad_token_id=0)
     count = sum(label != -100 for row in rows for label in row["labels"][1:])

@@ -38,6 +38,7 @@ def test_a_signal_ends_with_a_checkpoint_to_go_on_from(name, number, tiny, recor
     if child == 0:
         os._exit(in_process(*command).code)
     while not list((tmp_path / "out").rglob("events.out.tfevents*")):  # training has begun
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it trained"
         time.sleep(0.01)
     time.sleep(0.1)
     os.kill(child, number)

@@ -251,8 +251,8 @@ def test_reward_accuracy_counts_pairs_and_names_kinds(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_interrupted_run_goes_on(name, tiny, records, tmp_path):
-    """Killed after its first checkpoint, a run ends with the weights of one that was not."""
-    steps = ("--max_steps", 4, "--save_steps", 2, "--per_device_train_batch_size", 2)
+    """Killed after its first checkpoint, a run ends with the weights of one that was not: in a later epoch too."""
+    steps = ("--max_steps", 20, "--save_steps", 10, "--per_device_train_batch_size", 2)
     weights = [ADAPTER]
     if name == "rl":
         in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
@@ -262,7 +262,9 @@ def test_interrupted_run_goes_on(name, tiny, records, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     in_process(*stage(name, tiny("llama"), records, whole, *steps, "--lora_dropout", 0.1)).ok()
     checkpoints = sorted(path.name for path in whole.glob("checkpoint-*"))
-    assert checkpoints == ["checkpoint-2", "checkpoint-4"]
+    assert checkpoints == (["checkpoint-2", "checkpoint-4"] if name == "rl" else ["checkpoint-10", "checkpoint-20"])
+    epoch = json.loads((whole / checkpoints[0] / "trainer_state.json").read_text())["epoch"]
+    assert name == "rl" or (epoch > 1 and epoch % 1), "the checkpoint does not lie inside a later epoch"
 
     shutil.copytree(whole / checkpoints[0], cut / checkpoints[0])
     ended = in_process(*stage(name, tiny("llama"), records, cut, *steps, "--lora_dropout", 0.1)).ok()
@@ -350,29 +352,34 @@ def test_two_ranks(tiny, records, tmp_path):
     """torchrun with two gloo ranks: every stage as on one with the same global batch."""
     llama = tiny("llama")
     in_process(*stage("rm", llama, records, tmp_path / "rm")).ok()
-    exact = ("--precision", "fp32", "--use_cpu", "--train_sampling_strategy", "random", "--max_eval_samples", 7)
+    exact = ("--precision", "fp32", "--use_cpu", "--max_eval_samples", 7)
     batch = "--per_device_train_batch_size"
     trained, rl = ("pt", "sft", "rm"), tmp_path / "rl"
     one, two = ({name: tmp_path / ranks / name for name in trained} for ranks in ("one", "two"))
     for name in trained:
         in_process(*stage(name, llama, records, one[name], *exact, batch, 4)).ok()
+    epochs, whole, resumed = ("--max_steps", 7, "--save_steps", 5), tmp_path / "whole", tmp_path / "resumed"
+    in_process(*stage("sft", llama, records, whole, *exact, batch, 4, *epochs)).ok()
+    shutil.copytree(whole / "checkpoint-5", resumed / "checkpoint-5")  # in the third epoch
 
     reward = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 2, "--eval_on_start")
     reward += ("--use_cpu", "--precision", "fp32", "--max_eval_samples", 3, "--max_train_samples", 8)
     reward += ("--critic", "adapter")
     in_process(*stage("rl", llama, records, tmp_path / "rl-one", *reward, "--batch_size", 4)).ok()
     commands = [stage(name, llama, records, two[name], *exact, batch, 2) for name in trained]
+    commands = [stage("sft", llama, records, resumed, *exact, batch, 2, *epochs), *commands]
     commands += [stage("rl", llama, records, rl, *reward, "--batch_size", 2)]
     (tmp_path / "driver.py").write_text(ON_TWO_RANKS)
     (tmp_path / "commands.json").write_text(json.dumps([list(map(str, command)) for command in commands]))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
     in_subprocess(*torchrun, tmp_path / "driver.py", tmp_path / "commands.json", tmp_path, PYTHONPATH=str(ROOT)).ok()
 
-    for name in trained:
-        alone, shared = load_file(one[name] / ADAPTER), load_file(two[name] / ADAPTER)
+    for alone, shared in [(one[name], two[name]) for name in trained] + [(whole, resumed)]:
+        alone, shared = load_file(alone / ADAPTER), load_file(shared / ADAPTER)
         assert alone.keys() == shared.keys()
         for key in alone:
             torch.testing.assert_close(shared[key], alone[key], atol=1e-4, rtol=0)
+    for name in trained:
         assert results(two[name])["eval_loss"] == pytest.approx(results(one[name])["eval_loss"], rel=1e-4)
     for script in ("pretraining.py", "supervised_finetuning.py", "reward_modeling.py", "rl_training.py"):
         first, second = (torch.load(tmp_path / f"{script}.{rank}") for rank in (0, 1))

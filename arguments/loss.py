@@ -1,0 +1,114 @@
+"""The loss of language modelling: logits of trained tokens alone, and no table of log-probabilities beside them."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from arguments.command_line import Fault
+
+CHUNK = 2**24  # logits that are in float32 at once
+
+
+@contextmanager
+def logits_at(model, rows, columns):
+    """Inside, the output layer of `model` sees the n places (rows, columns) alone: logits are [1, n, vocabulary].
+
+    transformers' logits_to_keep takes the same columns of all rows, which for answers of several lengths, behind
+    prompts of several lengths, are half as many again; and not every model knows it.
+    """
+
+    chosen = []
+
+    def choose(_, inputs):
+        device = inputs[0].device  # with a device map not that of the labels
+        chosen.append(inputs[0][rows.to(device), columns.to(device)].unsqueeze(0))
+        return chosen[-1], *inputs[1:]
+
+    if (layer := model.get_output_embeddings()) is None:
+        raise Fault(f"{type(model).__name__} names no output layer (get_output_embeddings): not supported")
+    hook = layer.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        hook.remove()
+    if not chosen:  # its logits would be those of other places
+        raise Fault(f"{type(model).__name__} computes its logits past its output layer: not supported")
+
+
+def parts_of(logits) -> Iterator[slice]:
+    """Slices of rows of logits [n, vocabulary], at most CHUNK numbers each."""
+    step = max(1, CHUNK // logits.shape[1])
+    return (slice(start, start + step) for start in range(0, len(logits), step))
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Sum in float32 of -log softmax(logits)[target] over logits [n, vocabulary] of any dtype and targets [n].
+
+    PyTorch's keeps a log-softmax of the same size beside them until the gradient is there, this one number a row: PT
+    of SmolLM2, 4 blocks of 512 tokens, peaked at 4.9 GiB instead of 6.1 to 6.6.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        partition = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        for part in parts_of(logits):
+            partition[part] = logits[part].float().logsumexp(-1)
+        ctx.save_for_backward(logits, targets, partition)
+        return (partition - logits.gather(1, targets.unsqueeze(1)).squeeze(1)).sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, targets, partition = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        for part in parts_of(logits):
+            chances = (logits[part].float() - partition[part].unsqueeze(1)).exp_()
+            chances[torch.arange(len(chances), device=chances.device), targets[part]] -= 1
+            found[part] = chances.mul_(gradient)
+        return found, None
+
+
+class TokenLoss:
+    """Mixed into a Trainer: cross-entropy of the tokens that have a label; held-out, the mean over all such tokens.
+
+    The library's held-out loss is the mean over batches of each batch's mean: tokens of short rows weigh more in it.
+    Perplexity and the number of tokens stand beside it. What a mixture of experts adds to balance them is left out.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The sum over the trained tokens divided by num_items_in_batch, their count over all ranks."""
+        labels = inputs.pop("labels")[:, 1:]
+        rows, columns = (labels != -100).nonzero(as_tuple=True)
+        with logits_at(self.accelerator.unwrap_model(model), rows, columns):
+            outputs = model(**inputs, use_cache=False)
+        loss = SummedCrossEntropy.apply(outputs.logits[0], labels[rows, columns].to(outputs.logits.device))
+        if num_items_in_batch is None:  # models that take no loss arguments: the mean of this batch alone
+            loss = loss / max(len(rows), 1)
+        else:
+            loss = loss * self.accelerator.num_processes / num_items_in_batch  # DDP averages over ranks
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args, **kwargs):
+        self._loss_and_tokens = torch.zeros(2, dtype=torch.float64)
+        return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        state, rows = self.accelerator.gradient_state, len(inputs["labels"])
+        if state.end_of_dataloader and state.remainder > 0:  # the last batch repeats rows to fill all ranks
+            own = max(0, state.remainder - self.accelerator.process_index * rows)
+            inputs["labels"] = inputs["labels"].clone()
+            inputs["labels"][own:] = -100
+        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        all_tokens = self.accelerator.reduce(tokens.float())  # the loss of a rank is its sum / all_tokens * ranks
+        sums = torch.stack([loss.detach().float() * all_tokens / self.accelerator.num_processes, tokens.float()])
+        self._loss_and_tokens += self.accelerator.reduce(sums).double().cpu()
+        return loss, logits, labels
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        if "eval_loss" in logs:
+            loss, tokens = self._loss_and_tokens.tolist()
+            logs |= {"eval_loss": loss / tokens, "eval_perplexity": math.exp(min(loss / tokens, 100))}
+            logs["eval_tokens"] = int(tokens)
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,38 @@
+"""The order of training rows: a function of seed and epoch, and of nothing else."""
+
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+
+class EpochSampler(Sampler):
+    """Indices of all rows, mixed anew in each epoch of `trainer`; given `lengths`, those of like length together.
+
+    transformers' sampler by length draws from the global generator: a run that went on behind its first epoch saw some
+    rows twice and others never. Its random one gets its epoch through accelerate, which on several processes does not
+    reach it in the epoch in which a run goes on.
+    """
+
+    def __init__(self, trainer, rows: int, lengths: list[int] | None):
+        self.trainer, self.rows, self.lengths = trainer, rows, lengths
+
+    def __len__(self):
+        return self.rows
+
+    def __iter__(self):
+        args = self.trainer.args
+        generator = torch.Generator().manual_seed(args.seed + int(self.trainer.state.epoch or 0))
+        if self.lengths is None:
+            return iter(torch.randperm(self.rows, generator=generator).tolist())
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return iter(get_length_grouped_indices(self.lengths, batch, generator=generator))
+
+
+class SeededOrder:
+    """Mixed into a Trainer: rows come in the order of EpochSampler, grouped by their column "length" if asked for."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        strategy, dataset = self.args.train_sampling_strategy, self.train_dataset  # the argument has lost its "length"
+        if strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        return EpochSampler(self, len(dataset), dataset["length"][:] if strategy == "group_by_length" else None)
