@@ -50,7 +50,7 @@ class ModelArguments:
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where hub downloads are kept."})
     use_fast_tokenizer: bool = field(
-        default=True, metadata={"help": "Needed for the SFT mask; False is refused there."}
+        default=True, metadata={"help": "For old command lines: transformers 5 has fast tokenizers only."}
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with the model. The 2023 scripts did so unasked."}
@@ -61,6 +61,8 @@ class ModelArguments:
             raise UserError("--model_name_or_path is missing: name the folder or hub id of the base model")
         if self.load_in_4bit and self.load_in_8bit:
             raise UserError("--load_in_4bit and --load_in_8bit: choose one of them")
+        if not self.use_fast_tokenizer:
+            logger.warning("--use_fast_tokenizer False has no effect: transformers 5 has fast tokenizers only")
 
     @property
     def hub_kwargs(self) -> dict:
@@ -107,7 +109,7 @@ class ModelArguments:
         source = self.tokenizer_name_or_path or self.model_name_or_path
         config = self.load_config()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, use_fast=self.use_fast_tokenizer, **self.hub_kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(source, **self.hub_kwargs)
         except (OSError, ValueError) as error:
             raise UserError(f"no tokenizer in {source}: {str(error).strip().splitlines()[0]}") from error
         tokenizer.padding_side = "right"

@@ -1,7 +1,7 @@
 """What the data costs: reading and tokenizing a million conversations, and padded, grouped and packed training.
 
-    python benchmarks/data.py --model models/SmolLM2-135M-Instruct                    # 1,000,000 rows, about 1 GB
-    python benchmarks/data.py --model models/SmolLM2-135M-Instruct --rows 0 --steps 8 # training only
+    python benchmarks/data.py --model models/SmolLM2-135M-Instruct   # 100,000 and 1,000,000 rows, the latter 1 GB
+    python benchmarks/data.py --model models/SmolLM2-135M-Instruct --rows --steps 8  # training only
 
 Each measurement is a process of its own: a cold start that reads, checks and tokenizes, and a warm one that finds it
 done; then SFT on data/finetune in three ways, alternating. Prints markdown.
@@ -28,7 +28,7 @@ WAYS = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal language model")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="conversations to generate; 0: skip that part")
+    parser.add_argument("--rows", type=int, nargs="*", default=[100_000, 1_000_000], help="conversations to generate")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each training; 0: skip that part")
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
@@ -54,16 +54,20 @@ def sft(args, data: Path, validation: Path, output: Path, *flags) -> list:
 
 
 def rows_table(args, folder: Path, environment: dict) -> str:
-    path = folder / "rows.jsonl"
-    write_rows(path, args.rows)
-    size = path.stat().st_size / 1e9
     held_out = ROOT / "data/finetune/validation"
-    lines = ["| start | seconds to the first step's end | rows/s | GiB at the peak |", "|---|---|---|---|"]
-    for start in ("cold", "warm"):
-        command = sft(args, path, held_out, folder / start, "--max_steps", 1, "--per_device_train_batch_size", 1)
-        seconds, memory, _ = measure(command, environment)
-        lines.append(f"| {start} | {seconds:.0f} | {args.rows / seconds:,.0f} | {memory:.2f} |")
-    return f"{args.rows:,} conversations, {size:.2f} GB\n\n" + "\n".join(lines)
+    head = "| conversations | GB | start | seconds to the end of the first step | conversations/s | GiB at the peak |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for count in args.rows:
+        path = folder / f"rows-{count}.jsonl"
+        write_rows(path, count)
+        for start in ("cold", "warm"):
+            output = folder / f"{start}-{count}"
+            command = sft(args, path, held_out, output, "--max_steps", 1, "--per_device_train_batch_size", 1)
+            seconds, memory, _ = measure(command, environment)
+            size, speed = path.stat().st_size / 1e9, count / seconds
+            lines.append(f"| {count:,} | {size:.2f} | {start} | {seconds:.0f} | {speed:,.0f} | {memory:.2f} |")
+            print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
 
 
 def training_table(args, folder: Path, environment: dict) -> str:

@@ -6,7 +6,7 @@
 
 # One process per GPU; one process on a CPU. GPUS=0,1 picks some of them.
 [ -n "${GPUS:-}" ] && export CUDA_VISIBLE_DEVICES="$GPUS"
-if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # set to nothing: no GPU
   processes=$(awk -F, '{print NF}' <<<"$CUDA_VISIBLE_DEVICES")
 else
   processes=$(nvidia-smi -L 2>/dev/null | wc -l || true)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,7 +47,7 @@ def accuracy(path: str, quiz: dict[str, list[dict]]) -> dict:
     right = {
         language: [
             choice(model, tokenizer, PROMPTS[language].format(row["question"]), row["options"]) == row["answer"]
-            for row in rows
+            for row in tqdm(rows, f"Quiz ({language}) for {path}")
         ]
         for language, rows in quiz.items()
     }

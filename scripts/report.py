@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -57,7 +58,7 @@ def main():
     prompts = unseen_prompts(outputs)
     tokenizer = AutoTokenizer.from_pretrained(sft, padding_side="left")  # its template serves a base that has none
     answers = {}
-    for name, path in (("base", base), ("PT", pt), ("SFT", sft), ("RL", rl)):
+    for name, path in tqdm([("base", base), ("PT", pt), ("SFT", sft), ("RL", rl)], "Answering"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if native_bf16() else "auto").eval()
         answers[name] = answers_to(prompts, model, tokenizer)
     shown = [

@@ -370,6 +370,42 @@ def test_help_can_be_printed(stage, capsys, monkeypatch):
     assert "--validation_split_percentage" in capsys.readouterr().out
 
 
+# The flags of the 2023 scripts, with values that those passed.
+TRAINERS = """--model_type auto --model_name_or_path m --tokenizer_name_or_path t --load_in_8bit False
+    --cache_dir ./cache --use_fast_tokenizer True --torch_dtype float16 --device_map auto --trust_remote_code True
+    --train_file_dir d --validation_file_dir v --max_train_samples 10 --max_eval_samples 10 --seed 42
+    --overwrite_cache False --validation_split_percentage 5 --preprocessing_num_workers 4 --use_peft True --target_modules q_proj,v_proj
+    --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05 --modules_to_save embed_tokens --peft_path a --output_dir o
+    --do_train --do_eval --report_to tensorboard --gradient_checkpointing True --gradient_accumulation_steps 1"""
+SCHEDULE = """--fp16 --num_train_epochs 1 --learning_rate 2e-4 --warmup_ratio 0.05 --weight_decay 0.01
+    --logging_strategy steps --logging_steps 10 --eval_steps 50 --evaluation_strategy steps --save_steps 500
+    --save_strategy steps --save_total_limit 3 --overwrite_output_dir --logging_first_step True --ddp_timeout 30000
+    --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --ddp_find_unused_parameters False"""
+LENGTHS = "--max_source_length 256 --max_target_length 256"
+RL = """--reward_model_name_or_path r --batch_size 8 --mini_batch_size 4 --min_target_length 4 --early_stopping True
+    --target_kl 0.1 --reward_baseline 0.0 --init_kl_coef 0.2 --adap_kl_ctrl True --learning_rate 1e-5 --save_steps 50
+    --max_steps 100 --log_with tensorboard"""
+OF_2023 = {
+    PretrainingArguments: f"{TRAINERS} {SCHEDULE} --streaming False --block_size 1024 --keep_linebreaks True",
+    FinetuningArguments: f"{TRAINERS} {SCHEDULE} {LENGTHS}",
+    RewardArguments: f"{TRAINERS} {SCHEDULE} {LENGTHS}",
+    PPOArguments: f"{TRAINERS} {LENGTHS} {RL}",
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_flag_of_2023_is_known(stage, tmp_path, logged):
+    groups = [ModelArguments, AdapterArguments, DataArguments, stage]
+    groups += [RewardSourceArguments] if stage is PPOArguments else []
+    words = OF_2023[stage].replace("--output_dir o", f"--output_dir {tmp_path / 'out'}").split()
+    found = parse(words, groups)
+    assert found["lora_dropout"] == 0.05 and found["target_modules"] == "q_proj,v_proj" and found["seed"] == 42
+    warned = [line for line in logged if "is the old name of" in line or "has no effect any more" in line]
+    assert len(warned) == sum(flag in RENAMED_FLAGS for flag in words) > 0
+    hub = ["--model_name_or_path", "m", "--dataset_name", "n", "--dataset_config_name", "c", "--output_dir", "o"]
+    assert parse([*hub, *(["--reward_model_name_or_path", "r"] if stage is PPOArguments else [])], groups)
+
+
 # --- which base an adapter belongs to
 
 

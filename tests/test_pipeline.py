@@ -33,14 +33,14 @@ CONVERSATION = [
 ]
 
 
-def run_pipeline(outputs, *flags) -> str:
+def run_pipeline(outputs, *flags, **environment) -> str:
     """What `bash scripts/run_pipeline.sh flags` prints, both streams together."""
     hidden = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "MODEL")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
     ended = subprocess.run(
         ["bash", "scripts/run_pipeline.sh", *flags],
         cwd=ROOT,
-        env=environment | {"PYTHON": sys.executable, "OUTPUTS": str(outputs)},
+        env=kept | {"PYTHON": sys.executable, "OUTPUTS": str(outputs)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -69,10 +69,11 @@ def assert_table(printed: str, outputs) -> None:
     """Every row, with the numbers of the stage's all_results.json before and after."""
     for stage, what, before, after, unit, count in ROWS:
         found = json.loads((outputs / stage.lower() / "all_results.json").read_text())
-        row = re.search(rf"^{stage} +{re.escape(what)} +(\S+) +(\S+) +(\d+) {unit}$", printed, re.MULTILINE)
+        row = re.search(rf"^{stage} +{re.escape(what)} (.+) (\d+) {unit}$", printed, re.MULTILINE)
         assert row, f"no row {stage} {what} in\n{printed[-3000:]}"
-        assert [float(row[1]), float(row[2])] == pytest.approx([found[before], found[after]], abs=1e-3)
-        assert int(row[3]) == found[count]
+        expected = [found[key] for key in (before, after) if key]
+        assert [float(number) for number in row[1].split()] == pytest.approx(expected, abs=1e-3)
+        assert int(row[2]) == found[count]
     assert "time per stage: PT " in printed
     assert all(printed.count(f"\n  {name:5} ") == 3 for name in ("base", "PT", "SFT", "RL"))
     page = (outputs / "report.html").read_text("utf-8")
@@ -109,6 +110,21 @@ def test_second_call_repeats_nothing(pipeline):
     ]
     assert_table(printed, outputs)
     assert weights == {path: path.stat().st_mtime_ns for path in outputs.rglob("*.safetensors")}
+
+
+def test_pipeline_of_another_base_trained_whole(tiny, tmp_path):
+    """MODEL= names the base, --fresh clears what stood there; without adapters nothing is merged."""
+    outputs = tmp_path / "outputs"
+    (outputs / "pt").mkdir(parents=True)
+    (outputs / "pt" / "left-over").touch()
+    flags = ("--fresh", "--use_peft", "False", "--max_steps", "1", "--learning_rate", "1e-4")
+    printed = run_pipeline(outputs, *FLAGS, *flags, MODEL=tiny("llama"))
+    assert_table(printed, outputs)
+    assert not (outputs / "pt" / "left-over").exists()
+    assert printed.count("holds a whole model: nothing to merge") == 4 and not list(outputs.glob("*-merged"))
+    assert str(tiny("llama")) in json.loads((outputs / "quiz.json").read_text())
+    for stage, base in (("pt", tiny("llama")), ("sft", outputs / "pt"), ("rl", outputs / "sft")):
+        assert f"Loaded {base}: llama" in printed, stage
 
 
 def test_default_model_knows_english(default_model):

@@ -451,3 +451,27 @@ def test_a_machine_waits_for_the_merge_of_this_run(tmp_path):
     assert ended(age=1, limit=1) == 124  # still waiting
     (adapter / "merge_failed").touch()
     assert ended(age=1, limit=20) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "expected"),
+    [
+        (0, {}, "py"),
+        (1, {}, "py"),
+        (4, {}, "py -m torch.distributed.run --nproc_per_node 4"),
+        (4, {"GPUS": "0,2"}, "py -m torch.distributed.run --nproc_per_node 2"),
+        (4, {"CUDA_VISIBLE_DEVICES": "1"}, "py"),
+        (4, {"CUDA_VISIBLE_DEVICES": ""}, "py"),
+    ],
+)
+def test_run_scripts_find_the_gpus(gpus, environment, expected, tmp_path):
+    """One process per GPU: of all that nvidia-smi lists, or of those named."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nfor i in $(seq {gpus}); do echo GPU $i; done\n")
+    smi.chmod(0o755)
+    kept = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "py"}
+    script = 'source scripts/env.sh; echo "${LAUNCH[*]}"; flag_value --seed 1 --seed 2 --output_dir=a --seed=3'
+    ended = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, env=kept | environment, capture_output=True, text=True
+    )
+    assert ended.stdout.splitlines() == [expected, "3"], ended.stderr
