@@ -374,7 +374,8 @@ def test_help_can_be_printed(stage, capsys, monkeypatch):
 TRAINERS = """--model_type auto --model_name_or_path m --tokenizer_name_or_path t --load_in_8bit False
     --cache_dir ./cache --use_fast_tokenizer True --torch_dtype float16 --device_map auto --trust_remote_code True
     --train_file_dir d --validation_file_dir v --max_train_samples 10 --max_eval_samples 10 --seed 42
-    --overwrite_cache False --validation_split_percentage 5 --preprocessing_num_workers 4 --use_peft True --target_modules q_proj,v_proj
+    --overwrite_cache False --validation_split_percentage 5 --preprocessing_num_workers 4
+    --use_peft True --target_modules q_proj,v_proj
     --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05 --modules_to_save embed_tokens --peft_path a --output_dir o
     --do_train --do_eval --report_to tensorboard --gradient_checkpointing True --gradient_accumulation_steps 1"""
 SCHEDULE = """--fp16 --num_train_epochs 1 --learning_rate 2e-4 --warmup_ratio 0.05 --weight_decay 0.01
