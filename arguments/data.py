@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,7 @@ class DataArguments:
     def __post_init__(self):
         if not (self.train_file_dir or self.dataset_name):
             raise UserError("--train_file_dir is missing: name the folder with the training records")
+        self._bad_file = None  # where skipped records are listed
         counts = "max_train_samples", "max_eval_samples", "validation_split_count", "preprocessing_num_workers"
         for flag in ("max_source_length", "max_target_length", *counts):
             if (value := getattr(self, flag)) is not None and value < 1:
@@ -100,7 +102,7 @@ class DataArguments:
         return self.max_source_length + self.max_target_length
 
     def load_documents(self, output_dir: str | None = None) -> tuple[Dataset, Dataset]:
-        """Training and held-out rows {"text"}. Skipped records are listed in output_dir."""
+        """Training and held-out rows {"text"}, each with its place. Skipped records are listed in output_dir."""
         return self._load("document", output_dir)
 
     def load_conversations(self, output_dir: str | None = None) -> tuple[Dataset, Dataset]:
@@ -118,7 +120,7 @@ class DataArguments:
     def load_questions(self) -> list[list[dict]]:
         """All of train_file_dir as conversations that await an answer, in order; a line of a .txt is a question."""
         rows = self._read(self.train_file_dir, "train", "question")
-        self._judge([rows], None)
+        self._judge(bad_rows(rows))
         return rows.select(np.flatnonzero(~is_bad(rows)))["prompt"][:]
 
     def encode(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
@@ -161,22 +163,27 @@ class DataArguments:
     def tokenize(self, rows: Dataset, encode: Callable, tokenizer, keep: tuple[str, ...] = (), **settings) -> Dataset:
         """`encode` of every row beside its columns `keep`: in parallel, once on a machine, and kept on disk.
 
-        It is found again only under the same rows, tokenizer, template, code (of `encode`'s module and of what
-        encodes conversations), lengths and `settings`.
+        A row that `encode` refuses (UserError) is a bad record. The rest is found again only under the same rows,
+        tokenizer, template, code (of `encode`'s module and of what encodes conversations), lengths and `settings`.
         """
         code = [inspect.getsource(inspect.getmodule(made_by)) for made_by in (encode, encode_turns, DataArguments)]
         lengths = self.max_source_length, self.max_target_length
         key = fingerprint(rows._fingerprint, code, tokenizer_key(tokenizer), lengths, sorted(settings.items()))
         workers = self.preprocessing_num_workers or (os.cpu_count() if len(rows) >= 20_000 else None)
         with PartialState().local_main_process_first():
-            return rows.map(
-                lambda row: compact(encode(row)),
+            encoded = rows.map(
+                judged(encode, rows),
                 remove_columns=[name for name in rows.column_names if name not in keep],
                 num_proc=workers,
                 new_fingerprint=key,
                 load_from_cache_file=not self.overwrite_cache,
                 desc="Tokenizing",
             )
+        bad = is_bad(encoded)
+        refused = [rows[int(i)] | {"bad": encoded[int(i)]["bad"]} for i in np.flatnonzero(bad)]
+        self._judge([row | {"raw": json.dumps(row, ensure_ascii=False)} for row in refused])
+        encoded = encoded.remove_columns("bad")
+        return encoded.select(np.flatnonzero(~bad)) if refused else encoded
 
     def cached(self, generator: Callable, kwargs: dict, *key) -> Dataset:
         """The rows that generator(**kwargs) yields, kept on disk under `key` and the code of its module."""
@@ -193,7 +200,11 @@ class DataArguments:
         rows, held_rows = concatenate_datasets(read) if len(read) > 1 else read[0], None
         if self._held_out_apart():
             held_rows = self._read(self.validation_file_dir, "validation", form)
-        self._judge([rows, held_rows] if held_rows else [rows], output_dir)
+        if output_dir:
+            self._bad_file = Path(output_dir) / "bad_records.jsonl"
+            if PartialState().is_main_process:
+                self._bad_file.unlink(missing_ok=True)  # an earlier run's
+        self._judge(bad_rows(rows) + (bad_rows(held_rows) if held_rows else []))
 
         train, keys = np.flatnonzero(~is_bad(rows)), column(rows, "key")
         held = np.flatnonzero(~is_bad(held_rows)) if held_rows else np.array([], dtype=int)
@@ -207,7 +218,7 @@ class DataArguments:
                 raise UserError(f"{self.train_file_dir or self.dataset_name}: no {which} records left")
         train, held = sample(repeated(train, weights), self.max_train_samples), sample(held, self.max_eval_samples)
         logger.info(f"{len(train)} training and {len(held)} held-out records")
-        columns = list(FORMS[form][0])
+        columns = [*FORMS[form][0], "place"]
         return rows.select(train).select_columns(columns), held_rows.select(held).select_columns(columns)
 
     def _held_out_apart(self) -> bool:
@@ -243,9 +254,9 @@ class DataArguments:
         picked[random.Random(42).sample(range(len(train)), count)] = True
         return train[~picked], train[picked]
 
-    def _judge(self, read: list[Dataset], output_dir: str | None) -> None:
-        """Stop at bad records, or list them in output_dir and go on."""
-        bad = [row for rows in read for row in rows.select(np.flatnonzero(is_bad(rows)))]
+    def _judge(self, bad: list[dict]) -> None:
+        """Stop at bad records {"place", "bad": reason, "raw"}, or list them in the output folder and go on."""
+        bad = list({row["place"]: row for row in bad}.values())  # a weight may have repeated some
         if not bad:
             return
         lines = [f"{row['place']}: {row['bad']}" for row in bad[:10]]
@@ -253,11 +264,11 @@ class DataArguments:
         if self.bad_records == "error":
             raise UserError(f"{len(bad)} bad records (--bad_records skip goes on without them)\n  {shown}")
         logger.warning(f"Skipped {len(bad)} bad records\n  {shown}")
-        if output_dir and PartialState().is_main_process:
+        if self._bad_file and PartialState().is_main_process:
             found = [{"place": row["place"], "reason": row["bad"], "record": row["raw"]} for row in bad]
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            (Path(output_dir) / "bad_records.jsonl").write_text("".join(lines), encoding="utf-8")
+            self._bad_file.parent.mkdir(parents=True, exist_ok=True)
+            with self._bad_file.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
 
     def _hub(self, function: Callable, **kwargs):
         """`function` of datasets, called for the hub data set."""
@@ -285,6 +296,34 @@ class DataArguments:
             if next(file_rows(form, **source), None) is None:
                 raise UserError(f"{folder} holds no records: its {len(paths)} file(s) are empty") from None
             raise
+
+
+def bad_rows(rows: Dataset) -> list[dict]:
+    return list(rows.select(np.flatnonzero(is_bad(rows))))
+
+
+def judged(encode: Callable, rows: Dataset) -> Callable:
+    """`encode` as a function for Dataset.map: of a row that it refuses, nothing but the reason, in the column bad."""
+
+    @cache
+    def nothing():
+        """Values of the right types, which an Arrow file wants in each row."""
+        reason = None
+        for row in rows:
+            try:
+                encoded = compact(encode(row))
+                return {name: value[:0] if isinstance(value, np.ndarray) else 0 for name, value in encoded.items()}
+            except UserError as error:
+                reason = reason or f"{row['place']}: {error}"
+        raise UserError(f"no record can be used, of {len(rows)}; the first one: {reason}")
+
+    def judge(row):
+        try:
+            return compact(encode(row)) | {"bad": ""}
+        except UserError as error:
+            return nothing() | {"bad": str(error)}
+
+    return judge
 
 
 def compact(encoded: dict) -> dict:

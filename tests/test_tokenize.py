@@ -1,0 +1,86 @@
+"""From rows to tokens: records that the chat template refuses, what is trained, what is kept on disk and for whom."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import in_process, stage, write_lines
+from transformers import AutoTokenizer
+
+from arguments import DataArguments, UserError
+from supervised_finetuning import build_dataset
+
+# As Mistral's of 2023: questions and answers must alternate, so no tool may speak
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GOOD = [{"prompt": f"What is {n}?", "completion": f"{n}, that is."} for n in ("one", "two", "three", "four")]
+TURNS = (("user", "q"), ("assistant", "f()"), ("tool", "1"), ("assistant", "a"))
+TOOL = {"messages": [{"role": role, "content": content} for role, content in TURNS]}
+REASON = "the chat template refuses a conversation: roles must alternate"
+
+
+@pytest.fixture(scope="module")
+def strict(tiny, tmp_path_factory):
+    """A tiny llama whose chat template refuses tools."""
+    folder = tmp_path_factory.mktemp("strict") / "model"
+    shutil.copytree(tiny("llama"), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = ALTERNATING
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("records", [[TOOL, *GOOD], [*GOOD[:2], TOOL, *GOOD[2:]]], ids=["first", "third"])
+@pytest.mark.parametrize("workers", [None, 2])
+def test_a_record_that_the_template_refuses_is_a_bad_record(strict, tmp_path, records, workers):
+    train = write_lines(tmp_path / "train", records)
+    held_out = write_lines(tmp_path / "held_out", [{"prompt": "What is five?", "completion": "5"}])
+    place = f"{train}/rows.jsonl:{records.index(TOOL) + 1}"
+    tokenizer = AutoTokenizer.from_pretrained(strict)
+
+    def load(bad_records):
+        args = DataArguments(str(train), str(held_out), bad_records=bad_records, preprocessing_num_workers=workers)
+        return build_dataset(args.load_conversations(str(tmp_path / "out"))[0], tokenizer, args)
+
+    with pytest.raises(UserError) as error:
+        load("error")
+    assert f"1 bad records (--bad_records skip goes on without them)\n  {place}: {REASON}" in str(error.value)
+    for _ in range(2):  # the second time from disk
+        dataset = load("skip")
+        assert len(dataset) == 4 and "bad" not in dataset.column_names
+        assert all("that is" in tokenizer.decode(ids) for ids in dataset["input_ids"])
+        (listed,) = map(json.loads, (tmp_path / "out" / "bad_records.jsonl").read_text().splitlines())
+        assert (listed["place"], listed["reason"]) == (place, REASON)
+        assert json.loads(listed["record"])["messages"] == TOOL["messages"]
+
+
+def test_refused_records_through_the_script(strict, tmp_path):
+    data, output = tmp_path / "data", tmp_path / "out"
+    write_lines(data / "sft", [*GOOD, TOOL])
+    refused = in_process(*stage("sft", strict, data, output))
+    assert refused.code == 2 and f"{data}/sft/rows.jsonl:5: {REASON}" in refused.stderr
+    in_process(*stage("sft", strict, data, output, "--bad_records", "skip")).ok()
+    assert "rows.jsonl:5" in (output / "bad_records.jsonl").read_text()
+
+
+def test_a_template_that_refuses_all_is_said_once(strict, tmp_path):
+    folder = write_lines(tmp_path / "data", [TOOL, TOOL | {"id": 2}])
+    args = DataArguments(str(folder), str(folder), keep_duplicates=True, bad_records="skip")
+    rows, _ = args.load_conversations()
+    with pytest.raises(
+        UserError, match="no record can be used, of 2; the first one: .*rows.jsonl:1: .*must alternate"
+    ):
+        build_dataset(rows, AutoTokenizer.from_pretrained(strict), args)
+
+
+def test_a_clean_run_removes_the_list_of_an_earlier_one(tmp_path):
+    listed = Path(tmp_path / "out" / "bad_records.jsonl")
+    for records, there in (([*GOOD, {"prompt": "q"}], True), (GOOD, False)):
+        folder = write_lines(tmp_path / "data", records)
+        DataArguments(str(folder), bad_records="skip").load_conversations(str(tmp_path / "out"))
+        assert listed.exists() == there
