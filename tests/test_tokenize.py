@@ -72,9 +72,7 @@ def test_a_template_that_refuses_all_is_said_once(strict, tmp_path):
     folder = write_lines(tmp_path / "data", [TOOL, TOOL | {"id": 2}])
     args = DataArguments(str(folder), str(folder), keep_duplicates=True, bad_records="skip")
     rows, _ = args.load_conversations()
-    with pytest.raises(
-        UserError, match="no record can be used, of 2; the first one: .*rows.jsonl:1: .*must alternate"
-    ):
+    with pytest.raises(UserError, match=r"no record can be used, of 2; the first .*rows.jsonl:1: .*must alternate"):
         build_dataset(rows, AutoTokenizer.from_pretrained(strict), args)
 
 
@@ -84,3 +82,25 @@ def test_a_clean_run_removes_the_list_of_an_earlier_one(tmp_path):
         folder = write_lines(tmp_path / "data", records)
         DataArguments(str(folder), bad_records="skip").load_conversations(str(tmp_path / "out"))
         assert listed.exists() == there
+
+
+def test_train_on_inputs_trains_all_turns(tiny, tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, *TOOL["messages"]]
+    folder = write_lines(tmp_path / "data", [{"messages": turns}, GOOD[0]])
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    args = DataArguments(str(folder), str(folder), keep_duplicates=True)
+    rows, _ = args.load_conversations()
+    answers = build_dataset(rows, tokenizer, args)  # first: the cache must tell the two apart
+    everything = build_dataset(rows, tokenizer, args, train_on_inputs=True)
+    assert everything["input_ids"][:] == answers["input_ids"][:]
+    assert [labels[0] for labels in everything["labels"]] == [-100, -100]  # nothing of its text foretells the first
+    assert [labels[1:] for labels in everything["labels"]] == [ids[1:] for ids in everything["input_ids"]]
+    assert all(labels.count(-100) > 9 for labels in answers["labels"])
+
+
+def test_train_on_inputs_through_the_script(tiny, records, tmp_path):
+    counts = []
+    for number, flags in enumerate([(), ("--train_on_inputs",)]):
+        shown = in_process(*stage("sft", tiny("llama"), records, tmp_path / str(number), "--preview", 1, *flags)).ok()
+        counts.append(float(shown.stdout.partition("% of them trained")[0].rpartition(" ")[2]))
+    assert counts[0] < 60 and counts[1] > 95
