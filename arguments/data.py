@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import random
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets, get_dataset_split_names, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from loguru import logger
 
 from arguments.command_line import UserError
@@ -274,7 +276,13 @@ class DataArguments:
         """`function` of datasets, called for the hub data set."""
         try:
             return function(self.dataset_name, self.dataset_config_name, **kwargs)
-        except (OSError, ValueError) as error:
+        except DatasetGenerationError as error:  # the reason is another error's
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            raise UserError(
+                f"--dataset_name {self.dataset_name}: its files disagree or are broken ({reason}). Download them and "
+                "name their folder as --train_file_dir: that reads each record by itself"
+            ) from error
+        except (OSError, ValueError, DatasetsError) as error:
             raise UserError(f"--dataset_name {self.dataset_name}: {str(error).splitlines()[0]}") from error
 
     def _read(self, folder: str | None, split: str, form: str) -> Dataset:
@@ -340,6 +348,8 @@ def weighted_folders(folders: str) -> list[tuple[str, float]]:
             found.append((name, float(weight)) if colon and not Path(part).exists() else (part, 1.0))
         except ValueError:
             raise UserError(f"{part}: expected a folder, or folder:weight with a number") from None
+        if not 0 < found[-1][1] < math.inf:  # NaN is not either
+            raise UserError(f"{part}: the weight is {weight}, expected a number above 0: how often its records count")
     return found
 
 

@@ -359,6 +359,9 @@ def test_folders_have_weights(tmp_path):
     assert 1 <= len([text for text in texts if text[0] == "c"]) <= 7
     with pytest.raises(UserError, match="a.jsonl:x: expected a folder, or folder:weight"):
         DataArguments(f"{a}:x", held_out).load_documents()
+    for weight in ("-1", "0", "nan", "inf"):
+        with pytest.raises(UserError, match=f"a.jsonl:{weight}: the weight is {weight}, expected a number above 0"):
+            DataArguments(f"{b},{a}:{weight}", held_out).load_documents()
     with pytest.raises(UserError, match="no such folder of records: nowhere"):
         DataArguments(f"{a},nowhere", held_out).load_documents()
 
@@ -380,6 +383,35 @@ def test_the_validation_split_of_a_hub_data_set_is_held_out(tmp_path):
     assert (train["text"][:], held["text"][:]) == (["a", "b", "c"], ["d", "e"])
     with pytest.raises(UserError, match="--dataset_name"):
         DataArguments(dataset_name=str(tmp_path / "nowhere")).load_documents()
+
+
+def test_a_hub_data_set_whose_files_disagree(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "n": 1}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "two", "other": ["x"]}\n')
+    with pytest.raises(UserError, match="--dataset_name .*files disagree .*other.*--train_file_dir"):
+        DataArguments(dataset_name=str(tmp_path)).load_documents()
+    assert sorted(load_texts(tmp_path)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_half_of_a_character_is_a_bad_record(tmp_path, array):
+    whole, half = '{"text": "good \\ud83e\\udd27", "kind": "\\ud83d"}', '{"text": "a cold \\ud83e"}'
+    unknown = '{"txt \\ud83e": 1}'
+    text = f"[{whole},\n{half},\n{unknown}]" if array else f"{whole}\n{half}\n{unknown}\n"
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_texts(tmp_path)
+    reason = r"half of a character \(\\ud83e, the other half is missing\) behind '.*a cold '"
+    assert re.search(rf"a.jsonl:2: {reason}", str(error.value))
+    assert re.search(r"a.jsonl:3: expected .*found keys txt \\ud83e", str(error.value))
+    assert load_texts(tmp_path, bad_records="skip") == ["good 🤧"]
+
+
+def test_half_of_a_character_in_a_pair(tmp_path):
+    (tmp_path / "a.jsonl").write_text(GOOD.replace("}", ', "kind": "\\ud83d"}\n') + GOOD.replace('"a"', '"\\udc00"'))
+    args = DataArguments(str(tmp_path), str(tmp_path), keep_duplicates=True, bad_records="skip")
+    (pair,) = args.load_pairs()[0]
+    assert pair["kind"] == "\\ud83d"
 
 
 def test_the_training_folder_as_validation_folder_holds_out_a_share(tmp_path):
