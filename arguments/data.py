@@ -18,7 +18,7 @@ from loguru import logger
 
 from arguments.command_line import UserError
 from arguments.encoding import encode_turns, render, without_oldest
-from arguments.files import SUFFIXES, find_files
+from arguments.files import SUFFIXES, find_files, other_files
 from arguments.preview import preview
 from arguments.rows import (
     FORMS,
@@ -296,6 +296,9 @@ class DataArguments:
         paths = find_files(folder)
         if not paths:
             raise UserError(f"{folder} holds no file that ends in {', '.join(SUFFIXES)}")
+        if others := other_files(folder):
+            named = ", ".join(str(path) for path in others[:5]) + (" ..." if len(others) > 5 else "")
+            logger.warning(f"{len(others)} files are not read, for their names end in no known way: {named}")
         source = {"paths": [str(path) for path in paths]}
         contents = [(str(path), digest(path)) for path in paths]
         try:

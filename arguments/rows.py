@@ -86,7 +86,7 @@ def to_row(form: str, place: str, record) -> dict:
 
 
 def refuse_surrogates(row: dict) -> None:
-    """Refuse half of a character, which no encoding can store: what JSON makes of an escape whose other half is cut."""
+    """Refuse half of a character, as JSON makes it of a cut escape: no encoding can store it."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

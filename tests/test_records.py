@@ -7,6 +7,7 @@ import re
 
 import pyarrow.parquet
 import pytest
+from loguru import logger
 
 from arguments import DataArguments, UserError
 from arguments.files import BadRecord, find_files, read_file
@@ -25,6 +26,7 @@ def sharegpt(*turns):
 QA = chat(("user", "q"), ("assistant", "a"))
 Q1A1Q2 = chat(("user", "q1"), ("assistant", "a1"), ("user", "q2"))
 SYSTEM = chat(("system", "s"))
+CALL = [*chat(("user", "q")), {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
 
 CONVERSATIONS = {
     "instruction": ({"instruction": "q", "input": "", "output": "a"}, QA),
@@ -43,6 +45,18 @@ CONVERSATIONS = {
         {"prompt": SYSTEM + chat(("user", "q")), "completion": chat(("assistant", "a"))},
         SYSTEM + QA,
     ),
+    "completion of several turns": (
+        {"prompt": "q", "completion": chat(("assistant", "f()"), ("tool", "1"), ("assistant", "a"))},
+        chat(("user", "q"), ("assistant", "f()"), ("tool", "1"), ("assistant", "a")),
+    ),
+    "system beside messages": ({"system": "s", "messages": QA}, SYSTEM + QA),
+    "system_prompt beside conversations": (
+        {"system_prompt": "s", "conversations": sharegpt(("human", "q"), ("gpt", "a"))},
+        SYSTEM + QA,
+    ),
+    "system beside messages that have one": ({"system": "other", "messages": SYSTEM + QA}, SYSTEM + QA),
+    "system_prompt beside instruction": ({"system_prompt": "s", "instruction": "q", "output": "a"}, SYSTEM + QA),
+    "null tool calls": ({"messages": [message | {"tool_calls": None} for message in QA]}, QA),
     "completion as a list of text": ({"prompt": "q", "completion": ["a"]}, QA),
     "messages": ({"messages": SYSTEM + QA}, SYSTEM + QA),
     "null messages beside instruction": ({"messages": None, "instruction": "q", "output": "a"}, QA),
@@ -109,6 +123,10 @@ PAIRS = {
     "prompt and answers as messages": (
         {"prompt": Q1A1Q2, "chosen": chat(("assistant", "good")), "rejected": chat(("assistant", "bad"))},
         Q1A1Q2,
+    ),
+    "system beside turns": (
+        {"system": "s", "prompt": Q1A1Q2, "chosen": "good", "rejected": "bad"},
+        SYSTEM + Q1A1Q2,
     ),
     "null conversations": (
         {"conversations": None, "prompt": "q", "chosen": "good", "rejected": "bad"},
@@ -177,6 +195,9 @@ def test_prompt_forms(record, expected):
             "there is no question",
         ),
         (to_pair, {"chosen": Q1A1Q2, "rejected": QA}, "expected an answer, found a turn of user"),
+        (to_conversation, {"messages": CALL + QA}, "tool_calls.*write the call as its content"),
+        (to_conversation, {"prompt": "q", "completion": ["a", "b"]}, "expected a turn like .*found a"),
+        (to_conversation, {"prompt": "q", "completion": QA[:1]}, "expected an answer, found a turn of user"),
         (to_conversation, {"messages": 5}, "expected a list of turns, found 5"),
         (to_conversation, {"instruction": "q", "output": "a", "history": 5}, "expected history as .*found 5"),
         (to_conversation, {"messages": [{"role": ["user"], "content": "q"}]}, r"unknown role \['user'\]"),
@@ -225,6 +246,10 @@ FILES = {
     ),
     "csv, GB18030, gzip": ("a.csv.gz", gzip.compress("text\n高血压。\nAsthma.".encode("gb18030")), [2, 3]),
     "parquet": ("a.parquet", parquet(ROWS), [1, 2]),
+    "parquet, gzip": ("a.parquet.gz", gzip.compress(parquet(ROWS)), [1, 2]),
+    "parquet, upper case, gzip": ("A.PARQUET.GZ", gzip.compress(parquet(ROWS)), [1, 2]),
+    "jsonl, upper case": ("A.JSONL", LINES.encode(), [1, 2]),
+    "csv, upper case, gzip": ("A.CSV.GZ", gzip.compress("text\n高血压。\nAsthma.".encode()), [2, 3]),
     "txt, GB18030, gzip": ("a.txt.gz", gzip.compress("高血压。\nAsthma.".encode("gb18030")), [1, 2]),
 }
 
@@ -295,6 +320,25 @@ def test_csv_rows_with_too_many_cells_are_bad(tmp_path):
     assert "more cells than the 2 columns" in str(bad)
 
 
+def test_csv_quotes_that_do_not_pair_are_bad_where_they_begin(tmp_path):
+    (tmp_path / "a.csv").write_text('text,id\n"one"s,1\n"two\nlines",2\n"three,3\nfour,4\nfive,5\n')
+    found = list(read_file(tmp_path / "a.csv"))
+    assert [place.rpartition(":")[2] for place, _ in found] == ["2", "4", "5"]
+    assert found[1][1] == {"text": "two\nlines", "id": "2"}
+    assert re.match("its quotes do not come in pairs .*expected after", str(found[0][1]))
+    assert re.match("its quotes do not come in pairs .*; the row reaches to line 7", str(found[2][1]))
+
+
+def test_files_that_are_not_read_are_named(tmp_path, messages):
+    for name in ("b/c.txt", "A.JSONL", "a.md", "b/notes.json.bak", ".DS_Store", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "one"}\n')
+    assert len(load_texts(tmp_path)) == 2
+    (said,) = {message for message in messages if "not read" in message}
+    assert said.startswith("2 files are not read") and f": {tmp_path}/a.md, {tmp_path}/b/notes.json.bak" in said
+    assert ".DS_Store" not in said and "config" not in said
+
+
 def test_folders_are_searched_recursively(tmp_path):
     for name in ("b/c.txt", "a.jsonl", "a.md", "b/d.json.gz", "b/notes.json.bak"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -323,6 +367,15 @@ def test_errors_name_file_and_line(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         DataArguments(train_file_dir=str(tmp_path)).load_pairs()
     assert re.search(message, str(error.value), re.DOTALL)
+
+
+@pytest.fixture
+def messages():
+    """What is logged; loguru's does not come to pytest's caplog."""
+    found = []
+    number = logger.add(lambda message: found.append(message.record["message"]))
+    yield found
+    logger.remove(number)
 
 
 def load_texts(folder, **kwargs):
