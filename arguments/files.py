@@ -128,13 +128,14 @@ def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
     reader = csv.DictReader(lines, strict=True)
     columns = len(reader.fieldnames or [])
     while True:
-        start = reader.line_num + 1
+        start = reader.reader.line_num + 1
         try:
             record = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            until = f"; the row reaches to line {reader.line_num}" if reader.line_num > start else ""
+            last = reader.reader.line_num
+            until = f"; the row reaches to line {last}" if last > start else ""
             yield start, BadRecord(f"its quotes do not come in pairs ({error}){until}")
             continue
         if None in record:
