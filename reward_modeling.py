@@ -53,7 +53,7 @@ def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset
         answers = [{"role": "assistant", "content": row[name]} for name in ("chosen", "rejected")]
         chosen, rejected = (data_args.encode(tokenizer, [*row["prompt"], answer]) for answer in answers)
         ids = {"chosen_ids": chosen["input_ids"], "rejected_ids": rejected["input_ids"]}
-        lengths = {"source_tokens": chosen["source_tokens"]}
+        lengths = {name: chosen[name] for name in ("source_tokens", "source_kept")}
         lengths |= {"chosen_tokens": chosen["target_tokens"], "rejected_tokens": rejected["target_tokens"]}
         lengths |= {f"{name}_characters": len(row[name]) for name in ("chosen", "rejected")}
         return ids | lengths | {"length": max(map(len, ids.values()))}

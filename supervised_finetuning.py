@@ -80,6 +80,11 @@ def pack(dataset: Dataset, length: int) -> Dataset:
     return packed.map(positions, remove_columns="seq_lengths", desc="Numbering positions")
 
 
+def packing_told(packed: Dataset, length: int) -> str:
+    full = sum(packed["length"]) / (len(packed) * length)
+    return f"--packing makes {len(packed):,} rows of {length} tokens, {full:.1%} full, of the records below."
+
+
 def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Rows padded to the longest: with an attention mask, or, where they are packed, with position_ids instead.
 
@@ -116,6 +121,8 @@ def main():
     train_dataset = build_dataset(train_rows, tokenizer, data_args, training_args.train_on_inputs)
     eval_dataset = build_dataset(eval_rows, tokenizer, data_args, training_args.train_on_inputs)
     eval_dataset = eval_dataset.sort("length")  # less padding
+    if data_args.preview and training_args.packing:
+        print(packing_told(pack(train_dataset, training_args.packing_length), training_args.packing_length))
     if data_args.preview:
         return data_args.show(train_dataset, tokenizer)
 

@@ -131,7 +131,7 @@ class DataArguments:
         Returns input_ids and labels of equal length; labels are -100 except on assistant turns and on the token that
         ends each. Both stop with the last answer's end. What comes before the last answer is cut to max_source_length
         as encode_prompt does, the end of the answer beyond max_target_length is cut off. source_tokens and
-        target_tokens tell what both were before any cut.
+        target_tokens tell what both were before any cut, source_kept what is left of the first.
         """
         ids, labels, start = encode_turns(tokenizer, messages)
         lengths = {"source_tokens": start, "target_tokens": len(ids) - start}
@@ -139,20 +139,22 @@ class DataArguments:
             messages = shorter
             ids, labels, start = encode_turns(tokenizer, messages)
         keep = slice(max(0, start - self.max_source_length), start + self.max_target_length)
+        lengths["source_kept"] = min(start, self.max_source_length)
         return {"input_ids": ids[keep], "labels": labels[keep]} | lengths
 
     def encode_prompt(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
         """Tokens of a conversation that awaits an answer, input_ids: at most max_source_length of them.
 
         Of a long one the oldest exchanges go first, the system text stays; then the start of what is left is cut.
-        source_tokens tells their number before any cut.
+        source_tokens tells their number before any cut, source_kept the one that is left.
         """
         ids = prompt_ids(tokenizer, messages)
         source_tokens = len(ids)
         while len(ids) > self.max_source_length and (shorter := without_oldest(messages)):
             messages = shorter
             ids = prompt_ids(tokenizer, messages)
-        return {"input_ids": ids[-self.max_source_length :], "source_tokens": source_tokens}
+        ids = ids[-self.max_source_length :]
+        return {"input_ids": ids, "source_tokens": source_tokens, "source_kept": len(ids)}
 
     def eos_ids(self, model, tokenizer) -> list[int]:
         """All ids that end an answer: the tokenizer's eos, the model's, and the one that SFT trains to end a turn."""

@@ -109,7 +109,7 @@ def test_preview_shows_what_is_trained_and_reads_no_weights(tiny, records, tmp_p
         flags = ("--reward_model_name_or_path", "none") if name == "rl" else ()
         shown = in_process(*stage(name, broken, records, tmp_path / name, "--preview", 2, *flags)).ok().stdout
         assert shown.count("--- record 2") == (2 if name == "rm" else 1)
-        assert ("max_source_length  records cut  tokens lost" in shown) == (name != "pt")
+        assert ("max_source_length  records cut     tokens lost" in shown) == (name != "pt")
         assert ("[[" in shown) == (name in ("pt", "sft"))
     assert not (tmp_path / "sft" / "adapter_config.json").exists()
     flags = ("--preview", 2, "--streaming", "--max_steps", 3)
