@@ -128,7 +128,8 @@ def main():
 
     model = model_args.load_model(AutoModelForCausalLM)
     if training_args.packing and keeps_apart(model):
-        train_dataset = pack(train_dataset, training_args.packing_length)
+        with training_args.main_process_first(desc="packing"):  # the others find its file
+            train_dataset = pack(train_dataset, training_args.packing_length)
     elif training_args.packing:
         logger.warning(f"{model.config.model_type} does not go by position_ids: batches of like length, not packing")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)

@@ -174,13 +174,14 @@ class DataArguments:
         lengths = self.max_source_length, self.max_target_length
         key = fingerprint(rows._fingerprint, code, tokenizer_key(tokenizer), lengths, sorted(settings.items()))
         workers = self.preprocessing_num_workers or (os.cpu_count() if len(rows) >= 20_000 else None)
+        anew = self.overwrite_cache and PartialState().is_local_main_process  # the others find what that one makes
         with PartialState().local_main_process_first():
             encoded = rows.map(
                 judged(encode, rows),
                 remove_columns=[name for name in rows.column_names if name not in keep],
                 num_proc=workers,
                 new_fingerprint=key,
-                load_from_cache_file=not self.overwrite_cache,
+                load_from_cache_file=not anew,
                 desc="Tokenizing",
             )
         bad = is_bad(encoded)

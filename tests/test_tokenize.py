@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import trl
 from conftest import in_process, stage, write_lines
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 from arguments import DataArguments, UserError
-from supervised_finetuning import build_dataset
+from supervised_finetuning import build_dataset, pack
 
 # As Mistral's of 2023: questions and answers must alternate, so no tool may speak
 ALTERNATING = (
@@ -104,3 +107,56 @@ def test_train_on_inputs_through_the_script(tiny, records, tmp_path):
         shown = in_process(*stage("sft", tiny("llama"), records, tmp_path / str(number), "--preview", 1, *flags)).ok()
         counts.append(float(shown.stdout.partition("% of them trained")[0].rpartition(" ")[2]))
     assert counts[0] < 60 and counts[1] > 95
+
+
+def test_workers_make_equal_rows(tiny, tmp_path):
+    folder = write_lines(tmp_path / "data", [row | {"system": f"s{n}"} for n in range(5) for row in GOOD])
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    made = []
+    for workers in (None, 2):
+        args = DataArguments(str(folder), str(folder), keep_duplicates=True, preprocessing_num_workers=workers)
+        args.overwrite_cache = True
+        made.append(build_dataset(args.load_conversations()[0], tokenizer, args)[:])
+    assert made[0] == made[1] and len(made[0]["input_ids"]) == 20
+
+
+def test_only_the_main_process_tokenizes_with_overwrite_cache(tiny, tmp_path, monkeypatch):
+    folder = write_lines(tmp_path / "data", GOOD)
+    args = DataArguments(str(folder), str(folder), keep_duplicates=True, overwrite_cache=True)
+    tokenizer, calls, rows = AutoTokenizer.from_pretrained(tiny("llama")), [], args.load_conversations()[0]
+
+    def encode(row):
+        calls.append(1)
+        return args.encode(tokenizer, row["messages"])
+
+    found = []
+    for rank, count in ((0, 4), (0, 8), (1, 8), (0, 12)):
+        state = SimpleNamespace(is_local_main_process=not rank, local_main_process_first=nullcontext)
+        monkeypatch.setattr("arguments.data.PartialState", lambda state=state: state)
+        found.append(args.tokenize(rows, encode, tokenizer)[:])
+        assert len(calls) == count
+    assert all(other == found[0] for other in found)
+
+
+def test_only_the_main_process_packs(tiny, records, tmp_path, monkeypatch):
+    """The others wait for it, and then find its file."""
+    inside, entered, pack_dataset = [False], [], trl.pack_dataset
+
+    @contextmanager
+    def main_process_first(self, **kwargs):
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def noted(*args, **kwargs):
+        entered.append(inside[0])
+        return pack_dataset(*args, **kwargs)
+
+    monkeypatch.setattr(TrainingArguments, "main_process_first", main_process_first)
+    monkeypatch.setattr(trl, "pack_dataset", noted)
+    in_process(*stage("sft", tiny("llama"), records, tmp_path / "out", "--packing", "--max_steps", 1)).ok()
+    assert entered == [True]
+
+    args = DataArguments(str(records / "sft"), str(records / "sft"), keep_duplicates=True)
+    rows = build_dataset(args.load_conversations()[0], AutoTokenizer.from_pretrained(tiny("llama")), args)
+    assert pack(rows, 512).cache_files == pack(rows, 512).cache_files != []
