@@ -146,23 +146,41 @@ def to_pair(record) -> dict:
     """Any pair form as {"prompt": messages, "chosen": str, "rejected": str}."""
     form = "{question, response_chosen, response_rejected} or {prompt or conversations, chosen, rejected}"
     record = need(record, form)
-    chosen, rejected = (record.get(k, record.get(f"response_{k}")) for k in ("chosen", "rejected"))
-    if "question" in record:
-        prompt = with_history(record, record["question"])
-    elif "conversations" in record or "prompt" in record:
-        prompt = to_prompt(record)
-    elif isinstance(chosen, list):
-        prompt = to_messages(with_system(record, chosen[:-1]), closed=False)
-    else:
-        raise BadRecord(f"expected {form}, found keys {', '.join(record)}")
-    pair = {"prompt": prompt, "chosen": last_answer(chosen), "rejected": last_answer(rejected)}
+    answers = {k: record.get(k, record.get(f"response_{k}")) for k in ("chosen", "rejected")}
+    pair = {"prompt": pair_prompt(record, answers, form)} | {k: last_answer(answer) for k, answer in answers.items()}
     if not all(pair.values()):
         raise BadRecord(f"{next(k for k, v in pair.items() if not v)} is empty; expected {form}")
-    if prompt[-1]["role"] not in ("user", "tool"):
+    if pair["prompt"][-1]["role"] not in ("user", "tool"):
         raise BadRecord("there is no question")
+    for name, answer in answers.items():
+        check_turns_before(name, answer, pair["prompt"])
     if pair["chosen"] == pair["rejected"]:
         raise BadRecord("chosen and rejected are the same text")
     return pair
+
+
+def pair_prompt(record: dict, answers: dict, form: str) -> list[dict]:
+    """What both answers of a pair reply to."""
+    if "question" in record:
+        return with_history(record, record["question"])
+    if "conversations" in record or "prompt" in record:
+        return to_prompt(record)
+    if isinstance(answers["chosen"], list):
+        return to_messages(with_system(record, answers["chosen"][:-1]), closed=False)
+    if isinstance(answers["chosen"], str):
+        raise BadRecord(
+            "chosen and rejected are texts without the question they answer: put it beside them as prompt, or give "
+            'both as lists of turns, [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
+        )
+    raise BadRecord(f"expected {form}, found keys {', '.join(record)}")
+
+
+def check_turns_before(name: str, answer, prompt: list[dict]) -> None:
+    """Refuse a side of a pair whose turns before its answer are not the prompt's; its system text may be left out."""
+    before = to_messages(answer[:-1], closed=False) if isinstance(answer, list) else []
+    bare = [message for message in prompt if message["role"] != "system"]
+    if before and before not in (prompt, bare):
+        raise BadRecord(f"the turns before the answer of {name} differ from the question of the pair")
 
 
 def last_answer(answer) -> str:

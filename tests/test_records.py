@@ -137,6 +137,10 @@ PAIRS = {
         {"question": "q", "chosen": None, "response_chosen": "good", "response_rejected": "bad"},
         chat(("user", "q")),
     ),
+    "a prompt beside lists that hold it": (
+        {"prompt": "q", "system": "s", "chosen": QA[:1] + chat(("assistant", "good")), "rejected": "bad"},
+        SYSTEM + QA[:1],
+    ),
     "lists that share their start": (
         {"chosen": Q1A1Q2 + chat(("assistant", "good")), "rejected": Q1A1Q2 + chat(("assistant", "bad"))},
         Q1A1Q2,
@@ -187,7 +191,22 @@ def test_prompt_forms(record, expected):
         (to_prompt, {"question": "q"}, "found keys question"),
         (to_pair, {"prompt": "q", "chosen": "same", "rejected": "same\u3000"}, "the same text"),
         (to_pair, {"prompt": "q", "chosen": "good"}, "rejected is empty"),
-        (to_pair, {"chosen": "good", "rejected": "bad"}, "found keys chosen, rejected"),
+        (
+            to_pair,
+            {"chosen": "good", "rejected": "bad"},
+            "texts without the question they answer: put it beside them as",
+        ),
+        (to_pair, {"chosen": None, "rejected": "bad"}, "found keys rejected"),
+        (
+            to_pair,
+            {"chosen": QA, "rejected": chat(("user", "other"), ("assistant", "b"))},
+            "the turns before the answer of rejected differ",
+        ),
+        (
+            to_pair,
+            {"prompt": "other", "chosen": QA, "rejected": "b"},
+            "the turns before the answer of chosen differ",
+        ),
         (to_pair, {"question": "", "response_chosen": "good", "response_rejected": "bad"}, "prompt is empty"),
         (
             to_pair,

@@ -12,6 +12,7 @@ from conftest import in_process, stage, write_lines
 from transformers import AutoTokenizer, TrainingArguments
 
 from arguments import DataArguments, UserError
+from reward_modeling import build_dataset as build_pairs
 from supervised_finetuning import build_dataset, pack
 
 # As Mistral's of 2023: questions and answers must alternate, so no tool may speak
@@ -160,3 +161,26 @@ def test_only_the_main_process_packs(tiny, records, tmp_path, monkeypatch):
     args = DataArguments(str(records / "sft"), str(records / "sft"), keep_duplicates=True)
     rows = build_dataset(args.load_conversations()[0], AutoTokenizer.from_pretrained(tiny("llama")), args)
     assert pack(rows, 512).cache_files == pack(rows, 512).cache_files != []
+
+
+def test_long_pairs_are_cut_not_dropped(tiny, tmp_path):
+    """Only the pair whose answers differ behind the limit is a bad one."""
+    long = "word " * 90
+    pairs = [("q " * 300, "Yes.", "No."), ("q", "Yes, " + long, "No, " + long), ("q2", long + "yes", long + "no")]
+    records = [{"prompt": q, "chosen": good, "rejected": bad} for q, good, bad in pairs]
+    folder = write_lines(tmp_path / "data", records)
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    limits = {"max_source_length": 40, "max_target_length": 20}
+
+    def load(**kwargs):
+        args = DataArguments(str(folder), str(folder), keep_duplicates=True, **limits, **kwargs)
+        return build_pairs(args.load_pairs()[0], tokenizer, args)
+
+    with pytest.raises(UserError) as error:
+        load()
+    assert "rows.jsonl:3: chosen and rejected are the same up to --max_target_length 20" in str(error.value)
+    assert "1 bad records" in str(error.value)
+    first, second = load(bad_records="skip")
+    assert first["source_tokens"] > 300 and len(first["chosen_ids"]) == 40 + first["chosen_tokens"]
+    assert second["chosen_tokens"] > 90 and len(second["chosen_ids"]) == second["source_tokens"] + 20
+    assert second["chosen_ids"] != second["rejected_ids"]
