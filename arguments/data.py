@@ -188,7 +188,19 @@ class DataArguments:
         refused = [rows[int(i)] | {"bad": encoded[int(i)]["bad"]} for i in np.flatnonzero(bad)]
         self._judge([row | {"raw": json.dumps(row, ensure_ascii=False)} for row in refused])
         encoded = encoded.remove_columns("bad")
-        return encoded.select(np.flatnonzero(~bad)) if refused else encoded
+        encoded = encoded.select(np.flatnonzero(~bad)) if refused else encoded
+        self._tell_of_cut_answers(encoded)
+        return encoded
+
+    def _tell_of_cut_answers(self, encoded: Dataset) -> None:
+        """Log how many answers are longer than their limit: a model does not learn how those end."""
+        names = {"target_tokens", "chosen_tokens", "rejected_tokens"} & set(encoded.column_names)
+        lengths = np.array([encoded[name][:] for name in sorted(names)])
+        if cut := int((lengths > self.max_target_length).sum()):
+            logger.info(
+                f"{cut} of {lengths.size} answers are longer than --max_target_length {self.max_target_length}: their "
+                "ends are cut off and not trained"
+            )
 
     def cached(self, generator: Callable, kwargs: dict, *key) -> Dataset:
         """The rows that generator(**kwargs) yields, kept on disk under `key` and the code of its module."""

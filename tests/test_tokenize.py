@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import trl
-from conftest import in_process, stage, write_lines
+from conftest import QUESTIONS, in_process, stage, write_lines
 from transformers import AutoTokenizer, TrainingArguments
 
 from arguments import DataArguments, UserError
@@ -108,6 +108,18 @@ def test_train_on_inputs_through_the_script(tiny, records, tmp_path):
         shown = in_process(*stage("sft", tiny("llama"), records, tmp_path / str(number), "--preview", 1, *flags)).ok()
         counts.append(float(shown.stdout.partition("% of them trained")[0].rpartition(" ")[2]))
     assert counts[0] < 60 and counts[1] > 95
+
+
+@pytest.mark.parametrize(("name", "sides"), [("sft", (1,)), ("rm", (1, 2))])
+def test_cut_answers_are_told(tiny, records, tmp_path, name, sides):
+    command = stage(name, tiny("llama"), records, tmp_path / "out", "--preview", 1, "--max_target_length")
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    lengths = sorted(len(tokenizer(row[side])["input_ids"]) + 1 for row in QUESTIONS for side in sides)  # and its end
+    limit = lengths[-3] - 1
+    cut = sum(length > limit for length in lengths)
+    assert "are longer than" not in in_process(*command, lengths[-1]).ok().stderr
+    told = f"{cut} of {len(lengths)} answers are longer than --max_target_length {limit}: their ends are cut off"
+    assert 3 <= cut < len(lengths) and told in in_process(*command, limit).ok().stderr
 
 
 def test_workers_make_equal_rows(tiny, tmp_path):
