@@ -86,6 +86,11 @@ class DataArguments:
     def __post_init__(self):
         if not (self.train_file_dir or self.dataset_name):
             raise UserError("--train_file_dir is missing: name the folder with the training records")
+        if self.train_file_dir and self.dataset_name:
+            raise UserError(
+                f"--train_file_dir {self.train_file_dir} and --dataset_name {self.dataset_name} are two sources: give "
+                "one (a downloaded data set is a folder like others, and folders may be joined by commas)"
+            )
         self._bad_file = None  # where skipped records are listed
         counts = "max_train_samples", "max_eval_samples", "validation_split_count", "preprocessing_num_workers"
         for flag in ("max_source_length", "max_target_length", *counts):
@@ -240,7 +245,7 @@ class DataArguments:
 
     def _held_out_apart(self) -> bool:
         """Whether held-out records stand apart, in a folder or split; the 2023 scripts gave one folder for both."""
-        if self.dataset_name and not self.train_file_dir and not self.validation_file_dir:
+        if self.dataset_name and not self.validation_file_dir:
             return "validation" in self._hub(get_dataset_split_names)
         twice = self.validation_file_dir and self.validation_file_dir == self.train_file_dir
         if twice and not self.keep_duplicates:

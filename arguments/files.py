@@ -102,17 +102,36 @@ def open_bytes(path: Path):
 
 def encoding_of(path: Path) -> str:
     """The encoding that decodes all of the file: UTF-8, with or without BOM, before GB18030."""
+    faults = []
     for encoding in ("utf-8-sig", "gb18030"):
-        decoder = codecs.getincrementaldecoder(encoding)()
-        try:
-            with open_bytes(path) as file:
-                while chunk := file.read(1 << 20):
-                    decoder.decode(chunk)
-                decoder.decode(b"", final=True)
+        fault = undecodable(path, encoding)
+        if fault is None:
             return encoding
-        except UnicodeDecodeError:
-            continue
-    raise BadRecord("neither UTF-8 nor GB18030 text")
+        faults.append(fault)
+    line, held = max(faults)  # the encoding that was right for longer is likelier the file's
+    raise BadRecord(f"neither UTF-8 nor GB18030 text: line {line} holds {held}")
+
+
+def undecodable(path: Path, encoding: str) -> tuple[int, bytes] | None:
+    """Line and bytes of the first place in a file that is not of the encoding."""
+    decoder, line = codecs.getincrementaldecoder(encoding)(), 1
+    with open_bytes(path) as file:
+        while chunk := file.read(1 << 20):
+            fault = fault_in(decoder, chunk)
+            if fault:
+                return line + fault[0], fault[1]
+            line += chunk.count(b"\n")
+    fault = fault_in(decoder, b"", final=True)
+    return fault and (line + fault[0], fault[1])
+
+
+def fault_in(decoder, chunk: bytes, final: bool = False) -> tuple[int, bytes] | None:
+    """Of the first bytes that are wrong: the line breaks before them in the chunk, and themselves."""
+    try:
+        decoder.decode(chunk, final)
+    except UnicodeDecodeError as error:
+        return error.object.count(b"\n", 0, error.start), error.object[error.start : error.end]
+    return None
 
 
 def starts_array(path: Path, encoding: str) -> bool:

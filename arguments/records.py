@@ -73,6 +73,8 @@ def turns_of(record: dict) -> list:
 def with_history(record: dict, question: str) -> list[dict]:
     """System prompt, history [[question, answer], ...] and `question` as messages."""
     turns, history = with_system(record, []), record.get("history") or []
+    if isinstance(history, str) and not history.strip(INVISIBLE + "[]"):  # a .csv's cell
+        history = []
     for exchange in history if isinstance(history, list) else [history]:
         if not isinstance(exchange, list | tuple) or len(exchange) != 2:
             raise BadRecord(f"expected history as [[question, answer], ...], found {str(exchange)[:60]}")

@@ -136,6 +136,11 @@ def test_missing_required_flags(required, missing):
         (AdapterArguments, ["--lora_dropout", "1"], r"--lora_dropout is 1.0, expected a share in \[0, 1\)"),
         (AdapterArguments, ["--lora_rank", "four"], "--lora_rank.*: invalid int value: 'four'"),
         (AdapterArguments, ["--lora_rank"], "--lora_rank.*: expected one argument"),
+        (
+            DataArguments,
+            ["--train_file_dir", "d", "--dataset_name", "n"],
+            "d and --dataset_name n are two sources: give one",
+        ),
         (DataArguments, ["--train_file_dir", "d", "--max_source_length", "0"], "--max_source_length is 0"),
         (DataArguments, ["--train_file_dir", "d", "--max_target_length", "-1"], "--max_target_length is -1"),
         (DataArguments, ["--train_file_dir", "d", "--bad_records", "drop"], "--bad_records.*: invalid choice: 'drop'"),

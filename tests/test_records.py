@@ -24,6 +24,7 @@ def sharegpt(*turns):
 
 
 QA = chat(("user", "q"), ("assistant", "a"))
+QI = chat(("user", "q\ni"), ("assistant", "a"))
 Q1A1Q2 = chat(("user", "q1"), ("assistant", "a1"), ("user", "q2"))
 SYSTEM = chat(("system", "s"))
 CALL = [*chat(("user", "q")), {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
@@ -34,6 +35,7 @@ CONVERSATIONS = {
         {"instruction": "q", "input": "i", "output": "a"},
         chat(("user", "q\ni"), ("assistant", "a")),
     ),
+    "instruction that ends in a newline": ({"instruction": "q\n", "input": "i\n", "output": "a\n"}, QI),
     "input alone": ({"instruction": "", "input": "q", "output": "a"}, QA),
     "instruction, system, history": (
         {"instruction": "q2", "output": "a2", "system": "s", "history": [["q1", "a1"]]},
@@ -325,11 +327,15 @@ def test_documents_of_one_line_stay_apart(tmp_path, text):
 def test_csv_cells_hold_turns_and_history(tmp_path):
     turns = json.dumps(QA).replace('"', '""')
     (tmp_path / "a.csv").write_text(f'messages\n"{turns}"\n')
-    (tmp_path / "b.csv").write_text('instruction,output,history\nq2,a2,"[[""q1"", ""a1""]]"\n[x,y,\n')
-    (_, first), (_, second), (_, third) = [pair for name in "ab" for pair in read_file(tmp_path / f"{name}.csv")]
+    cells = 'instruction,output,history\nq2,a2,"[[""q1"", ""a1""]]"\n[x,y,\nq,a,[]\n'
+    (tmp_path / "b.csv").write_text(cells)
+    (_, first), (_, second), (_, third), (_, fourth) = [
+        pair for name in "ab" for pair in read_file(tmp_path / f"{name}.csv")
+    ]
     assert to_conversation(first) == QA
     assert to_conversation(second) == Q1A1Q2 + chat(("assistant", "a2"))
     assert to_conversation(third) == chat(("user", "[x"), ("assistant", "y"))
+    assert to_conversation(fourth) == QA
 
 
 def test_csv_rows_with_too_many_cells_are_bad(tmp_path):
@@ -438,12 +444,28 @@ def test_folders_have_weights(tmp_path):
         DataArguments(f"{a},nowhere", held_out).load_documents()
 
 
-def test_duplicates_and_held_out_records_are_left_out_of_training(tmp_path, caplog):
+def test_duplicates_and_held_out_records_are_left_out_of_training(tmp_path, messages):
     train = write_texts(tmp_path / "train.jsonl", "one", "two", "one ", "three", "four")
     held_out = write_texts(tmp_path / "held_out.jsonl", "three", "five")
     assert DataArguments(train, held_out).load_documents()[0]["text"] == ["one", "two", "four"]
+    told = (
+        "Left out of training: 1 duplicates and 1 records that are held out too (--keep_duplicates keeps them)",
+        "3 training and 2 held-out records",
+    )
+    assert all(message in messages for message in told)
+    messages.clear()
     kept = DataArguments(train, held_out, keep_duplicates=True).load_documents()[0]["text"]
     assert kept == ["one", "two", "one", "three", "four"]
+    assert not any("Left out" in message for message in messages)
+
+
+def test_long_rows_and_all_kinds_of_files_side_by_side(tmp_path):
+    long = "高血压 asthma " * 4000
+    assert len(long) == 44_000
+    write_texts(tmp_path / "a.jsonl", long, "two")
+    (tmp_path / "b.txt").write_text("three\n" + long + "four\n", encoding="utf-8")
+    (tmp_path / "c.csv").write_text(f"text\n{long}five\n", encoding="utf-8")
+    assert load_texts(tmp_path) == [long.strip(), "two", "three", long + "four", long + "five"]
 
 
 def test_the_validation_split_of_a_hub_data_set_is_held_out(tmp_path):
@@ -537,7 +559,24 @@ BROKEN = {  # the records read before the break, the place and the words of the 
     "cut.jsonl.gz": (gzip.compress(LINES.encode())[:-12], [], "", "cannot be read: "),
     "damaged.jsonl.gz": (gzip.compress(LINES.encode())[:10] + b"\xff" * 20, [], "", "cannot be read: "),
     "no.jsonl.gz": (LINES.encode(), [], "", "cannot be read: "),
-    "no_encoding.jsonl": (b'{"text": "\xff\xff"}', [], "", "cannot be read: neither UTF-8 nor GB18030 text"),
+    "no_encoding.jsonl": (
+        LINES.encode() + b'{"text": "\xff\xff"}\n',
+        [],
+        "",
+        r"cannot be read: neither UTF-8 nor GB18030 text: line 3 holds b'\\xff'",
+    ),
+    "no_gb.txt": (
+        "高血压。\n".encode("gb18030") * 2 + b"\x81\n",
+        [],
+        "",
+        r"cannot be read: neither UTF-8 nor GB18030 text: line 3 holds b'\\x81'",
+    ),
+    "cut_character.txt": (
+        b"x" * (1 << 20) + b"\n\xe9",
+        [],
+        "",
+        r"cannot be read: neither UTF-8 nor GB18030 text: line 2 holds b'\\xe9'",
+    ),
 }
 
 
