@@ -7,7 +7,6 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from loguru import logger
 
 from arguments.command_line import UserError
-from arguments.encoding import encode_turns, render, without_oldest
+from arguments.encoding import encode_turns, judged, prompt_ids, without_oldest
 from arguments.files import SUFFIXES, find_files, other_files
 from arguments.preview import preview
 from arguments.rows import (
@@ -178,24 +177,27 @@ class DataArguments:
         code = [inspect.getsource(inspect.getmodule(made_by)) for made_by in (encode, encode_turns, DataArguments)]
         lengths = self.max_source_length, self.max_target_length
         key = fingerprint(rows._fingerprint, code, tokenizer_key(tokenizer), lengths, sorted(settings.items()))
-        workers = self.preprocessing_num_workers or (os.cpu_count() if len(rows) >= 20_000 else None)
-        anew = self.overwrite_cache and PartialState().is_local_main_process  # the others find what that one makes
+        encoded = self._mapped(rows, judged(encode, rows), keep, key)
+        refused = [rows[int(i)] | {"bad": encoded[int(i)]["bad"]} for i in np.flatnonzero(is_bad(encoded))]
+        self._judge([row | {"raw": json.dumps(row, ensure_ascii=False)} for row in refused])
+        if refused:
+            encoded = encoded.select(np.flatnonzero(~is_bad(encoded)))
+        encoded = encoded.remove_columns("bad")
+        self._tell_of_cut_answers(encoded)
+        return encoded
+
+    def _mapped(self, rows: Dataset, function: Callable, keep: tuple[str, ...], key: str) -> Dataset:
+        """`function` of every row beside its columns `keep`: a machine's first process makes it for all."""
+        anew = self.overwrite_cache and PartialState().is_local_main_process
         with PartialState().local_main_process_first():
-            encoded = rows.map(
-                judged(encode, rows),
+            return rows.map(
+                function,
                 remove_columns=[name for name in rows.column_names if name not in keep],
-                num_proc=workers,
+                num_proc=self.preprocessing_num_workers or (os.cpu_count() if len(rows) >= 20_000 else None),
                 new_fingerprint=key,
                 load_from_cache_file=not anew,
                 desc="Tokenizing",
             )
-        bad = is_bad(encoded)
-        refused = [rows[int(i)] | {"bad": encoded[int(i)]["bad"]} for i in np.flatnonzero(bad)]
-        self._judge([row | {"raw": json.dumps(row, ensure_ascii=False)} for row in refused])
-        encoded = encoded.remove_columns("bad")
-        encoded = encoded.select(np.flatnonzero(~bad)) if refused else encoded
-        self._tell_of_cut_answers(encoded)
-        return encoded
 
     def _tell_of_cut_answers(self, encoded: Dataset) -> None:
         """Log how many answers are longer than their limit: a model does not learn how those end."""
@@ -333,35 +335,6 @@ def bad_rows(rows: Dataset) -> list[dict]:
     return list(rows.select(np.flatnonzero(is_bad(rows))))
 
 
-def judged(encode: Callable, rows: Dataset) -> Callable:
-    """`encode` as a function for Dataset.map: of a row that it refuses, nothing but the reason, in the column bad."""
-
-    @cache
-    def nothing():
-        """Values of the right types, which an Arrow file wants in each row."""
-        reason = None
-        for row in rows:
-            try:
-                encoded = compact(encode(row))
-                return {name: value[:0] if isinstance(value, np.ndarray) else 0 for name, value in encoded.items()}
-            except UserError as error:
-                reason = reason or f"{row['place']}: {error}"
-        raise UserError(f"no record can be used, of {len(rows)}; the first one: {reason}")
-
-    def judge(row):
-        try:
-            return compact(encode(row)) | {"bad": ""}
-        except UserError as error:
-            return nothing() | {"bad": str(error)}
-
-    return judge
-
-
-def compact(encoded: dict) -> dict:
-    """Lists of token ids in 4 bytes a number on disk; they come back as lists of int."""
-    return {k: np.asarray(v, dtype=np.int32) if isinstance(v, list) else v for k, v in encoded.items()}
-
-
 def weighted_folders(folders: str) -> list[tuple[str, float]]:
     """'a,b:2' as [("a", 1.0), ("b", 2.0)]; a path that exists as it stands is one folder."""
     found = []
@@ -387,8 +360,3 @@ def sample(indices: np.ndarray, count: int | None) -> np.ndarray:
     if count is None or count >= len(indices):
         return indices
     return indices[sorted(random.Random(42).sample(range(len(indices)), count))]
-
-
-def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
-    text = render(tokenizer, messages, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
