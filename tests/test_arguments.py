@@ -136,9 +136,19 @@ def test_missing_required_flags(required, missing):
         (AdapterArguments, ["--lora_dropout", "1"], r"--lora_dropout is 1.0, expected a share in \[0, 1\)"),
         (AdapterArguments, ["--lora_rank", "four"], "--lora_rank.*: invalid int value: 'four'"),
         (AdapterArguments, ["--lora_rank"], "--lora_rank.*: expected one argument"),
+        (
+            DataArguments,
+            ["--train_file_dir", "d", "--dataset_name", "n"],
+            "d and --dataset_name n are two sources: give one",
+        ),
         (DataArguments, ["--train_file_dir", "d", "--max_source_length", "0"], "--max_source_length is 0"),
         (DataArguments, ["--train_file_dir", "d", "--max_target_length", "-1"], "--max_target_length is -1"),
         (DataArguments, ["--train_file_dir", "d", "--bad_records", "drop"], "--bad_records.*: invalid choice: 'drop'"),
+        (
+            RewardArguments,
+            ["--output_dir", "o", "--max_length", "512"],
+            "--max_length is 512.*give --max_source_length",
+        ),
         (PretrainingArguments, ["--output_dir", "o", "--block_size", "1"], "--block_size is 1, expected at least 2"),
         (PretrainingArguments, ["--output_dir", "o", "--streaming"], "--streaming .*set --max_steps"),
         (
