@@ -35,6 +35,9 @@ DISK = re.compile(
 )
 
 
+SECRET = re.compile(r"--[\w-]*token", re.IGNORECASE)  # argparse knows each flag with _ and with -
+
+
 class UserError(Exception):
     """Bad input. The message says what, where, what was expected and what to do; the process exits with code 2."""
 
@@ -89,6 +92,18 @@ def explained(error: Exception) -> UserError | None:
             "the same command: it goes on from the last whole checkpoint"
         )
     return None
+
+
+def without_secrets(argv: list[str]) -> list[str]:
+    """A command line's words, but for what is given to --hub_token and to any other flag that ends in token."""
+    words = []
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        if equals and SECRET.fullmatch(name):
+            words.append(f"{name}=...")
+        else:
+            words.append("..." if words and SECRET.fullmatch(words[-1]) else word)
+    return words
 
 
 def modern_flags(argv: list[str]) -> list[str]:

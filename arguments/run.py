@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
 from arguments.base import other_base, record_base
-from arguments.command_line import Fault, UserError
+from arguments.command_line import Fault, UserError, without_secrets
 
 POSITIVE = (
     "learning_rate",
@@ -204,15 +204,6 @@ class RunArguments:
         results = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(results | before | peak, indent=4, sort_keys=True))
         plot_curves(trainer.state.log_history, Path(self.output_dir))
-
-
-def without_secrets(argv: list[str]) -> list[str]:
-    """A command line's words, but for the value of --hub_token."""
-    words = []
-    for word in argv:
-        hidden = words[-1:] == ["--hub_token"] or word.startswith("--hub_token=")
-        words.append("..." if hidden else word)
-    return words
 
 
 class CheckpointSeal(TrainerCallback):

@@ -18,7 +18,7 @@ from arguments import (
     run_stage,
 )
 from arguments.base import check_base, difference, fingerprint, record_base
-from arguments.command_line import RENAMED_FLAGS, modern_flags
+from arguments.command_line import RENAMED_FLAGS, modern_flags, without_secrets
 from arguments.run import CheckpointSeal, native_bf16, plot_curves
 from merge_peft_adapter import MergeArguments
 from pretraining import PretrainingArguments
@@ -112,6 +112,12 @@ def test_modern_flags_leaves_other_words_alone(logged):
     argv = ["--seed", "-1", "--save_safetensors", "False", "--fresh", "--lr=--no_cuda", "x"]
     assert modern_flags(argv) == ["--seed", "-1", "--fresh", "--lr=--no_cuda", "x"]
     assert len(logged) == 1
+
+
+def test_tokens_are_masked_in_every_spelling():
+    given = ["--hub_token", "a", "--hub-token=b", "--push-to-hub-token", "c", "--max_new_tokens", "4", "--hub_token"]
+    masked = ["--hub_token", "...", "--hub-token=...", "--push-to-hub-token", "...", *given[5:]]
+    assert without_secrets(given) == masked
 
 
 @pytest.mark.parametrize("missing", ["--model_name_or_path", "--train_file_dir", "--output_dir"])

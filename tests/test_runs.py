@@ -202,8 +202,12 @@ def test_what_is_trained_is_in_float32_on_a_base_that_is_not(name, saved, precis
     in_process(*merge(tiny("llama"), output, tmp_path / "merged")).ok()
 
 
-def test_no_secret_is_saved_and_no_telemetry_sent(tiny, records, tmp_path):
-    in_process(*stage("sft", tiny("llama"), records, tmp_path / "out", "--hub_token", "hf_secret")).ok()
+@pytest.mark.parametrize(
+    "flags", [("--hub_token", "hf_secret"), ("--hub-token", "hf_secret"), ("--hub-token=hf_secret",)]
+)
+def test_no_secret_is_saved_and_no_telemetry_sent(flags, tiny, records, tmp_path):
+    in_process(*stage("sft", tiny("llama"), records, tmp_path / "out", *flags, "--save_steps", 2)).ok()
+    assert list((tmp_path / "out").rglob("seal.json"))
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
     assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
 
