@@ -1,11 +1,8 @@
 """How a run behaves: precision, where to go on, what it leaves behind."""
 
-import hashlib
 import json
 import os
 import resource
-import shutil
-import signal
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,7 +15,9 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
 from arguments.base import other_base, record_base
-from arguments.command_line import Fault, UserError, without_secrets
+from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, warn_of_changes
+from arguments.command_line import UserError, without_secrets
+from arguments.stops import FiniteGradients, StopAtSignal
 
 POSITIVE = (
     "learning_rate",
@@ -31,7 +30,6 @@ POSITIVE = (
     "eval_steps",
 )
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
-SEAL = "seal.json"  # in a checkpoint: which stage made it, size and hash of each of its files
 
 
 def native_bf16() -> bool:
@@ -95,6 +93,8 @@ class RunArguments:
                 raise UserError(f"--{flag} is {value}, expected a number above 0")
         if self.hub_token:  # saved with the arguments, it would be lying in every checkpoint
             os.environ["HF_TOKEN"], self.hub_token = self.hub_token, None
+        # transformers would delete the old ones before the new one is whole; CheckpointSeal does it then
+        self.checkpoints_kept, self.save_total_limit = self.save_total_limit, None
         self._choose_precision()
         if not torch.cuda.is_available():
             self.use_cpu = True
@@ -204,127 +204,6 @@ class RunArguments:
         results = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(results | before | peak, indent=4, sort_keys=True))
         plot_curves(trainer.state.log_history, Path(self.output_dir))
-
-
-class CheckpointSeal(TrainerCallback):
-    """Writes the size and hash of every file of a checkpoint into it once all are there: no seal, not whole."""
-
-    def on_save(self, args, state, control, **kwargs):
-        if args.world_size > 1:
-            torch.distributed.barrier()  # every rank saves its own random state
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / SEAL).unlink(missing_ok=True)
-            record_base(folder)
-            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            seal = {"stage": type(args).__name__, "arguments": without_secrets(sys.argv[1:])}
-            seal["files"] = {str(p.relative_to(folder)): digest(p) for p in files}
-            (folder / "seal.tmp").write_text(json.dumps(seal, indent=1))
-            os.replace(folder / "seal.tmp", folder / SEAL)
-
-
-class StopAtSignal(TrainerCallback):
-    """SIGTERM or SIGINT: save a checkpoint, end, exit with 128 + the signal's number. A second one exits at once."""
-
-    def __init__(self, steps_between_saves: int):
-        self.signal, self.steps_between_saves = 0, steps_between_saves
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def receive(self, number: int, frame) -> None:
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-        logger.warning(f"{signal.Signals(number).name}: saving a checkpoint, then ending (once more: ending at once)")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        received = torch.tensor(self.signal, device=args.device)
-        if args.world_size > 1:  # all ranks end behind the same step
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        if received and state.global_step % self.steps_between_saves == 0:
-            self.signal = int(received)
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if self.signal and state.global_step < state.max_steps:
-            logger.warning(f"Ended behind step {state.global_step}: the same command goes on from there")
-            raise SystemExit(128 + self.signal)
-
-
-class FiniteGradients(TrainerCallback):
-    """Ends the run before a step whose gradients are not finite, so that no such number reaches a weight.
-
-    In fp16 the loss scale is too high at times: the scaler skips such steps and lowers it. Only three in a row at a
-    scale below 1, where nothing is left to lower, end the run.
-    """
-
-    def __init__(self):
-        self.in_a_row = 0
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if torch.nn.utils.get_total_norm(gradients).isfinite():
-            self.in_a_row = 0
-            return
-        scaler = optimizer.scaler
-        self.in_a_row += scaler is None or scaler.get_scale() < 1
-        if self.in_a_row >= (1 if scaler is None else 3):
-            batch = f"batch {state.global_step + 1} (epoch {state.epoch:.3f})"
-            raise Fault(
-                f"the gradients of {batch} are not finite: nothing of it was learned or saved. Look at its records "
-                "with --preview, lower --learning_rate, or try --precision fp32; the last checkpoint is whole"
-            )
-
-
-def digest(path: Path) -> list:
-    """Size in bytes and SHA-256 of a file."""
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def checkpoint_fault(folder: Path) -> str | None:
-    """Why the checkpoint cannot be trusted, or None when it is whole."""
-    if not (folder / SEAL).exists():
-        return "its saving was interrupted"
-    files = json.loads((folder / SEAL).read_text()).get("files")
-    if files is None:
-        return "an older version saved it"
-    broken = [name for name, known in files.items() if not (folder / name).is_file() or digest(folder / name) != known]
-    return f"changed since it was saved: {', '.join(broken)}" if broken else None
-
-
-def warn_of_changes(folder: Path) -> None:
-    """Say which flags are not those that the checkpoint was made with."""
-
-    def flags(words: list[str]) -> dict[str, str]:  # of a flag that is given twice the last value counts
-        parts = " ".join(words).removeprefix("--").split(" --")
-        return dict(part.replace("=", " ", 1).partition(" ")[::2] for part in parts)
-
-    before = json.loads((folder / SEAL).read_text()).get("arguments")
-    if before is None:  # an older version saved it
-        return
-    before, now = flags(before), flags(without_secrets(sys.argv[1:]))
-    names = sorted(name for name in before | now if before.get(name) != now.get(name))
-    if names:
-        changes = [f"--{name} {now.get(name, 'not given')} (was {before.get(name, 'not given')})" for name in names]
-        logger.warning(
-            f"The command has changed since: {', '.join(changes)}. Learning rate and schedule stay those of the "
-            "checkpoint, records are taken from where it stopped"
-        )
-
-
-def clear_output(folder: Path) -> None:
-    """Remove an earlier run's checkpoints, merged weights and lines, which would be taken for this run's."""
-    merged = [*folder.glob("model*.safetensors*"), folder / "config.json"] if (folder / "merge.json").exists() else []
-    told = [folder / f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
-    for path in [*folder.glob("checkpoint-*"), *merged, *told, folder / "adapter", folder / "merge.json"]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)  # another rank may have been first
-        else:
-            path.unlink(missing_ok=True)
 
 
 def plot_curves(log_history: list[dict], folder: Path) -> None:

@@ -18,8 +18,9 @@ from arguments import (
     run_stage,
 )
 from arguments.base import check_base, difference, fingerprint, record_base
+from arguments.checkpoints import CheckpointSeal
 from arguments.command_line import RENAMED_FLAGS, modern_flags, without_secrets
-from arguments.run import CheckpointSeal, native_bf16, plot_curves
+from arguments.run import native_bf16, plot_curves
 from merge_peft_adapter import MergeArguments
 from pretraining import PretrainingArguments
 from reward_modeling import RewardArguments
@@ -267,11 +268,11 @@ def touch(folder, *names):
         path.touch()
 
 
-def save_checkpoints(folder, *steps):
+def save_checkpoints(folder, *steps, best=None, **kwargs):
     for step in steps:
         touch(folder, f"checkpoint-{step}/x")
-        state = TrainerState(global_step=step, is_world_process_zero=True)
-        CheckpointSeal().on_save(run_arguments(folder), state, None)
+        state = TrainerState(global_step=step, is_world_process_zero=True, best_model_checkpoint=best)
+        CheckpointSeal().on_save(run_arguments(folder, **kwargs), state, None)
 
 
 def left(folder):
@@ -287,7 +288,7 @@ def test_checkpoint_is_the_newest_by_number(tmp_path, logged):
 
 
 def test_checkpoint_is_whole(tmp_path, logged):
-    save_checkpoints(tmp_path, 8, 9, 10)
+    save_checkpoints(tmp_path, 8, 9, 10, save_total_limit=3)
     touch(tmp_path, "checkpoint-11/x")  # killed before the seal
     (tmp_path / "checkpoint-10" / "x").unlink()
     (tmp_path / "checkpoint-9" / "x").write_text("half")
@@ -295,6 +296,25 @@ def test_checkpoint_is_whole(tmp_path, logged):
     faults = [line for line in logged if "Not going on from" in line]
     assert len(faults) == 3 and "checkpoint-11: its saving was interrupted" in faults[0]
     assert all("changed since it was saved: x" in fault for fault in faults[1:])
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [(2, None, [9, 10]), (1, None, [10]), (2, 7, [7, 10]), (1, 7, [7, 10]), (None, None, [3, 5, 7, 8, 9, 10])],
+)
+def test_old_checkpoints_go_when_the_new_one_is_whole(tmp_path, limit, best, kept):
+    save_checkpoints(tmp_path, 7, 8, 9, save_total_limit=9)
+    touch(tmp_path, "checkpoint-3/x", "checkpoint-5/x")  # killed before their seals: they count for nothing
+    best = best and str(tmp_path / f"checkpoint-{best}")
+    save_checkpoints(tmp_path, 10, save_total_limit=limit, best=best)
+    assert sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")) == kept
+
+
+def test_a_checkpoint_damaged_since_does_not_count(tmp_path):
+    save_checkpoints(tmp_path, 7, 8)
+    (tmp_path / "checkpoint-8" / "x").write_text("cut")
+    save_checkpoints(tmp_path, 9)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-7", "checkpoint-9"]
 
 
 def test_checkpoint_asked_for_wins(tmp_path):

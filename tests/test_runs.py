@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from test_kills import forked, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import arguments.checkpoints
 import arguments.data
 import arguments.run
+from arguments.checkpoints import checkpoint_fault
 from arguments.command_line import Fault
-from arguments.run import FiniteGradients, StopAtSignal, checkpoint_fault
+from arguments.stops import FiniteGradients, StopAtSignal
 
 
 def flags_of(name, tiny, records, tmp_path):
@@ -132,6 +134,24 @@ def test_a_full_disk_is_said_in_one_line(tiny, records, tmp_path):
         ended = in_subprocess(*command)
     assert ended.code == 1
     assert "error: cannot write" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_the_last_whole_checkpoint_stays_until_the_next_one_is(tiny, records, tmp_path, monkeypatch):
+    """With one checkpoint to keep, and a disk that is full when the second one is sealed."""
+    thorough = arguments.checkpoints.digest
+
+    def digest(path):
+        if path.parent.name == "checkpoint-2":
+            raise OSError(28, "No space left on device")
+        return thorough(path)
+
+    monkeypatch.setattr(arguments.checkpoints, "digest", digest)
+    command = stage("sft", tiny("llama"), records, tmp_path / "out", "--save_steps", 1, "--save_total_limit", 1)
+    assert in_process(*command).code == 1
+    assert checkpoint_fault(tmp_path / "out" / "checkpoint-1") is None
+    monkeypatch.undo()
+    assert "checkpoint-1 (--fresh" in in_process(*command).ok().stderr
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 def test_a_folder_that_cannot_be_written_is_said_in_one_line(tiny, records, tmp_path):
