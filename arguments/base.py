@@ -18,6 +18,7 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from arguments.command_line import UserError
+from arguments.whole import write_whole
 
 BASE_FILE = "base.json"  # beside an adapter
 TENSORS, NUMBERS = 24, 8  # how many weight matrices are looked at, and how many numbers of each
@@ -113,7 +114,7 @@ def record_base(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         facts = {"base": base, "fingerprint": fingerprint(base)}
-        (folder / BASE_FILE).write_text(json.dumps(facts, indent=1))
+        write_whole(folder / BASE_FILE, json.dumps(facts, indent=1))
 
 
 def other_base(adapter: Path, model: str) -> str | None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from arguments.base import record_base
 from arguments.command_line import without_secrets
+from arguments.whole import write_whole
 
 SEAL = "seal.json"  # in a checkpoint: which stage made it, size and hash of each of its files
 
@@ -34,8 +34,7 @@ class CheckpointSeal(TrainerCallback):
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             seal = {"stage": type(args).__name__, "arguments": without_secrets(sys.argv[1:])}
             seal["files"] = {str(p.relative_to(folder)): digest(p) for p in files}
-            (folder / "seal.tmp").write_text(json.dumps(seal, indent=1))
-            os.replace(folder / "seal.tmp", folder / SEAL)
+            write_whole(folder / SEAL, json.dumps(seal, indent=1))
             thin_out(folder, args.checkpoints_kept, state.best_model_checkpoint)
 
 

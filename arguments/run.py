@@ -18,6 +18,7 @@ from arguments.base import other_base, record_base
 from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, warn_of_changes
 from arguments.command_line import UserError, without_secrets
 from arguments.stops import FiniteGradients, StopAtSignal
+from arguments.whole import drop_cut, write_whole
 
 POSITIVE = (
     "learning_rate",
@@ -183,6 +184,7 @@ class RunArguments:
 
     def callbacks(self) -> list[TrainerCallback]:
         """What every stage's trainer does beside training."""
+        drop_cut(Path(self.output_dir) / "all_results.json")  # transformers reads it to add to it
         return [CheckpointSeal(), StopAtSignal(self.steps_between_saves), FiniteGradients()]
 
     def finish(self, trainer) -> None:
@@ -192,7 +194,7 @@ class RunArguments:
         trainer.save_state()
         run = {"script": Path(sys.argv[0]).name, "arguments": without_secrets(sys.argv[1:])}
         run["versions"] = {name: version(name) for name in PACKAGES}
-        (Path(self.output_dir) / "run.json").write_text(json.dumps(run, ensure_ascii=False, indent=1), "utf-8")
+        write_whole(Path(self.output_dir) / "run.json", json.dumps(run, ensure_ascii=False, indent=1))
         record_base(Path(self.output_dir))
         peak = {"peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}  # kiB on Linux
         if torch.cuda.is_available():
@@ -202,7 +204,7 @@ class RunArguments:
         before = {f"{key}_before": value for key, value in first.items() if key.startswith("eval_")}
         path = Path(self.output_dir) / "all_results.json"
         results = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(results | before | peak, indent=4, sort_keys=True))
+        write_whole(path, json.dumps(results | before | peak, indent=4, sort_keys=True))
         plot_curves(trainer.state.log_history, Path(self.output_dir))
 
 

@@ -22,6 +22,7 @@ import arguments.run
 from arguments.checkpoints import checkpoint_fault
 from arguments.command_line import Fault
 from arguments.stops import FiniteGradients, StopAtSignal
+from arguments.whole import write_whole
 
 
 def flags_of(name, tiny, records, tmp_path):
@@ -152,6 +153,27 @@ def test_the_last_whole_checkpoint_stays_until_the_next_one_is(tiny, records, tm
     monkeypatch.undo()
     assert "checkpoint-1 (--fresh" in in_process(*command).ok().stderr
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_results_that_a_kill_cut_short_are_made_again(tiny, records, tmp_path):
+    """transformers writes all_results.json in place, and reads it to add to it."""
+    command = stage("sft", tiny("llama"), records, tmp_path / "out")
+    in_process(*command).ok()
+    path, expected = tmp_path / "out" / "all_results.json", results(tmp_path / "out")
+    path.write_bytes(path.read_bytes()[:40])
+    in_process(*command).ok()
+    assert results(tmp_path / "out").keys() == expected.keys()
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_our_results_are_written_in_one_step(tmp_path, monkeypatch):
+    path = tmp_path / "all_results.json"
+    write_whole(path, "{}")
+    monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    child = os.fork()
+    if child == 0:
+        write_whole(path, '{"eval_loss": 2.5}')
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL and path.read_text() == "{}"
 
 
 def test_a_folder_that_cannot_be_written_is_said_in_one_line(tiny, records, tmp_path):
