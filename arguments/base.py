@@ -100,26 +100,31 @@ def difference(known: dict, found: dict) -> str | None:
     if not known or not found:
         return None
     if known["model_type"] != found["model_type"]:
-        return f"it is a {found['model_type']}, the adapter was trained on a {known['model_type']}"
+        return f"it is a {found['model_type']}, and that was a {known['model_type']}"
     if known["shapes"] != found["shapes"]:
-        return "its tensors have other names or shapes than those of the base that the adapter was trained on"
+        return "its tensors have other names or shapes than those of the model that was trained on"
     changed = [n for n in known["weights"] if not same_numbers(known["weights"][n], found["weights"][n])]
     if changed:
-        return f"{len(changed)} of {len(known['weights'])} weights looked at are not those the adapter was trained on"
+        return f"{len(changed)} of {len(known['weights'])} weights looked at are not those that were trained on"
     return None
 
 
-def record_base(folder: Path) -> None:
-    """Beside the adapter in `folder`, if there is one, write the name and fingerprint of the base it names."""
-    if (folder / "adapter_config.json").exists():
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        facts = {"base": base, "fingerprint": fingerprint(base)}
+def facts_of(base: str) -> dict:
+    """What base.json holds: the base's name and fingerprint."""
+    return {"base": base, "fingerprint": fingerprint(base)}
+
+
+def record_base(folder: Path, facts: dict | None = None) -> None:
+    """Write `facts` of the base into `folder`; without them, those of the base that an adapter there names."""
+    if facts is None and (folder / "adapter_config.json").exists():
+        facts = facts_of(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    if facts is not None:
         write_whole(folder / BASE_FILE, json.dumps(facts, indent=1))
 
 
-def other_base(adapter: Path, model: str) -> str | None:
-    """In which way `model` is another base than the adapter's, in words; None when it is not, or nobody can tell."""
-    path = adapter / BASE_FILE
+def other_base(folder: Path, model: str) -> str | None:
+    """In which way `model` is another base than that of `folder`, an adapter or a checkpoint, in words; else None."""
+    path = folder / BASE_FILE
     return difference(json.loads(path.read_text())["fingerprint"], fingerprint(model)) if path.exists() else None
 
 

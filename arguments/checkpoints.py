@@ -30,7 +30,7 @@ class CheckpointSeal(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / SEAL).unlink(missing_ok=True)
-            record_base(folder)
+            record_base(folder, args.base_facts)  # where all weights are trained, nothing else says what they were
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             seal = {"stage": type(args).__name__, "arguments": without_secrets(sys.argv[1:])}
             seal["files"] = {str(p.relative_to(folder)): digest(p) for p in files}
@@ -81,18 +81,20 @@ def warn_of_changes(folder: Path) -> None:
 
     def flags(words: list[str]) -> dict[str, str]:  # of a flag that is given twice the last value counts
         parts = " ".join(words).removeprefix("--").split(" --")
-        return dict(part.replace("=", " ", 1).partition(" ")[::2] for part in parts)
+        pairs = [part.replace("=", " ", 1).partition(" ")[::2] for part in parts]
+        return {name.replace("-", "_"): value for name, value in pairs if name}
 
     before = json.loads((folder / SEAL).read_text()).get("arguments")
     if before is None:  # an older version saved it
         return
     before, now = flags(before), flags(without_secrets(sys.argv[1:]))
-    names = sorted(name for name in before | now if before.get(name) != now.get(name))
+    changed = {name for name in before | now if before.get(name) != now.get(name)}
+    names = sorted(changed - {"fresh", "overwrite_output_dir", "resume_from_checkpoint"})  # where to begin, not how
     if names:
         changes = [f"--{name} {now.get(name, 'not given')} (was {before.get(name, 'not given')})" for name in names]
         logger.warning(
-            f"The command has changed since: {', '.join(changes)}. Learning rate and schedule stay those of the "
-            "checkpoint, records are taken from where it stopped"
+            f"The command has changed since: {', '.join(changes)}. The learning rate, and how far the "
+            "schedule has come, stay the checkpoint's; records are taken from where it stopped"
         )
 
 

@@ -14,11 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
-from arguments.base import other_base, record_base
+from arguments.base import facts_of, other_base, record_base
 from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, warn_of_changes
 from arguments.command_line import UserError, without_secrets
 from arguments.stops import FiniteGradients, StopAtSignal
-from arguments.whole import drop_cut, write_whole
+from arguments.whole import drop_cut, read_whole, write_whole
 
 POSITIVE = (
     "learning_rate",
@@ -77,14 +77,11 @@ class RunArguments:
     def __post_init__(self):
         if not self.output_dir:
             raise UserError("--output_dir is missing: name the folder for this stage's adapter and metrics")
-        if (Path(self.output_dir) / "merge.json").exists() and not self.fresh:
-            raise UserError(f"{self.output_dir} already holds a merged model: --fresh trains it anew and replaces it")
-        if Path(self.output_dir).is_file():
-            raise UserError(f"--output_dir {self.output_dir} is a file: name a folder")
         asked = str(self.resume_from_checkpoint or "")
-        if asked.lower() not in ("", "true", "false") and not Path(asked).is_dir():
-            raise UserError(f"--resume_from_checkpoint {asked} is no folder: name a checkpoint-N of an earlier run")
         self.fresh |= asked.lower() == "false"
+        self._check_output()
+        if self._asks_for_one() and not Path(asked).is_dir():
+            raise UserError(f"--resume_from_checkpoint {asked} is no folder: name a checkpoint-N of an earlier run")
         if not (self.do_train or self.do_eval):
             raise UserError("--do_train False and --do_eval False leave nothing to do")
         if self.label_smoothing_factor or not self.average_tokens_across_devices:
@@ -96,6 +93,7 @@ class RunArguments:
             os.environ["HF_TOKEN"], self.hub_token = self.hub_token, None
         # transformers would delete the old ones before the new one is whole; CheckpointSeal does it then
         self.checkpoints_kept, self.save_total_limit = self.save_total_limit, None
+        self.base_facts = None  # name and fingerprint of what is trained, once it is loaded
         self._choose_precision()
         if not torch.cuda.is_available():
             self.use_cpu = True
@@ -103,8 +101,8 @@ class RunArguments:
         super().__post_init__()
         if self.n_gpu > 1:  # transformers would wrap the model in DataParallel: slow, and not what is tested
             logger.warning(
-                f"{self.n_gpu} GPUs and one process: using the first. scripts/run_*.sh start one process on each, as "
-                f"does torchrun --nproc_per_node {self.n_gpu}"
+                f"{self.n_gpu} GPUs and one process: the first works alone, unless --device_map spreads the model. "
+                f"scripts/run_*.sh start one process on each, as does torchrun --nproc_per_node {self.n_gpu}"
             )
             self._n_gpu = 1
 
@@ -125,39 +123,62 @@ class RunArguments:
         )
         logger.info(f"Device {device}; training in {asked}, trained weights in float32")
 
+    def _check_output(self) -> None:
+        """Refuse an output folder that holds what this run would destroy."""
+        output, script = Path(self.output_dir), Path(sys.argv[0]).name
+        if output.is_file():
+            raise UserError(f"--output_dir {output} is a file: name a folder")
+        if self.fresh:
+            return
+        if (output / "merge.json").exists():
+            raise UserError(f"{output} already holds a merged model: --fresh trains it anew and replaces it")
+        run = read_whole(output / "run.json") or {}
+        if run.get("script", script) != script:
+            raise UserError(
+                f"{output} holds what {run['script']} made: name another --output_dir, or --fresh to replace it"
+            )
+
+    def _asks_for_one(self) -> bool:
+        """Whether --resume_from_checkpoint names a checkpoint."""
+        return str(self.resume_from_checkpoint or "").lower() not in ("", "true", "false")
+
     def checkpoint(self, base: str) -> str | None:
         """The checkpoint to go on from: the one asked for, else the newest whole one in output_dir, else None.
 
         Raises:
-            UserError: when another stage made it, or it was trained on another base model than `base`.
+            UserError: when another stage made it, or it was trained on another base model than `base`; and when the
+                one asked for is not whole.
         """
-        asked = self.resume_from_checkpoint
-        if asked and str(asked).lower() not in ("true", "false"):
-            return asked
-        if not Path(self.output_dir).is_dir():
-            return None
-        if self.fresh:
+        self.base_facts = facts_of(base)
+        if not self._asks_for_one() and self.fresh and Path(self.output_dir).is_dir():
             with self.main_process_first(desc="clearing the output folder"):
                 clear_output(Path(self.output_dir))
             return None
-        for found in reversed(sort_checkpoints(self.output_dir)):
+        asked = [self.resume_from_checkpoint] if self._asks_for_one() else []
+        for found in asked or reversed(sort_checkpoints(self.output_dir)):
             if fault := checkpoint_fault(Path(found)):
+                if asked:
+                    raise UserError(f"--resume_from_checkpoint {found}: {fault}. Name another one, or True")
                 logger.warning(f"Not going on from {found}: {fault}")
-            elif (made_by := json.loads((Path(found) / SEAL).read_text())["stage"]) != type(self).__name__:
-                raise UserError(
-                    f"{self.output_dir} holds checkpoints of another stage ({made_by}): name another --output_dir, or "
-                    "--fresh to replace them"
-                )
-            elif other := other_base(Path(found), base):
-                raise UserError(
-                    f"{found} was not trained on {base}: {other}. Name its own base, another --output_dir, or --fresh "
-                    "to start over"
-                )
-            else:
-                logger.info(f"Going on from {found} (--fresh starts over)")
-                warn_of_changes(Path(found))
-                return found
+                continue
+            self._check_origin(Path(found), base)
+            logger.info(f"Going on from {found} (--fresh starts over)")
+            warn_of_changes(Path(found))
+            return found
         return None
+
+    def _check_origin(self, found: Path, base: str) -> None:
+        """See that a whole checkpoint is of this stage, and that it was trained on `base`."""
+        if (made_by := json.loads((found / SEAL).read_text())["stage"]) != type(self).__name__:
+            raise UserError(
+                f"{found.parent} holds checkpoints of another stage ({made_by}): name another --output_dir, or "
+                "--fresh to replace them"
+            )
+        if other := other_base(found, base):
+            raise UserError(
+                f"{found} was not trained on {base}: {other}. Name its own base, another --output_dir, or --fresh "
+                "to start over"
+            )
 
     def keep_casts(self, model: torch.nn.Module) -> None:
         """Leave out casts that autocast makes or takes back in every product: the same numbers, sooner.
@@ -195,7 +216,8 @@ class RunArguments:
         run = {"script": Path(sys.argv[0]).name, "arguments": without_secrets(sys.argv[1:])}
         run["versions"] = {name: version(name) for name in PACKAGES}
         write_whole(Path(self.output_dir) / "run.json", json.dumps(run, ensure_ascii=False, indent=1))
-        record_base(Path(self.output_dir))
+        if (Path(self.output_dir) / "adapter_config.json").exists():
+            record_base(Path(self.output_dir), self.base_facts)
         peak = {"peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}  # kiB on Linux
         if torch.cuda.is_available():
             peak["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -203,7 +225,7 @@ class RunArguments:
         first = next((row for row in start if any(key.startswith("eval_") for key in row)), {})
         before = {f"{key}_before": value for key, value in first.items() if key.startswith("eval_")}
         path = Path(self.output_dir) / "all_results.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
+        results = read_whole(path) or {}
         write_whole(path, json.dumps(results | before | peak, indent=4, sort_keys=True))
         plot_curves(trainer.state.log_history, Path(self.output_dir))
 

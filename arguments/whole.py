@@ -12,11 +12,15 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
+def read_whole(path: Path):
+    """What a JSON file holds; None where there is none, or one that was cut short."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):  # ValueError: no JSON, or no UTF-8
+        return None
+
+
 def drop_cut(path: Path) -> None:
     """Remove a JSON file that was cut short: a library wrote it in place, and would fail to read it."""
-    try:
-        json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return
-    except ValueError:  # JSON or UTF-8
+    if read_whole(path) is None:
         path.unlink(missing_ok=True)

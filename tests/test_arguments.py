@@ -17,7 +17,7 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
-from arguments.base import check_base, difference, fingerprint, record_base
+from arguments.base import check_base, difference, facts_of, fingerprint, record_base
 from arguments.checkpoints import CheckpointSeal
 from arguments.command_line import RENAMED_FLAGS, modern_flags, without_secrets
 from arguments.run import native_bf16, plot_curves
@@ -318,10 +318,24 @@ def test_a_checkpoint_damaged_since_does_not_count(tmp_path):
 
 
 def test_checkpoint_asked_for_wins(tmp_path):
-    touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x")
-    asked = str(tmp_path / "checkpoint-9")
+    save_checkpoints(tmp_path, 9, 10)
+    before, asked = left(tmp_path), str(tmp_path / "checkpoint-9")
     assert run_arguments(tmp_path, resume_from_checkpoint=asked, fresh=True).checkpoint("base") == asked
-    assert left(tmp_path) == ["checkpoint-10/x", "checkpoint-9/x"]
+    assert left(tmp_path) == before
+
+
+def test_checkpoint_asked_for_is_looked_at_as_any_other(tmp_path, tiny):
+    save_checkpoints(tmp_path, 9, 10)
+    (tmp_path / "checkpoint-9" / "x").write_text("half")
+    asked = {"resume_from_checkpoint": str(tmp_path / "checkpoint-9")}
+    with pytest.raises(UserError, match="checkpoint-9: changed since it was saved: x. Name another"):
+        run_arguments(tmp_path, **asked).checkpoint("base")
+    asked = {"resume_from_checkpoint": str(tmp_path / "checkpoint-10")}
+    with pytest.raises(UserError, match="checkpoints of another stage .FinetuningArguments."):
+        PretrainingArguments(output_dir=str(tmp_path), **asked).checkpoint("base")
+    record_base(tmp_path / "checkpoint-10", facts_of(tiny("qwen3")))
+    with pytest.raises(UserError, match="was not trained on .*: it is a llama, and that was a qwen3"):
+        run_arguments(tmp_path, **asked).checkpoint(tiny("llama"))
 
 
 def test_checkpoint_asked_for_by_no_name_is_the_newest(tmp_path):
@@ -369,6 +383,7 @@ def test_merged_output_needs_fresh(tmp_path):
     touch(tmp_path, *merged, "model.safetensors.index.json", "checkpoint-3/x", "all_results.json")
     with pytest.raises(UserError, match="already holds a merged model: --fresh"):
         run_arguments(tmp_path)
+    assert run_arguments(tmp_path, resume_from_checkpoint="False").fresh
     assert "model.safetensors" in left(tmp_path)
     assert run_arguments(tmp_path, fresh=True).checkpoint("base") is None
     assert left(tmp_path) == ["all_results.json"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -204,17 +205,25 @@ def test_the_output_folder_of_another_run(tiny, records, tmp_path):
     output = tmp_path / "out"
     in_process(*stage("sft", tiny("llama"), records, output, "--save_steps", 2)).ok()
     before = {path: path.read_bytes() for path in output.rglob("*.safetensors")}
+    (output / "run.json").unlink()  # as if it had not ended
     ended = in_process(*stage("pt", tiny("llama"), records, output))
     assert ended.code == 2 and "checkpoints of another stage (FinetuningArguments)" in ended.errors[0]
     ended = in_process(*stage("sft", tiny("llama"), records, output, "--lora_rank", 2, "--max_steps", 5))
     assert ended.code == 2 and "does not fit the model" in ended.errors[0]
     assert {path: path.read_bytes() for path in output.rglob("*.safetensors")} == before
+    in_process(*stage("sft", tiny("llama"), records, output)).ok()
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    ended = in_process(*stage("pt", tiny("llama"), records, output))  # what it made is there still
+    assert ended.code == 2 and "holds what supervised_finetuning.py made" in ended.errors[0]
     in_process(*stage("pt", tiny("llama"), records, output, "--fresh")).ok()
 
 
-def test_a_run_goes_on_from_its_own_base_only_and_says_what_changed(tiny, records, tmp_path):
+@pytest.mark.parametrize("all_weights", [(), ("--use_peft", "False")])
+def test_a_run_goes_on_from_its_own_base_only_and_says_what_changed(all_weights, tiny, records, tmp_path):
     output, moved = tmp_path / "out", tmp_path / "moved"
-    in_process(*stage("sft", tiny("llama"), records, output, "--max_steps", 2, "--save_steps", 1)).ok()
+    flags = ("--max_steps", 2, "--save_steps", 1, "--fresh")
+    in_process(*stage("sft", tiny("llama"), records, output, *flags, *all_weights)).ok()
     AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(moved)
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     with torch.no_grad():
@@ -222,11 +231,12 @@ def test_a_run_goes_on_from_its_own_base_only_and_says_what_changed(tiny, record
             parameter.add_(0.01)
     model.save_pretrained(moved)
     before = {path: path.read_bytes() for path in output.rglob("*.safetensors")}
-    ended = in_process(*stage("sft", moved, records, output, "--max_steps", 3, "--save_steps", 1))
+    again = ("--max_steps", 3, "--save-steps", 1, *all_weights)  # --save_steps in another spelling
+    ended = in_process(*stage("sft", moved, records, output, *again))
     assert ended.code == 2 and f"was not trained on {moved}" in ended.errors[0] and "--fresh" in ended.errors[0]
     assert {path: path.read_bytes() for path in output.rglob("*.safetensors")} == before
-    ended = in_process(*stage("sft", tiny("llama"), records, output, "--max_steps", 3, "--save_steps", 1)).ok()
-    assert "The command has changed since: --max_steps 3 (was 2)." in ended.stderr
+    ended = in_process(*stage("sft", tiny("llama"), records, output, *again)).ok()
+    assert "The command has changed since: --max_steps 3 (was 2). The learning rate, and how far" in ended.stderr
     in_process(*stage("sft", moved, records, output, "--max_steps", 1, "--fresh")).ok()
 
 
