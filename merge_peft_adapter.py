@@ -209,6 +209,7 @@ def sha256(path: Path) -> str:
 def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, staging: Path) -> dict:
     """Write the merged model into `staging` and prove it; returns the facts for merge.json."""
     name, scratch = args.base_model_name_or_path, staging / "converted"
+    known = {"name": name, "fingerprint": fingerprint(name)}  # also opens each of its files once
     base, index = load(args, config, scratch / "base", torch.float32)
     grown = {}
     if rows := grown_vocabulary(base, adapter):
@@ -240,7 +241,7 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     shutil.rmtree(scratch, ignore_errors=True)
     tensors = {"merged": len(merged.errors), "largest_error": max(merged.errors.values(), default=0.0)}
     return {
-        "base": {"name": name, "fingerprint": fingerprint(name)},
+        "base": known,
         "adapter": {"name": str(adapter), "sha256": sha256(next(adapter.glob("adapter_model.*")))},
         "dtype": stored_dtype(args),
         "untied": apart,

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import pickle
 import re
 import sys
 import warnings
@@ -82,6 +83,8 @@ def explained(error: Exception) -> UserError | None:
         )
     if isinstance(error, jinja2.TemplateSyntaxError):
         return UserError(f"the tokenizer's chat template, line {error.lineno}: {error.message}")
+    if isinstance(error, pickle.UnpicklingError) or "PytorchStreamReader" in text:
+        return UserError(f"a file of weights is damaged, or holds more than tensors: {text[:200]}")
     gone = next((e for e in (error, error.__cause__) if isinstance(e, FileNotFoundError) and e.filename), None)
     if gone:  # what a flag names is looked for when the flags are read; this one was there then
         return Fault(f"{gone.filename} is not there, or not any more: put it back, then run the same command")

@@ -1,6 +1,7 @@
 """The command line: old flags, typos, precision, splits, resuming, and what a run leaves behind."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -433,6 +434,49 @@ def test_fingerprint_tells_bases_apart(tiny, tmp_path):
     assert "1 of 16 weights" in difference(known, fingerprint(str(tmp_path / "changed")))
     assert "it is a qwen3" in difference(known, fingerprint(tiny("qwen3")))
     assert fingerprint(str(tmp_path / "none")) == {} and difference(known, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_theta": 9.0}, "rope_theta is 9.0, was 10000.0"),
+        ({"rms_norm_eps": 0.1, "num_attention_heads": 2}, "num_attention_heads is 2, was 4, rms_norm_eps is 0.1"),
+        ({"rms_norm_eps": 9.999999974752427e-07}, None),
+        ({"use_cache": False, "dtype": "bfloat16", "eos_token_id": 9, "new_field": 3, "attention_dropout": 0.5}, None),
+    ],
+)
+def test_fingerprint_knows_what_else_changes_the_logits(changes, said, tiny, tmp_path):
+    base = shutil.copytree(tiny("llama"), tmp_path / "base")
+    known, config = fingerprint(str(base)), json.loads((base / "config.json").read_text())
+    config.pop("rope_parameters")  # transformers 5 keeps rope_theta in there, 4 beside it
+    (base / "config.json").write_text(json.dumps({"rope_theta": 10000.0} | config | changes))
+    found = difference(known, fingerprint(str(base)))
+    assert said is None and found is None or said in found
+    del known["config"]  # as an older version saved it
+    assert difference(known, fingerprint(str(base))) is None
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_bin_files_old_damaged_and_malicious(legacy, tiny, tmp_path):
+    """Files of torch before 1.6 cannot be mapped; what is no tensor is not run."""
+    base, file = tmp_path / "base", tmp_path / "base" / "pytorch_model.bin"
+    base.mkdir()
+    shutil.copy(f"{tiny('llama')}/config.json", base)
+    weights = AutoModelForCausalLM.from_pretrained(tiny("llama")).state_dict()
+    torch.save(weights, file, _use_new_zipfile_serialization=not legacy)
+    assert difference(fingerprint(tiny("llama")), fingerprint(str(base))) is None
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(UserError, match="pytorch_model.bin is damaged, or holds more than tensors"):
+        fingerprint(str(base))
+    torch.save({"x": pytest.raises}, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match="pytorch_model.bin is damaged, or holds more than tensors"):
+        fingerprint(str(base))
+
+
+def test_a_base_that_cannot_be_compared_is_said(tiny, tmp_path, logged):
+    record_base(tmp_path, facts_of(tiny("llama")))
+    check_base(tmp_path, "someone/not-loaded-yet")
+    assert sum("WARNING: Whether someone/not-loaded-yet is the base of" in line for line in logged) == 1
 
 
 def test_adapter_of_another_base_is_refused(tiny, tmp_path, caplog):

@@ -163,15 +163,21 @@ def test_a_model_in_many_files_is_not_held_whole(tiny, tmp_path):
     assert peaks[1] - peaks[0] < 0.2, peaks
 
 
-def test_old_files(tiny, tmp_path):
-    """A base of pytorch_model.bin, as bloom-560m's first release."""
+@pytest.mark.parametrize("legacy", [False, True])
+def test_old_files(legacy, tiny, tmp_path):
+    """A base of pytorch_model.bin, as bloom-560m's first release; or of torch before 1.6, whose files are no zip."""
     base = shutil.copytree(tiny("bloom"), tmp_path / "base")
-    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    torch.save(
+        load_file(base / "model.safetensors"), base / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy
+    )
     (base / "model.safetensors").unlink()
     adapter = save_adapter(str(base), tmp_path / "adapter")
     in_process(*merge(base, adapter, tmp_path / "merged")).ok()
     assert_merged(str(base), adapter, tmp_path / "merged")
     assert not (tmp_path / "merged/.merging").exists() and not (tmp_path / "merged/converted").exists()
+    (base / "pytorch_model.bin").write_bytes((base / "pytorch_model.bin").read_bytes()[:999])
+    ended = in_process(*merge(base, adapter, tmp_path / "again"))
+    assert ended.code == 2 and "pytorch_model.bin" in ended.errors[0] and not (tmp_path / "again").exists()
 
 
 def test_a_mixture_of_experts_keeps_its_file_names(tiny, tmp_path):
