@@ -105,8 +105,8 @@ def fingerprint(name_or_path: str) -> dict:
     """What tells this base from another one, read from its files in milliseconds; {} when they are not found.
 
     "model_type"; "config": the numbers in its config.json; "shapes": SHA-256 of all names and shapes; "weights":
-    {name: [dtype, first numbers of its middle row]} of TENSORS matrices spread over the model, chosen by the hash of their
-    names.
+    {name: [dtype, first numbers of its middle row]} of TENSORS matrices spread over the model, chosen by the hash of
+    their names.
     """
     files, config = weight_files(name_or_path), local_file(name_or_path, CONFIG_NAME)
     if not files or not config:

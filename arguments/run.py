@@ -17,7 +17,7 @@ from transformers.trainer_utils import sort_checkpoints
 from arguments.base import facts_of, other_base, record_base
 from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, warn_of_changes
 from arguments.command_line import UserError, without_secrets
-from arguments.stops import FiniteGradients, StopAtSignal
+from arguments.stops import FiniteGradients, FiniteWeights, StopAtSignal
 from arguments.whole import drop_cut, read_whole, write_whole
 
 POSITIVE = (
@@ -206,7 +206,7 @@ class RunArguments:
     def callbacks(self) -> list[TrainerCallback]:
         """What every stage's trainer does beside training."""
         drop_cut(Path(self.output_dir) / "all_results.json")  # transformers reads it to add to it
-        return [CheckpointSeal(), StopAtSignal(self.steps_between_saves), FiniteGradients()]
+        return [StopAtSignal(self.steps_between_saves), FiniteGradients(), FiniteWeights(), CheckpointSeal()]
 
     def finish(self, trainer) -> None:
         """Add the evaluation before training and the peak memory to all_results.json; write state and curves."""

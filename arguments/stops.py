@@ -64,3 +64,30 @@ class FiniteGradients(TrainerCallback):
                 f"the gradients of {batch} are not finite: nothing of it was learned or saved. Look at its records "
                 "with --preview, lower --learning_rate, or try --precision fp32; the last checkpoint is whole"
             )
+
+
+class FiniteWeights(TrainerCallback):
+    """Ends the run rather than save a weight that is not finite: a finite gradient may still make a step too large.
+
+    Behind StopAtSignal, which asks for checkpoints, and before CheckpointSeal. Looked at only when something is saved:
+    each step would cost more than it tells, since the next one's gradients are not finite then.
+    """
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_save:
+            self.check(model, state.global_step)
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args, state, control, model=None, **kwargs):  # asked for by an evaluation
+        self.check(model, state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.check(model, state.global_step)
+
+    def check(self, model, step: int) -> None:
+        if not all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
+            raise Fault(
+                f"trained weights are not finite behind step {step}: they are not saved. Lower --learning_rate; the "
+                "last checkpoint is whole"
+            )

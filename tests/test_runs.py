@@ -97,6 +97,15 @@ def test_numbers_that_run_away_end_the_run_and_are_not_saved(tiny, records, tmp_
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / ADAPTER).values())
 
 
+@pytest.mark.parametrize("flags", [("--save_steps", 1), ("--max_steps", 1), ("--save_strategy", "epoch")])
+def test_a_step_that_is_too_large_is_not_saved(flags, tiny, records, tmp_path):
+    """Its gradients are finite, what it makes of the weights is not."""
+    command = stage("sft", tiny("llama"), records, tmp_path / "out", "--learning_rate", 1e39, "--max_grad_norm", 1e9)
+    ended = in_process(*command, "--do_eval", "False", "--per_device_train_batch_size", 8, *flags)
+    assert ended.code == 1 and "trained weights are not finite behind step 1: they are not saved" in ended.stderr
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 def test_fp16_skips_overflows_until_the_scale_is_spent():
     model = torch.nn.Linear(1, 1)
     model.weight.grad = torch.tensor([[torch.inf]])
