@@ -54,7 +54,7 @@ class Fault(UserError):
 def run_stage(main):
     """Call `main()`; bad input ends with its one message on stderr and exit code 2, and without a traceback.
 
-    So does a disk that is full or cannot be written, with exit code 1.
+    So does a disk that is full or cannot be written, with exit code 1, and Ctrl-C outside training, with 130.
     """
     logger.remove()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -64,6 +64,9 @@ def run_stage(main):
         warnings.simplefilter("ignore", FutureWarning)
     try:
         main()
+    except KeyboardInterrupt:  # while training, arguments.stops saves a checkpoint first
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         said = error if isinstance(error, UserError) else explained(error)
         if said is None:
@@ -88,6 +91,9 @@ def explained(error: Exception) -> UserError | None:
     gone = next((e for e in (error, error.__cause__) if isinstance(e, FileNotFoundError) and e.filename), None)
     if gone:  # what a flag names is looked for when the flags are read; this one was there then
         return Fault(f"{gone.filename} is not there, or not any more: put it back, then run the same command")
+    shut = next((e for e in (error, error.__cause__) if isinstance(e, PermissionError) and e.filename), None)
+    if shut and os.path.exists(shut.filename) and not os.access(shut.filename, os.R_OK, effective_ids=True):
+        return UserError(f"{shut.filename} cannot be read: this user has no right to, so mend that or name another")
     # torch.save raises RuntimeError for a write that failed
     if isinstance(error, OSError | SafetensorError | RuntimeError) and DISK.search(text):
         return Fault(

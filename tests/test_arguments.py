@@ -1,6 +1,7 @@
 """The command line: old flags, typos, precision, splits, resuming, and what a run leaves behind."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -20,7 +21,7 @@ from arguments import (
 )
 from arguments.base import check_base, difference, facts_of, fingerprint, record_base
 from arguments.checkpoints import CheckpointSeal
-from arguments.command_line import RENAMED_FLAGS, modern_flags, without_secrets
+from arguments.command_line import RENAMED_FLAGS, explained, modern_flags, without_secrets
 from arguments.run import native_bf16, plot_curves
 from merge_peft_adapter import MergeArguments
 from pretraining import PretrainingArguments
@@ -176,6 +177,32 @@ def test_run_stage_ends_with_one_line_and_code_2(capsys):
     logger.remove()  # run_stage logs to this test's stderr
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "error: no such thing\n"
+
+
+def test_run_stage_says_ctrl_c_in_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_:
+        run_stage(main)
+    assert exit_.value.code == 130 and capsys.readouterr().err.split("\n") == ["", "stopped by Ctrl-C", ""]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_cannot_be_read_is_bad_input(wrapped, tmp_path, monkeypatch):
+    """Also inside the error that datasets makes of it; tests may run as root, who may read all."""
+    touch(tmp_path, "rows.jsonl")
+    monkeypatch.setattr(os, "access", lambda path, mode, **kwargs: False)
+
+    def said(name):
+        error = inner = PermissionError(13, "Permission denied", str(tmp_path / name))
+        if wrapped:
+            error = RuntimeError("Permission denied, said the library")
+            error.__cause__ = inner
+        return explained(error)
+
+    assert said("rows.jsonl").code == 2 and "rows.jsonl cannot be read" in str(said("rows.jsonl"))
+    assert said("new").code == 1 and "cannot write" in str(said("new"))
 
 
 def test_ppo_steps_are_rollouts(tmp_path):

@@ -293,6 +293,16 @@ def test_a_layer_that_was_not_merged_is_seen(dtype, tiny, tmp_path, monkeypatch)
     assert ended.code == 1 and "after the merge" in ended.errors[0] and not (tmp_path / "merged").exists()
 
 
+def test_ctrl_c_leaves_nothing(tiny, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("arguments.streamed.save_merged", stopped)
+    adapter = save_adapter(tiny("llama"), tmp_path / "adapter")
+    ended = in_process(*merge(tiny("llama"), adapter, tmp_path / "merged"))
+    assert ended.code == 130 and "Traceback" not in ended.stderr and not (tmp_path / "merged").exists()
+
+
 def test_upload(tiny, tmp_path, monkeypatch):
     """What goes to the hub is the merged model, without the adapter in the same folder."""
     calls = []
