@@ -193,7 +193,8 @@ class RunArguments:
         if not self.bf16:
             return
         models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-        heads = {id(head.weight) for part in models if (head := part.get_output_embeddings()) is not None}
+        found = [head for part in models if (head := part.get_output_embeddings()) is not None]
+        heads = {id(weight) for head in found for weight in head.parameters()}  # also within peft's wrapper of one
         for layer in (layer for part in models for layer in part.modules() if type(layer) is torch.nn.Linear):
             if not layer.weight.requires_grad and id(layer.weight) not in heads and layer.weight.is_floating_point():
                 layer.to(torch.bfloat16)

@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import ADAPTER, ROOT, SCRIPTS, in_process, in_subprocess, merge, results, stage
+from peft import TaskType
 from safetensors.torch import load_file
 from test_kills import forked, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import arguments.checkpoints
 import arguments.data
 import arguments.run
+from arguments import AdapterArguments
 from arguments.checkpoints import checkpoint_fault
 from arguments.command_line import Fault
 from arguments.stops import FiniteGradients, StopAtSignal
@@ -250,7 +252,10 @@ def test_a_run_goes_on_from_its_own_base_only_and_says_what_changed(all_weights,
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize(("name", "saved"), [("rm", None), ("sft", "lm_head,embed_tokens")])
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [("rm", None), ("sft", "lm_head,embed_tokens"), ("sft", "norm,down_proj"), ("rm", "score,layers.0.self_attn")],
+)
 def test_what_is_trained_is_in_float32_on_a_base_that_is_not(name, saved, precision, tiny, records, tmp_path):
     """A score head and modules saved in full too: fp16's loss scaling refuses other gradients."""
     flags = ["--dtype", "bfloat16", "--precision", precision, *(["--modules_to_save", saved] if saved else [])]
@@ -259,7 +264,7 @@ def test_what_is_trained_is_in_float32_on_a_base_that_is_not(name, saved, precis
     tensors = load_file(output / ADAPTER)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     full = [name for name in tensors if "lora" not in name]
-    assert len(full) == (2 if saved else 1)
+    assert len(full) == {None: 1, "lm_head,embed_tokens": 2, "norm,down_proj": 7}.get(saved, 5)
     in_process(*merge(tiny("llama"), output, tmp_path / "merged")).ok()
 
 
@@ -296,3 +301,13 @@ def test_only_frozen_linear_layers_are_kept_cast(tiny, tmp_path):
     dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
     linear = {name for name in dtypes if "proj" in name}
     assert linear and all((dtypes[name] == torch.bfloat16) == (name in linear) for name in dtypes)
+
+
+def test_a_head_that_is_saved_in_full_stays_as_it_is(tiny):
+    """What peft keeps of it is tied to the frozen embeddings here."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("gemma3"))
+    adapter_args = AdapterArguments(target_modules="q_proj", modules_to_save="lm_head")
+    model = adapter_args.apply(model, TaskType.CAUSAL_LM)
+    arguments.run.RunArguments.keep_casts(SimpleNamespace(bf16=True), model)
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    assert model.get_submodule("base_model.model.lm_head.original_module").weight.dtype == torch.float32
