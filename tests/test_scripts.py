@@ -450,4 +450,7 @@ def test_a_machine_waits_for_the_merge_of_this_run(tmp_path):
     assert ended(age=-1, limit=20) == 0
     assert ended(age=1, limit=1) == 124  # still waiting
     (adapter / "merge_failed").touch()
+    os.utime(adapter / "merge_failed", (0, (adapter / "all_results.json").stat().st_mtime - 1))
+    assert ended(age=1, limit=1) == 124  # of an earlier run
+    (adapter / "merge_failed").touch()
     assert ended(age=1, limit=20) == 1
