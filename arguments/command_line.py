@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 
+import datasets
 import huggingface_hub
 import jinja2
 from loguru import logger
@@ -58,6 +59,7 @@ def run_stage(main):
     """
     logger.remove()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     main_process = os.environ.get("RANK", "0") == "0"
     logger.add(sys.stderr, format="{time:HH:mm:ss} {level: <7} {message}", level="INFO" if main_process else "ERROR")
     if not sys.warnoptions:  # python -W default shows what libraries say about each other's calls
