@@ -99,10 +99,15 @@ def warn_of_changes(folder: Path) -> None:
 
 
 def clear_output(folder: Path) -> None:
-    """Remove an earlier run's checkpoints, merged weights and lines, which would be taken for this run's."""
+    """Remove an earlier run's checkpoints, merged weights, lines and name, which would be taken for this run's."""
     merged = [*folder.glob("model*.safetensors*"), folder / "config.json"] if (folder / "merge.json").exists() else []
     told = [folder / f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
-    for path in [*folder.glob("checkpoint-*"), *merged, *told, folder / "adapter", folder / "merge.json"]:
+    for path in [
+        *folder.glob("checkpoint-*"),
+        *merged,
+        *told,
+        *(folder / name for name in ("adapter", "merge.json", "run.json")),
+    ]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # another rank may have been first
         else:

@@ -402,8 +402,12 @@ def test_checkpoint_asked_for_is_a_folder(tmp_path, name):
 
 def test_fresh_removes_checkpoints_alone(tmp_path):
     touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x", "adapter_config.json", "config.json", "model.safetensors")
+    (tmp_path / "run.json").write_text('{"script": "another_stage.py"}')
+    with pytest.raises(UserError, match="holds what another_stage.py made: .* --fresh"):
+        run_arguments(tmp_path)
     assert run_arguments(tmp_path, fresh=True).checkpoint("base") is None
     assert left(tmp_path) == ["adapter_config.json", "config.json", "model.safetensors"]
+    run_arguments(tmp_path)  # killed, that run may go on without --fresh
 
 
 def test_merged_output_needs_fresh(tmp_path):
