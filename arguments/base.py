@@ -140,7 +140,7 @@ def difference(known: dict, found: dict) -> str | None:
     if not known or not found:
         return None
     if known["model_type"] != found["model_type"]:
-        return f"it is a {found['model_type']}, and that was a {known['model_type']}"
+        return f"it is a {found['model_type']}, the training was on a {known['model_type']}"
     if known["shapes"] != found["shapes"]:
         return "its tensors have other names or shapes than those of the model that was trained on"
     then, now = known.get("config", {}), found.get("config", {})  # a base.json of an older version has none
