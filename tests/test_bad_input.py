@@ -202,7 +202,7 @@ MERGES = [
     ("{house}/missing", "{house}/adapter", "{out}", (), "{house}/missing"),
     ("{house}/half weights", "{house}/adapter", "{out}", (), "half weights"),
     ("{house}/other weights", "{house}/adapter", "{out}", (), "is not the base of"),
-    ("{bloom}", "{house}/adapter", "{out}", (), "it is a bloom, the adapter was trained on a llama"),
+    ("{bloom}", "{house}/adapter", "{out}", (), "it is a bloom, the training was on a llama"),
     ("{bloom}", "{house}/adapter", "{out}", ("--force",), "is not an adapter of this base"),
     ("{llama}", "{house}/adapter", "{house}/a file", (), "a file"),
     ("{llama}", "{house}/adapter", "{out}", ("--dtype", "int8"), "int8"),
