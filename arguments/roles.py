@@ -9,7 +9,7 @@ from loguru import logger
 from peft import PeftConfig, TaskType, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from arguments.base import check_base, is_base
 from arguments.command_line import UserError
@@ -168,7 +168,23 @@ def build_actor_critic(
 
 
 def disable_dropout(model) -> None:
-    """Dropout would make the ratio of new to old probabilities random."""
+    """Dropout would make the ratio of new to old probabilities random.
+
+    Many models drop with a function, not a module: at a rate in an attribute (attention_dropout, layerdrop), or in the
+    config that their layers hold. The layers then get a copy of it, as the model's own is saved with the weights.
+    """
+    quiet = copy.deepcopy(model.config)
+    no_rates(quiet)
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        no_rates(module)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        if not isinstance(module, PreTrainedModel) and vars(module).get("config") is model.config:
+            module.config = quiet
+
+
+def no_rates(owner) -> None:
+    """Set to zero what `owner` holds as a rate to drop at."""
+    for name, value in vars(owner).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(owner, name, 0.0)

@@ -11,9 +11,10 @@ from conftest import ADAPTER, ROOT, assert_curves, history, in_process, in_subpr
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import save_tiny_bert
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, FalconConfig
 
 import rl_training
+from arguments.roles import disable_dropout
 
 # --- the roles of PPO
 
@@ -101,6 +102,34 @@ def test_first_rollout_is_the_reference(tiny, records, tmp_path):
     for folder in (base, tmp_path / "rl-merged"):
         asked = json.loads((Path(folder) / "generation_config.json").read_text())
         assert (asked["do_sample"], asked["top_k"], asked["temperature"]) == (True, 5, 0.2)
+
+
+def copied(model: str, folder: Path, **settings) -> Path:
+    """A copy of a model with other settings in its config."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+@pytest.mark.parametrize(("family", "dropout"), [("gpt2", {}), ("llama", {"attention_dropout": 0.5})])
+def test_nothing_is_dropped_in_an_update(family, dropout, tiny, records, tmp_path):
+    """The first mini-batch is a whole rollout, from the weights that sampled it: the ratio is exactly 1."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    base = copied(tiny(family), tmp_path / family, **dropout)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--precision", "fp32", "--ppo_epochs", 1)
+    in_process(*stage("rl", base, records, tmp_path / "rl", *flags, "--critic", "adapter")).ok()
+    assert history(tmp_path / "rl", "step_kl")[0] == 0.0
+    assert max(w.abs().max() for name, w in load_file(tmp_path / "rl" / ADAPTER).items() if "lora_B" in name) > 0
+
+
+def test_dropout_rates_in_a_config_are_not_saved_as_zero():
+    config = FalconConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, hidden_dropout=0.5)
+    model = AutoModelForCausalLM.from_config(config).train()
+    disable_dropout(model)
+    ids = torch.arange(8).unsqueeze(0)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert model.config.hidden_dropout == model.base_model.config.hidden_dropout == 0.5
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
