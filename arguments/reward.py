@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel, TaskType
+import torch
+from peft import PeftConfig, PeftModel, TaskType, load_peft_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from arguments.command_line import UserError
 from arguments.data import DataArguments
-from arguments.model import ModelArguments
+from arguments.model import ModelArguments, pad_candidate
 
 
 @dataclass
@@ -79,7 +80,9 @@ class RewardSourceArguments:
                 f"--reward_model_name_or_path {path} lacks the weights of {missing}: nobody trained that score head, "
                 "its rewards would be random"
             )
+        pad_alike(model.config.get_text_config(), tokenizer, first="tokenizer" if adapter else "config")
         if adapter:
+            adapter_head(adapter)
             model = PeftModel.from_pretrained(model, adapter)
         return RewardModel(model, tokenizer, data_args)
 
@@ -119,6 +122,33 @@ class RewardSourceArguments:
                 f"--reward_weights holds {len(values)} numbers for {len(names)} sources: {', '.join(names)}"
             )
         return dict(zip(names, values, strict=True))
+
+
+def adapter_head(adapter: Path) -> dict[str, torch.Tensor]:
+    """The trained score head of a reward adapter, by the names of its parameters.
+
+    Raises:
+        UserError: when the adapter was saved without one.
+    """
+    tensors = load_peft_weights(str(adapter), device="cpu")
+    found = {k.rpartition(".")[2]: v for k, v in tensors.items() if {"score", "classifier"} & set(k.split("."))}
+    if not found:
+        raise UserError(f"{adapter} holds no score head, its rewards would be random: train it with stage 3")
+    return found
+
+
+def pad_alike(config, tokenizer, first: str) -> None:
+    """Let model and tokenizer pad with one token: a decoder reads its score before the first one at the end.
+
+    Where they differ that of `first` counts: the config of a whole model was saved with its weights, but that of an
+    adapter's base knows nothing of the tokenizer that the adapter was trained with.
+    """
+    known = [config.pad_token_id, tokenizer.pad_token_id]
+    usable = [pad for pad in known if pad is not None and 0 <= pad < min(len(tokenizer), config.vocab_size)]
+    if not usable:
+        usable = [tokenizer.convert_tokens_to_ids(pad_candidate(tokenizer, config.vocab_size))]
+    config.pad_token_id = usable[0] if first == "config" else usable[-1]
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
 
 
 class RewardModel(nn.Module):

@@ -7,14 +7,12 @@ from types import MethodType
 import torch
 from loguru import logger
 from peft import PeftConfig, TaskType, get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from arguments.base import check_base, is_base
-from arguments.command_line import UserError
 from arguments.loss import logits_at
-from arguments.reward import RewardModel
+from arguments.reward import RewardModel, adapter_head
 
 
 def last_token(ids, pad_token_id: int):
@@ -155,10 +153,7 @@ def build_actor_critic(
         policy.load_adapter(adapter, "reward", is_trainable=False)
         if critic == "adapter":
             policy.load_adapter(adapter, "value", is_trainable=True)
-        tensors = load_file(adapter / "adapter_model.safetensors")
-        head_state = {k.rpartition(".")[2]: v for k, v in tensors.items() if ".score." in k}
-        if not head_state:
-            raise UserError(f"{adapter} holds no score head, its rewards would be random: train it with stage 3")
+        head_state = adapter_head(adapter)
     elif adapter_args.use_peft and critic == "adapter":
         policy.add_adapter("value", adapter_args.peft_config(TaskType.CAUSAL_LM))
     disable_dropout(policy)

@@ -11,7 +11,13 @@ from conftest import ADAPTER, ROOT, assert_curves, history, in_process, in_subpr
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import save_tiny_bert
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, FalconConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    FalconConfig,
+)
 
 import rl_training
 from arguments.roles import disable_dropout
@@ -158,12 +164,65 @@ def test_external_reward_model(tiny, records, tmp_path):
     assert "is a whole model: loaded beside the policy" in ended.stderr
     model = AutoModelForSequenceClassification.from_pretrained(bert).eval()
     tokenizer = AutoTokenizer.from_pretrained(bert)
-    samples = [json.loads(line) for line in (tmp_path / "rl" / "samples.jsonl").read_text("utf-8").splitlines()]
-    assert len(samples) == 4
-    for sample in samples:
+    assert len(samples(tmp_path / "rl")) == 4
+    for sample in samples(tmp_path / "rl"):
         pair = tokenizer(sample["prompt"][-1]["content"], sample["answer"], return_tensors="pt")
         assert model(**pair).logits.item() == pytest.approx(sample["score"], abs=1e-4)
     in_process(*merge(tiny("llama"), tmp_path / "rl", tmp_path / "rl-merged")).ok()
+
+
+def moved_copy(model: str, folder: Path) -> Path:
+    """The model with other weights."""
+    shutil.copytree(model, folder)
+    moved = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        moved.model.layers[0].self_attn.q_proj.weight += 0.01
+    moved.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def scored_alone(model, tokenizer, sample: dict) -> float:
+    """A line of samples.jsonl as stage 3 reads it: the conversation, its answer cut to eight tokens, no padding."""
+    turns = [*sample["prompt"], {"role": "assistant", "content": sample["answer"]}]
+    start = len(tokenizer.apply_chat_template(sample["prompt"], add_generation_prompt=True)["input_ids"])
+    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : start + 8]
+    return model.eval()(input_ids=ids).logits.item()
+
+
+def samples(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "samples.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole model", "whole model without a pad token"])
+def test_decoder_reward_model_beside_the_policy(kind, tiny, records, tmp_path):
+    """Scores in padded batches are those one by one, though the base's config pads with eos, or nothing pads."""
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm", "--max_steps", 20)).ok()
+    reward, tokenizer = tmp_path / "rm", AutoTokenizer.from_pretrained(tmp_path / "rm")
+    config = AutoConfig.from_pretrained(tiny("llama"))
+    assert config.pad_token_id == config.eos_token_id != tokenizer.pad_token_id, "this test needs two pad tokens"
+    if kind == "adapter":
+        base = AutoModelForSequenceClassification.from_pretrained(tiny("llama"), num_labels=1)
+        model = PeftModel.from_pretrained(base, reward)
+    else:
+        in_process(*merge(tiny("llama"), reward, tmp_path / "merged")).ok()
+        reward = tmp_path / "merged"
+        model = AutoModelForSequenceClassification.from_pretrained(reward)
+    if "without" in kind:
+        for file, key in (("config.json", "pad_token_id"), ("tokenizer_config.json", "pad_token")):
+            settings = json.loads((reward / file).read_text())
+            (reward / file).write_text(json.dumps(settings | {key: None}))
+    policy = moved_copy(tiny("llama"), tmp_path / "policy")
+    flags = ("--reward_model_name_or_path", reward, "--precision", "fp32")
+    ended = in_process(*stage("rl", policy, records, tmp_path / "rl", *flags)).ok()
+    told = (
+        f"is an adapter on {tiny('llama')}: loaded beside" if kind == "adapter" else "is a whole model: loaded beside"
+    )
+    assert told in ended.stderr
+    alone = [scored_alone(model, tokenizer, sample) for sample in samples(tmp_path / "rl")]
+    assert [sample["score"] for sample in samples(tmp_path / "rl")] == pytest.approx(alone, abs=1e-5)
+    assert len({round(score, 4) for score in alone}) > 1, "this test needs scores that differ"
 
 
 def test_reward_adapter_of_weights_that_are_gone(tiny, records, tmp_path):
