@@ -15,6 +15,7 @@ Formulas: "The N implementation details of RLHF with PPO" and arXiv 2403.17031; 
 """
 
 import json
+import math
 import random
 import statistics
 import time
@@ -129,7 +130,7 @@ class PPOArguments(RunArguments, TrainingArguments):
         self.per_device_train_batch_size = self.batch_size
         for flag in ("max_steps", "save_steps", "logging_steps", "eval_steps"):  # transformers counts optimizer steps
             if getattr(self, flag):
-                setattr(self, flag, int(getattr(self, flag) * self.steps_per_rollout))
+                setattr(self, flag, self.whole_rollouts(getattr(self, flag)) * self.steps_per_rollout)
         super().__post_init__()
         if self.gradient_accumulation_steps != 1:
             logger.warning(
@@ -145,6 +146,12 @@ class PPOArguments(RunArguments, TrainingArguments):
         for flag in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected a number from 0 to 1")
+
+    def whole_rollouts(self, every: float) -> float:
+        """Rollouts, rounded up: below 1 a share of all of them, as transformers means it."""
+        if not every > 0:  # also NaN: refused by name with the other flags
+            return every
+        return math.ceil(round(every * self.rollouts if every < 1 else every, 6))
 
     @property
     def steps_between_saves(self) -> int:

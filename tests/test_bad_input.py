@@ -189,6 +189,8 @@ ONE_STAGE = {
         (("--micro_batch_size", 0), "--micro_batch_size"),
         (("--ppo_epochs", 0), "--ppo_epochs"),
         (("--max_steps", 0), "--max_steps"),
+        (("--save_steps", "nan"), "--save_steps"),
+        (("--logging_steps", -5), "--logging_steps"),
         (("--temperature", 0), "--temperature"),
         (("--gamma", 1.5), "--gamma"),
         (("--gae_lambda", -1), "--gae_lambda"),
