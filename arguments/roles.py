@@ -98,12 +98,15 @@ class ActorCritic(nn.Module):
             return model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
 
     def critic_parts(self) -> dict[str, dict]:
-        """The tensors of the value function, by the name of their file."""
+        """The tensors of the value function, by the name of their file.
+
+        A tied weight has two names in a state_dict, which safetensors refuses: named_parameters() gives it one.
+        """
         parts = {"head": self.value_head.state_dict()}
         if self.trains_critic_body and self.lora:
             parts["model"] = get_peft_model_state_dict(self.policy, adapter_name="value")
         elif self.trains_critic_body:
-            parts["model"] = self.copies["value"].state_dict()
+            parts["model"] = {name: weight.detach() for name, weight in self.copies["value"].named_parameters()}
         return parts
 
     def trained(self) -> tuple[list, list]:

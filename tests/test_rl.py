@@ -384,6 +384,24 @@ def test_critic_that_is_a_head_alone(tiny, records, tmp_path, monkeypatch):
         torch.testing.assert_close(answer["values"], states[before:-1].sum(-1), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["bloom", "gpt2", "gemma3"])
+def test_all_weights_of_a_tied_model_go_on(family, tiny, records, tmp_path):
+    """One weight with two names, in policy and critic: saved once, and a resumed run ends as one left alone."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    assert AutoConfig.from_pretrained(tiny(family)).tie_word_embeddings
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--use_peft", "False", "--critic", "adapter")
+    flags += ("--max_steps", 2, "--save_steps", 1)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    in_process(*stage("rl", tiny(family), records, whole, *flags)).ok()
+    shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
+    assert "Going on from" in in_process(*stage("rl", tiny(family), records, cut, *flags)).ok().stderr
+    for file in ("model.safetensors", "value/model.safetensors", "value/head.safetensors"):
+        one, other, halfway = (load_file(folder / file) for folder in (whole, cut, whole / "checkpoint-2"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        assert any(not torch.equal(one[key], halfway[key]) for key in one), "nothing happened after the checkpoint"
+    assert results(whole)["eval_reward"] == results(cut)["eval_reward"]
+
+
 # --- kills
 
 KILLED = """
