@@ -95,6 +95,7 @@ def trained_in_float32(model: torch.nn.Module) -> None:
 
     peft does so for LoRA's own matrices, not for a score head or other modules saved in full. Those then take their
     input in float32 and, as an embedding, hand on the dtype of the frozen layers, which only autocast would mend.
+    To be called again when more adapters came.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -106,6 +107,9 @@ def trained_in_float32(model: torch.nn.Module) -> None:
     for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
         frozen = next(wrapper.original_module.parameters()).dtype
         for module in wrapper.modules_to_save.values():
+            wide = next(module.parameters()).dtype == torch.float32
+            if not wide or any(hook.__name__ == "widened" for hook in module._forward_pre_hooks.values()):
+                continue
             module.register_forward_pre_hook(widened)
             if isinstance(module, torch.nn.Embedding):
                 module.register_forward_hook(lambda *call, dtype=frozen: call[-1].to(dtype))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -157,6 +158,22 @@ def test_every_role_computes_in_the_precision_asked_for(precision, dtype, tiny, 
     assert all(tensor.dtype == torch.float32 for tensor in [*logps, values])
 
 
+def test_modules_saved_in_full_are_float32_in_every_adapter(tiny, records, tmp_path, monkeypatch):
+    """Also in the critic's, which comes after the policy's; what takes them to the base's dtype is there once."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--critic", "adapter", "--precision", "fp32")
+    flags += ("--modules_to_save", "embed_tokens", "--dtype", "bfloat16")
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "made", *flags))
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    embeddings = trainer.model.policy.get_base_model().get_input_embeddings()
+    assert list(embeddings.modules_to_save) == ["default", "value"]
+    for module in embeddings.modules_to_save.values():
+        assert (len(module._forward_pre_hooks), len(module._forward_hooks)) == (1, 1)
+    in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)).ok()
+    for file in (ADAPTER, "value/model.safetensors"):
+        assert {weight.dtype for weight in load_file(tmp_path / "rl" / file).values()} == {torch.float32}
+
+
 def test_external_reward_model(tiny, records, tmp_path):
     """BERT with its own tokenizer and no chat template scores what the policy says, as text."""
     bert = save_tiny_bert(tmp_path / "bert")
@@ -249,6 +266,10 @@ def shorter(prompts, completions, completion_ids, **columns):
     return [-len(ids) for ids in completion_ids]
 
 
+def spread(completion_ids, **columns):
+    return [sum(ids) % 7 * 3 - 8 for ids in completion_ids]
+
+
 def nothing(completions, **columns):
     return [None for _ in completions]
 
@@ -305,6 +326,179 @@ def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
     )
     assert all(torch.equal(kept[name], sampled_second[name]) for name in kept)
     assert any(w.abs().max() > 0 for name, w in kept.items() if "lora_B" in name)
+
+
+# --- what each flag does
+
+SETTINGS = {
+    **{"reward_baseline": 0.0, "reward_clip": 10.0, "missing_eos_penalty": 1.0, "init_kl_coef": 0.05, "gamma": 1.0},
+    **{"gae_lambda": 0.95, "whiten_advantages": True, "temperature": 1.0},
+}
+
+
+def advantages_by_hand(answers: list[dict], settings: dict) -> list[float]:
+    """Of all tokens of the answers, from what sampling and scoring found; arithmetic on plain numbers."""
+    found = []
+    for answer in answers:
+        score = answer["score"] - settings["reward_baseline"]
+        score = max(-settings["reward_clip"], min(settings["reward_clip"], score))
+        score -= 0 if answer["finished"] else settings["missing_eos_penalty"]
+        logp, ref_logp, values = (answer[name].tolist() for name in ("logp", "ref_logp", "values"))
+        following, next_value, own = 0.0, 0.0, []
+        for t in reversed(range(len(logp))):
+            reward = -settings["init_kl_coef"] * (logp[t] - ref_logp[t]) + (score if t == len(logp) - 1 else 0)
+            delta = reward + settings["gamma"] * next_value - values[t]
+            following = delta + settings["gamma"] * settings["gae_lambda"] * following
+            own, next_value = [following, *own], values[t]
+        found += own
+    if settings["whiten_advantages"]:
+        mean, deviation = statistics.fmean(found), statistics.stdev(found)
+        found = [(advantage - mean) / deviation for advantage in found]
+    return found
+
+
+def moved(trainer) -> None:
+    """Give all that is trained other weights, as if after some steps."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in sum(trainer.model.trained(), []):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"reward_baseline": 3.0},
+        {"reward_clip": 4.0},
+        {"missing_eos_penalty": 7.0},
+        {"init_kl_coef": 2.0},
+        {"gamma": 0.5},
+        {"gae_lambda": 0.3},
+        {"whiten_advantages": False},
+        {"temperature": 0.5},
+    ],
+    ids=lambda changed: " ".join(changed) or "defaults",
+)
+def test_advantages_of_a_rollout(changed, tiny, records, tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--precision", "fp32")
+    flags += tuple(word for name, value in changed.items() for word in (f"--{name}", value))
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    moved(trainer)
+    trainer.collect([trainer.train_dataset[i] for i in range(4)], 0)
+    answers, settings = trainer.rollout, SETTINGS | changed
+    found = torch.cat([answer["advantages"] for answer in answers]).tolist()
+    assert found == pytest.approx(advantages_by_hand(answers, settings), rel=1e-3, abs=1e-4)
+    if changed:  # the flag makes a difference to this rollout
+        other = {name: SETTINGS[name] for name in changed}
+        assert "temperature" in changed or found != pytest.approx(
+            advantages_by_hand(answers, settings | other), rel=1e-3, abs=1e-4
+        )
+    policy = trainer.model.policy.eval()
+    for answer in answers:
+        ids, before = torch.tensor([answer["prompt"] + answer["ids"]]), len(answer["prompt"]) - 1
+        with torch.no_grad():
+            logp = (policy(input_ids=ids).logits[0, before:-1] / settings["temperature"]).log_softmax(-1)
+        expected = logp.gather(1, ids[0, before + 1 :, None])[:, 0]
+        torch.testing.assert_close(answer["logp"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_least_and_most_tokens(tiny, records, tmp_path, monkeypatch):
+    """Half of all tokens end an answer here: none does so before --min_target_length others."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    functions = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter")
+    for least in (1, 5):
+        flags = (*functions, "--min_target_length", least)
+        trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+        trainer.eos_ids = list(range(0, 400, 2))
+        rows = [trainer.train_dataset[i % 4] for i in range(16)]
+        lengths = [len(answer["ids"]) for answer in trainer.sample("policy", rows, [str(i) for i in range(16)])]
+        assert min(lengths) == least + 1 and max(lengths) <= 8
+
+
+def lora(output: Path) -> dict:
+    return load_file(output / ADAPTER)
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_early_stopping(tiny, records, tmp_path):
+    """The policy rests for the rest of a rollout once it has moved by 1.5 times --target_kl; the critic goes on."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+
+    def run(name, epochs, *flags):
+        common = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--lr_scheduler_type", "constant")
+        flags = (*common, "--ppo_epochs", epochs, "--precision", "fp32", "--seed", 1, *flags)
+        in_process(*stage("rl", tiny("llama"), records, tmp_path / name, *flags)).ok()
+        return tmp_path / name
+
+    two, four = run("two", 2), run("four", 4)
+    moved = 2 * history(two, "step_kl")[0]  # the mean of both epochs; 0 in the first
+    assert moved > 0 and not same(lora(two), lora(four))
+    stopped = run("stopped", 4, "--early_stopping", "--target_kl", moved / 1.6)
+    assert same(lora(stopped), lora(two))
+    heads = [load_file(output / "value" / "head.safetensors") for output in (two, four, stopped)]
+    assert same(heads[2], heads[1]) and not same(heads[2], heads[0])
+    assert not same(lora(run("late", 4, "--early_stopping", "--target_kl", moved / 1.4)), lora(two))
+    assert same(lora(run("unasked", 4, "--target_kl", moved / 1.6)), lora(four))
+
+
+def test_critic_warmup(tiny, records, tmp_path):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    for rollouts, changed in ((1, False), (2, True)):
+        flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--critic_warmup", 1)
+        in_process(
+            *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags, "--max_steps", rollouts, "--fresh")
+        ).ok()
+        assert any(w.abs().max() > 0 for name, w in lora(tmp_path / "rl").items() if "lora_B" in name) == changed
+        assert load_file(tmp_path / "rl" / "value" / "head.safetensors")["weight"].abs().max() > 0
+
+
+# --- learning
+
+RULES = """
+def even(completion_ids, **columns):
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+"""
+
+
+def peaked(model: str, folder: Path) -> Path:
+    """A copy whose logits can grow large: below a random head no LoRA lifts some tokens far above the others."""
+    shutil.copytree(model, folder)
+    changed = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        changed.lm_head.weight *= 20
+    changed.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("critic", "weight"), [("head", 1), ("adapter", 1), ("head", -1)])
+def test_a_rule_with_a_known_answer_is_learned(critic, weight, tiny, records, tmp_path):
+    """The share of even tokens in an answer: half at first, at most 1. With the sign turned it goes the other way."""
+    (tmp_path / "rewards.py").write_text(RULES)
+    base = peaked(tiny("llama"), tmp_path / "base")
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:even", "--reward_weights", weight, "--critic", critic)
+    flags += ("--batch_size", 64, "--mini_batch_size", 16, "--micro_batch_size", 64, "--max_train_samples", 8)
+    flags += (
+        "--missing_eos_penalty",
+        0,
+        "--init_kl_coef",
+        0,
+        "--guards",
+        "off",
+        "--max_steps",
+        16,
+        "--max_target_length",
+        4,
+    )
+    flags += ("--learning_rate", 2e-2, "--max_eval_samples", 8, "--eval_on_start", "--precision", "fp32")
+    in_process(*stage("rl", base, records, tmp_path / "rl", *flags)).ok()
+    before, after = (weight * results(tmp_path / "rl")[name] for name in ("eval_reward_before", "eval_reward"))
+    assert 0.3 < before < 0.7
+    assert after >= 0.9 if weight > 0 else after <= 0.2
 
 
 # --- what must not change a run
@@ -438,6 +632,7 @@ def test_killed_run_goes_on(place, call, critic, tiny, records, tmp_path):
     """kill -9, then the same command again: the weights of a run left alone, bit for bit."""
     in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
     flags = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 3, "--save_steps", 1, "--critic", critic)
+    flags += ("--adap_kl_ctrl", "--kl_horizon", 8, "--mini_batch_size", 2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     in_process(*stage("rl", tiny("llama"), records, whole, *flags)).ok()
     (tmp_path / "killed.py").write_text(KILLED)
@@ -448,7 +643,9 @@ def test_killed_run_goes_on(place, call, critic, tiny, records, tmp_path):
     assert "Going on from" in again.stderr
     assert ("its saving was interrupted" in again.stderr) == (place == "_save_rng_state")
     assert largest_difference(whole, killed) == 0.0
-    assert history(whole, "reward") == history(killed, "reward")
+    for name in ("reward", "kl_coef"):
+        assert history(whole, name) == history(killed, name)
+    assert len(set(history(whole, "kl_coef"))) == 3, "this test needs a price that moves"
 
 
 def test_checkpoint_of_another_critic_is_refused(tiny, records, tmp_path):
