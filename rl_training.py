@@ -101,13 +101,16 @@ class PPOArguments(RunArguments, TrainingArguments):
     early_stopping: bool = field(
         default=False, metadata={"help": "Stop updating the policy in a rollout at target_kl."}
     )
-    target_kl: float = field(default=0.1, metadata={"help": "Mean KL per token from the policy that sampled."})
+    target_kl: float = field(
+        default=0.1,
+        metadata={"help": "Mean KL per token from the policy that sampled; 1.5 times as much is where it stops."},
+    )
     reward_baseline: float = field(default=0.0, metadata={"help": "Subtracted from every score."})
     reward_clip: float = field(default=10.0, metadata={"help": "Scores are clipped to +- this."})
     missing_eos_penalty: float = field(
         default=1.0, metadata={"help": "Subtracted from the score of an unfinished answer."}
     )
-    min_target_length: int = field(default=1, metadata={"help": "Tokens an answer has at least."})
+    min_target_length: int = field(default=1, metadata={"help": "Tokens an answer has at least, before its end."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the log-probabilities."})
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     gae_lambda: float = field(default=0.95, metadata={"help": "Bias against variance in the advantages."})
