@@ -8,9 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ADAPTER, ROOT, assert_curves, history, in_process, in_subprocess, merge, results, stage
+import transformers
+from conftest import (
+    ADAPTER,
+    QUESTIONS,
+    ROOT,
+    assert_curves,
+    history,
+    in_process,
+    in_subprocess,
+    merge,
+    results,
+    stage,
+    write_lines,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import save_tiny_bert
 from transformers import (
     AutoConfig,
@@ -71,6 +85,9 @@ def check_roles(trainer, llama: str, adapter: Path) -> None:
     places = mask.nonzero(as_tuple=True)
     expected = plain(input_ids=ids, attention_mask=mask).logits[places]
     torch.testing.assert_close(trainer.model.logits("reference", ids, *places), expected)
+    states = plain.base_model(input_ids=ids).last_hidden_state
+    assert torch.equal(trainer.model.hidden("reference", ids), states), "the reference is not the base, bit for bit"
+    assert torch.equal(trainer.model.logits("reference", ids, *places), plain.lm_head(states[places]))
     assert not torch.allclose(trainer.model.logits("policy", ids, *places), expected, atol=1e-2)
 
     base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
@@ -299,6 +316,154 @@ def test_reward_functions(tiny, records, tmp_path):
         flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:{name}")
         ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / name, *flags))
         assert ended.code == 2 and message in ended.stderr
+
+
+TRL_FUNCTIONS = """
+import asyncio
+
+
+def wanted_length(completion_ids, wanted, log_extra, log_metric, **columns):
+    log_extra("wanted", wanted)
+    log_metric("longest", max(map(len, completion_ids)))
+    return [-abs(len(ids) - number) for ids, number in zip(completion_ids, wanted)]
+
+
+async def waits(prompts, completions, completion_ids, **columns):
+    await asyncio.sleep(0)
+    return [0.25 * len(ids) for ids in completion_ids]
+
+
+def extra_of_another_length(completions, log_extra, **columns):
+    log_extra("notes", ["a", "b", "c", "d", "e"])
+    return [0.0 for _ in completions]
+"""
+
+
+def test_functions_written_for_trl(tiny, records, tmp_path):
+    """Summed with the model by weight; they see the record's columns, may be async, and may log."""
+    (tmp_path / "rewards.py").write_text(TRL_FUNCTIONS)
+    rows = [{"prompt": q, "wanted": i} for i, (q, _, _) in enumerate(QUESTIONS)]
+    write_lines(tmp_path / "prompts" / "rl", rows)
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--reward_weights", "0.5,2,3")
+    flags += ("--reward_functions", f"{tmp_path / 'rewards.py'}:wanted_length,waits", "--max_steps", 2)
+    in_process(*stage("rl", tiny("llama"), tmp_path / "prompts", tmp_path / "rl", *flags)).ok()
+    found = results(tmp_path / "rl")
+    parts = [found[f"eval_reward_{name}"] for name in ("model", "wanted_length", "waits")]
+    assert found["eval_reward"] == pytest.approx(0.5 * parts[0] + 2 * parts[1] + 3 * parts[2])
+    assert parts[2] == pytest.approx(found["eval_length"] / 4) and parts[0] != 0
+    assert found["eval_longest"] == 8 and history(tmp_path / "rl", "longest") == [8, 8]
+    asked = {row["prompt"]: row["wanted"] for row in rows}
+    for sample in samples(tmp_path / "rl"):
+        assert sample["wanted"] == asked[sample["prompt"][-1]["content"]]
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:extra_of_another_length")
+    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "wrong", *flags))
+    assert ended.code == 2 and "log_extra('notes') got 5 values for 4 completions" in ended.stderr
+
+
+def test_samples_and_win_rate(tiny, records, tmp_path):
+    """Each evaluation's answers are in the log, in TensorBoard and in samples.jsonl; the share of wins is theirs."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = (
+        "--reward_functions",
+        f"{tmp_path / 'rewards.py'}:spread",
+        "--max_steps",
+        2,
+        "--eval_on_start",
+        "--seed",
+        5,
+    )
+    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)).ok()
+    lines = (tmp_path / "rl" / "scores.jsonl").read_text().splitlines()
+    before, after = (json.loads(line)["scores"] for line in lines)
+    wins = [(new > old) + 0.5 * (new == old) for new, old in zip(after, before, strict=True)]
+    assert results(tmp_path / "rl")["eval_win_rate_before"] == 0.5
+    assert results(tmp_path / "rl")["eval_win_rate"] == statistics.fmean(wins) != 0.5
+    shown = samples(tmp_path / "rl")
+    assert [sample["reference_score"] for sample in shown] == before * 2 and len(shown) == 8
+    for sample in shown:
+        assert f"{sample['prompt'][-1]['content']!r} -> {sample['answer']!r}" in ended.stderr
+    texts = {}
+    for file in (tmp_path / "rl" / "runs").rglob("events*"):
+        events = EventAccumulator(str(file), {"tensors": 0}).Reload()
+        for tag in (tag for tag in events.Tags()["tensors"] if tag.startswith("samples/")):
+            for event in events.Tensors(tag):
+                text = event.tensor_proto.string_val[0].decode()
+                texts[event.step, int(tag.split("/")[1])] = text
+    for i, sample in enumerate(shown):
+        text = texts[sample["step"], i % 4]
+        assert sample["prompt"][-1]["content"] in text and sample["answer"] in text
+
+
+def test_best_policy_at_the_end(tiny, records, tmp_path):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--max_steps", 4, "--save_steps", 1)
+    flags += ("--eval_strategy", "steps", "--eval_steps", 1, "--load_best_model_at_end", "--max_eval_samples", 8)
+    output = tmp_path / "rl"
+    flags += ("--metric_for_best_model", "reward")
+    ended = in_process(*stage("rl", tiny("llama"), records, output, *flags)).ok()
+    rewards = history(output, "eval_reward")
+    best = max(range(4), key=lambda i: rewards[i])
+    assert best < 3, f"this test needs a best that is not the last: {rewards}"
+    assert f"checkpoint-{2 * (best + 1)}, best by" in ended.stderr
+    assert same(lora(output), lora(output / f"checkpoint-{2 * (best + 1)}"))
+    assert not same(lora(output), lora(output / "checkpoint-8"))
+    assert results(output)["eval_reward"] == rewards[best]
+
+
+def test_gradient_that_is_not_finite(tiny, records, tmp_path, monkeypatch):
+    """In the second rollout: the policy that sampled it is put back, and the run ends."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--max_steps", 4)
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    (tmp_path / "rl").mkdir(exist_ok=True)
+    update, sampled = trainer.update, []
+
+    def broken(answers):
+        weights = sum(trainer.model.trained(), [])
+        if trainer.state.global_step == 2:
+            sampled.extend(weight.detach().clone() for weight in weights)
+        loss = update(answers)
+        if trainer.state.global_step == 3:
+            weights[0].grad.view(-1)[0] = torch.inf
+        return loss
+
+    monkeypatch.setattr(trainer, "update", broken)
+    transformers.Trainer.train(trainer)
+    assert trainer.state.global_step == 4 and trainer.control.should_training_stop
+    kept = sum(trainer.model.trained(), [])
+    assert all(torch.equal(one, other) for one, other in zip(kept, sampled, strict=True))
+    assert any(weight.abs().max() > 0 for weight in kept)
+    (line,) = [json.loads(line) for line in (tmp_path / "rl" / "guards.jsonl").read_text().splitlines()]
+    assert (line["guard"], line["reason"], line["step"]) == ("not_finite", "a gradient is not finite", 3)
+
+
+def test_logged_kl_is_not_the_one_that_steers(tiny, records, tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--kl_estimator", "k2", "--adap_kl_ctrl")
+    flags += ("--kl_target", 3, "--kl_horizon", 40)
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    moved(trainer)
+    trainer.collect([trainer.train_dataset[i] for i in range(4)], 0)
+    ratios = [answer["logp"] - answer["ref_logp"] for answer in trainer.rollout]
+    k1, k2 = (statistics.fmean(f(r).sum().item() for r in ratios) for f in (lambda r: r, lambda r: r**2 / 2))
+    assert k1 != pytest.approx(k2, rel=0.05)
+    assert trainer.history[-1]["kl"] == pytest.approx(k1)
+    (logged,) = [row["kl"] for row in trainer.stats if "kl" in row]
+    assert logged == pytest.approx(k2)
+    assert trainer.kl_coef == pytest.approx(0.05 * (1 + max(-0.2, min(0.2, k1 / 3 - 1)) * 4 / 40))
+
+
+def test_an_answer_ends_at_the_first_of_several_ends(tiny, records, tmp_path, monkeypatch):
+    """A turn of llama 3 ends with another token than its tokenizer's eos."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter")
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama3"), records, tmp_path / "rl", *flags))
+    eos, turn = trainer.processing_class.convert_tokens_to_ids(["<|end|>", "<|eot_id|>"])
+    assert trainer.eos_ids == sorted([eos, turn]) and eos != turn
+    assert trainer.decoding().eos_token_id == trainer.eos_ids
+    for ids, kept in (([9, turn, 9, eos], 2), ([9, 9, eos, turn], 3), ([9, 9, 9, 9], 4), ([turn], 1)):
+        assert trainer.until_eos(ids) == ids[:kept]
 
 
 def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
