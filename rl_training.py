@@ -34,6 +34,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -280,6 +281,17 @@ class InverseTransformSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
+class Tick(LogitsProcessor):
+    """Moves a progress bar at each token, and leaves the scores alone."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+
+    def __call__(self, input_ids, scores):
+        self.bar.update()
+        return scores
+
+
 def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.Tensor]:
     """A batch of answers. ids [batch, time]: prompt and answer, right-padded; the rest is [batch, answer].
 
@@ -354,17 +366,27 @@ class PPOTrainer(Trainer):
         with self.model.role(role) as model, self.accelerator.autocast():
             kept, model.generation_config = model.generation_config, self.decoding()
             at_once = 8 * args.micro_batch_size  # no activations are kept here
-            for start in range(0, len(order), at_once):
+            starts, most = range(0, len(order), at_once), self.data_args.max_target_length
+            bar = self.bar("Sampling tokens", len(starts) * most)
+            for number, start in enumerate(starts):
                 chunk = order[start : start + at_once]
                 padded = self.processing_class.pad(
                     {"input_ids": [prompts[i] for i in chunk]}, padding_side="left", return_tensors="pt"
                 ).to(args.device)
                 width = padded["input_ids"].shape[1]
                 sampling = InverseTransformSampling(numbers[chunk], width, args.temperature)
-                sampled = model.generate(**padded, logits_processor=LogitsProcessorList([sampling]))
+                processors = LogitsProcessorList([sampling, Tick(bar)])
+                sampled = model.generate(**padded, logits_processor=processors)
+                bar.update((number + 1) * most - bar.n)  # all may have ended before the last token
                 answers |= {i: self.until_eos(ids) for i, ids in zip(chunk, sampled[:, width:].tolist(), strict=True)}
+            bar.close()
             model.generation_config = kept
         return [answers[i] for i in range(len(prompts))]
+
+    def bar(self, what: str, total: int) -> tqdm:
+        """Progress and time left of what the trainer's own bar does not count; gone when it is done."""
+        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        return tqdm(desc=what, total=total, disable=quiet, leave=False, mininterval=1.0)
 
     def decoding(self) -> GenerationConfig:
         """Nothing but the sampling above: the model's own generation_config may ask for top-k or penalties."""
@@ -447,6 +469,7 @@ class PPOTrainer(Trainer):
     @torch.no_grad()
     def judge(self, answers: list[dict], rows: list[dict], critic: bool = False) -> list[dict]:
         """The answers of all ranks in order, with log-probabilities and scores; with values if `critic`."""
+        bar = self.bar("Scoring answers", len(answers))
         for chosen, batch in self.micro_batches(answers):
             logp, entropy = self.token_logp("policy", batch)
             seen = {"logp": logp, "entropy": entropy, "ref_logp": self.token_logp("reference", batch)[0]}
@@ -462,6 +485,8 @@ class PPOTrainer(Trainer):
                 answer |= {name: tensor[i, : len(answer["ids"])].cpu() for name, tensor in seen.items()}
                 answer["scores"] = {name: values[i] for name, values in scores.items()}
                 answer["score"] = sum(self.reward_weights[k] * v for k, v in answer["scores"].items())
+            bar.update(len(chosen))
+        bar.close()
         self.told = gather_object(self.told)
         return gather_object(answers)
 

@@ -26,6 +26,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import save_tiny_bert
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -154,6 +155,27 @@ def test_dropout_rates_in_a_config_are_not_saved_as_zero():
     ids = torch.arange(8).unsqueeze(0)
     assert torch.equal(model(ids).logits, model(ids).logits)
     assert model.config.hidden_dropout == model.base_model.config.hidden_dropout == 0.5
+
+
+def test_progress_of_sampling_and_scoring(tiny, records, tmp_path, monkeypatch):
+    """Bars that reach their end, on one process only, and none under --disable_tqdm."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--max_target_length", 8)
+    command = stage("rl", tiny("llama"), records, tmp_path / "rl", *flags, "--micro_batch_size", 1)
+    for disabled, main, shown in ((False, True, True), (True, True, False), (False, False, False)):
+        trainer, bars = make_trainer(monkeypatch, *command, "--disable_tqdm", disabled), []
+
+        class Watched(tqdm):
+            def __init__(self, *args, bars=bars, **kwargs):
+                super().__init__(*args, **kwargs)
+                bars.append((self, self.disable))
+
+        monkeypatch.setattr(rl_training, "tqdm", Watched)
+        monkeypatch.setattr(trainer, "is_world_process_zero", lambda main=main: main)
+        trainer.answer_all("policy", [trainer.eval_dataset[i % 4] for i in range(12)])
+        assert [disabled for _, disabled in bars] == [not shown] * 2
+        if shown:  # two chunks of at most 8 prompts, 8 tokens each; and 12 answers
+            assert [(bar.n, bar.total) for bar, _ in bars] == [(16, 16), (12, 12)]
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
