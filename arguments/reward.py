@@ -69,10 +69,10 @@ class RewardSourceArguments:
             if not adapter and not any("SequenceClassification" in name for name in architectures):
                 raise UserError(f"--reward_model_name_or_path {path} is a {architectures}, which has no score head")
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=1, dtype=model_args.torch_dtype(), output_loading_info=True, **kwargs
+                source, num_labels=1, output_loading_info=True, **model_args.weights_in_memory(), **kwargs
             )
             tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"--reward_model_name_or_path {path}: {str(error).strip().splitlines()[0]}") from error
         if not adapter and loading["missing_keys"]:
             missing = ", ".join(sorted(loading["missing_keys"]))

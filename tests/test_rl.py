@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from conftest import (
@@ -436,7 +437,7 @@ def test_best_policy_at_the_end(tiny, records, tmp_path):
 def test_gradient_that_is_not_finite(tiny, records, tmp_path, monkeypatch):
     """In the second rollout: the policy that sampled it is put back, and the run ends."""
     (tmp_path / "rewards.py").write_text(FUNCTIONS)
-    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--max_steps", 4)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--max_steps", 4, "--report_to", "none")
     trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
     (tmp_path / "rl").mkdir(exist_ok=True)
     update, sampled = trainer.update, []
@@ -781,6 +782,56 @@ def test_all_weights_of_a_tied_model_go_on(family, tiny, records, tmp_path):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
         assert any(not torch.equal(one[key], halfway[key]) for key in one), "nothing happened after the checkpoint"
     assert results(whole)["eval_reward"] == results(cut)["eval_reward"]
+
+
+# --- quantised bases
+
+
+@pytest.fixture
+def wide(tmp_path, monkeypatch) -> str:
+    """A llama whose rows fill a block of 64 4-bit weights: bitsandbytes' CPU code fails with narrower ones."""
+    config, size, words = tiny_models.FAMILIES["llama"]
+    size = size | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    monkeypatch.setitem(tiny_models.FAMILIES, "llama", (config, size, words))
+    return tiny_models.save_tiny("llama", tmp_path / "wide")
+
+
+@pytest.mark.parametrize("flag", ["--load_in_4bit", "--load_in_8bit"])
+def test_quantised_base(flag, wide, records, tmp_path, monkeypatch):
+    """Reward model, policy and merges on a base in 4 or 8 bits; a reward model beside the policy is in as many."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised base can be tried")
+    in_process(*stage("rm", wide, records, tmp_path / "rm", flag)).ok()
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", flag, "--ppo_epochs", 1, "--eval_on_start")
+    ended = in_process(*stage("rl", wide, records, tmp_path / "rl", *flags)).ok()
+    assert "an adapter on the policy's base" in ended.stderr
+    assert history(tmp_path / "rl", "kl")[0] == 0.0
+    rounding = 0.0 if flag == "--load_in_4bit" else 1e-3  # 8 bits: other products where a gradient is wanted
+    assert abs(history(tmp_path / "rl", "step_kl")[0]) <= rounding
+    in_process(*merge(wide, tmp_path / "rl", tmp_path / "rl-merged")).ok()
+    in_process(*merge(wide, tmp_path / "rm", tmp_path / "rm-merged")).ok()
+
+    flags = ("--reward_model_name_or_path", tmp_path / "rm-merged", flag, "--precision", "fp32")
+    trainer = make_trainer(monkeypatch, *stage("rl", wide, records, tmp_path / "beside", *flags))
+    weights = trainer.reward_model.model.model.layers[0].mlp.up_proj.weight
+    assert weights.dtype == {"--load_in_4bit": torch.uint8, "--load_in_8bit": torch.int8}[flag]
+    assert trainer.reward_model.model.score.weight.dtype == torch.float32
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    answers = written_answers(trainer, ("Fever.", "Rest", "At once", "No"))
+    answers = [answer | {"number": i, "finished": True} for i, answer in enumerate(answers)]
+    trainer.model.train()
+    answers = trainer.judge(answers, rows, critic=True)
+    answers = [answer | {"advantages": answer["logp"], "returns": answer["logp"]} for answer in answers]
+
+    def gradients() -> dict:
+        trainer.model.zero_grad()
+        trainer.model.train()
+        trainer.update(answers)
+        return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+    first, _, then = gradients(), trainer.sample("policy", rows, list("abcd")), gradients()
+    assert any("layers.0" in name and grad.abs().max() > 0 for name, grad in first.items())
+    for name in first:  # sampling must not change what a backward pass reaches
+        assert (first[name] - then[name]).abs().max() <= 0.02 * first[name].abs().max(), name
 
 
 # --- kills
