@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from arguments.command_line import UserError
 from arguments.data import DataArguments
-from arguments.model import ModelArguments, pad_candidate
+from arguments.model import ModelArguments, keep_unpacked, pad_candidate
+
+HEADS = ("score", "classifier")  # what transformers calls the layer that gives the score
 
 
 @dataclass
@@ -63,13 +65,15 @@ class RewardSourceArguments:
         """
         path, adapter = self.reward_model_name_or_path, self.find_adapter()
         source = PeftConfig.from_pretrained(adapter).base_model_name_or_path if adapter else path
-        kwargs = model_args.hub_kwargs
+        kwargs, weights = model_args.hub_kwargs, model_args.weights_in_memory()
+        if weights["quantization_config"]:
+            weights["quantization_config"].llm_int8_skip_modules = list(HEADS)
         try:
             architectures = AutoConfig.from_pretrained(source, **kwargs).architectures or []
             if not adapter and not any("SequenceClassification" in name for name in architectures):
                 raise UserError(f"--reward_model_name_or_path {path} is a {architectures}, which has no score head")
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=1, output_loading_info=True, **model_args.weights_in_memory(), **kwargs
+                source, num_labels=1, output_loading_info=True, **weights, **kwargs
             )
             tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -80,6 +84,7 @@ class RewardSourceArguments:
                 f"--reward_model_name_or_path {path} lacks the weights of {missing}: nobody trained that score head, "
                 "its rewards would be random"
             )
+        keep_unpacked(model)
         pad_alike(model.config.get_text_config(), tokenizer, first="tokenizer" if adapter else "config")
         if adapter:
             adapter_head(adapter)
@@ -131,7 +136,7 @@ def adapter_head(adapter: Path) -> dict[str, torch.Tensor]:
         UserError: when the adapter was saved without one.
     """
     tensors = load_peft_weights(str(adapter), device="cpu")
-    found = {k.rpartition(".")[2]: v for k, v in tensors.items() if {"score", "classifier"} & set(k.split("."))}
+    found = {k.rpartition(".")[2]: v for k, v in tensors.items() if set(HEADS) & set(k.split("."))}
     if not found:
         raise UserError(f"{adapter} holds no score head, its rewards would be random: train it with stage 3")
     return found

@@ -797,6 +797,21 @@ def wide(tmp_path, monkeypatch) -> str:
 
 
 @pytest.mark.parametrize("flag", ["--load_in_4bit", "--load_in_8bit"])
+def test_quantised_classifier_keeps_its_head(flag, wide, records, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised model can be tried")
+    bert = tiny_models.save_tiny_bert(tmp_path / "bert")
+    config = AutoConfig.from_pretrained(bert, hidden_size=64, intermediate_size=128)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(bert)
+    flags = (flag, "--reward_model_name_or_path", bert)
+    trainer = make_trainer(monkeypatch, *stage("rl", wide, records, tmp_path / "rl", *flags))
+    model = trainer.reward_model.model
+    assert model.classifier.weight.dtype == torch.float32
+    assert not model.bert.encoder.layer[0].output.dense.weight.is_floating_point()
+    trainer.collect([trainer.train_dataset[i] for i in range(4)], 0)
+    assert len({answer["score"] for answer in trainer.rollout}) == 4
+
+
+@pytest.mark.parametrize("flag", ["--load_in_4bit", "--load_in_8bit"])
 def test_quantised_base(flag, wide, records, tmp_path, monkeypatch):
     """Reward model, policy and merges on a base in 4 or 8 bits; a reward model beside the policy is in as many."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised base can be tried")
