@@ -50,6 +50,7 @@ def make_trainer(monkeypatch, *command):
     monkeypatch.setattr(rl_training.PPOTrainer, "train", lambda self, **_: taken.append(self) or sys.exit())
     with pytest.raises(SystemExit):
         rl_training.main()
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")  # empty it would send a run later in the same test to ./runs
     return taken[0]
 
 
