@@ -96,7 +96,8 @@ def trained_in_float32(model: torch.nn.Module) -> None:
 
     peft does so for LoRA's own matrices, not for a score head or other modules saved in full. Those then take their
     input in float32, and hand on the dtype of the frozen layers behind them, which only autocast would mend. Heads,
-    which lie outside of the base model, have none behind them.
+    which lie outside of the base model, have none behind them. To be called again when more adapters
+    came.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -106,6 +107,9 @@ def trained_in_float32(model: torch.nn.Module) -> None:
     for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
         frozen = next(wrapper.original_module.parameters()).dtype
         for module in wrapper.modules_to_save.values():
+            wide = next(module.parameters()).dtype == torch.float32
+            if not wide or widen in module._forward_pre_hooks.values():
+                continue
             module.register_forward_pre_hook(widen, with_kwargs=True)
             if id(wrapper) in inside:
                 module.register_forward_hook(lambda *call, dtype=frozen: cast(call[-1], dtype))

@@ -364,11 +364,12 @@ def test_two_ranks(tiny, records, tmp_path):
 
     reward = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 2, "--eval_on_start")
     reward += ("--use_cpu", "--precision", "fp32", "--max_eval_samples", 3, "--max_train_samples", 8)
-    reward += ("--critic", "adapter")
-    in_process(*stage("rl", llama, records, tmp_path / "rl-one", *reward, "--batch_size", 4)).ok()
+    reward += ("--critic", "adapter", "--adap_kl_ctrl", "--kl_horizon", 8)
+    batches = ("--batch_size", 4, "--mini_batch_size", 2)
+    in_process(*stage("rl", llama, records, tmp_path / "rl-one", *reward, *batches)).ok()
     commands = [stage(name, llama, records, two[name], *exact, batch, 2) for name in trained]
     commands = [stage("sft", llama, records, resumed, *exact, batch, 2, *epochs), *commands]
-    commands += [stage("rl", llama, records, rl, *reward, "--batch_size", 2)]
+    commands += [stage("rl", llama, records, rl, *reward, "--batch_size", 2, "--mini_batch_size", 1)]
     (tmp_path / "driver.py").write_text(ON_TWO_RANKS)
     (tmp_path / "commands.json").write_text(json.dumps([list(map(str, command)) for command in commands]))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
@@ -392,7 +393,8 @@ def test_two_ranks(tiny, records, tmp_path):
         alone, shared = load_file(tmp_path / "rl-one" / file), load_file(rl / file)
         for key in alone:
             torch.testing.assert_close(shared[key], alone[key], atol=1e-5, rtol=0)
-    for key in ("reward", "kl", "length"):
+    assert len(set(history(rl, "kl_coef"))) == 2, "this test needs a price that moves"
+    for key in ("reward", "kl", "length", "kl_coef"):
         assert history(rl, key) == pytest.approx(history(tmp_path / "rl-one", key), abs=1e-5)
 
     assert len((rl / "samples.jsonl").read_text("utf-8").splitlines()) == 2 * 3  # of both ranks' three prompts, twice
