@@ -96,8 +96,7 @@ def trained_in_float32(model: torch.nn.Module) -> None:
 
     peft does so for LoRA's own matrices, not for a score head or other modules saved in full. Those then take their
     input in float32, and hand on the dtype of the frozen layers behind them, which only autocast would mend. Heads,
-    which lie outside of the base model, have none behind them. To be called again when more adapters
-    came.
+    which lie outside of the base model, have none behind them. To be called again when more adapters came.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
