@@ -57,7 +57,7 @@ def thin_out(newest: Path, kept: int | None, best: str | None) -> None:
     room = max(kept - 1 - (len(whole) - len(spare)), 0)
     step = int(newest.name.rpartition("-")[2])
     broken = [f for f in others if f not in whole and int(f.name.rpartition("-")[2]) < step]
-    for folder in broken + spare[: len(spare) - room]:
+    for folder in broken + spare[: max(len(spare) - room, 0)]:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -338,7 +338,14 @@ def test_checkpoint_is_whole(tmp_path, logged):
 
 @pytest.mark.parametrize(
     ("limit", "best", "kept"),
-    [(2, None, [9, 10]), (1, None, [10]), (2, 7, [7, 10]), (1, 7, [7, 10]), (None, None, [3, 5, 7, 8, 9, 10])],
+    [
+        (2, None, [9, 10]),
+        (1, None, [10]),
+        (2, 7, [7, 10]),
+        (1, 7, [7, 10]),
+        (6, None, [7, 8, 9, 10]),
+        (None, None, [3, 5, 7, 8, 9, 10]),
+    ],
 )
 def test_old_checkpoints_go_when_the_new_one_is_whole(tmp_path, limit, best, kept):
     save_checkpoints(tmp_path, 7, 8, 9, save_total_limit=9)

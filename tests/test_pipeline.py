@@ -22,7 +22,7 @@ MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 STAGES = ("pt", "sft", "rm", "rl")
 # Two steps, for the first is warm-up at rate 0; in RL, two rollouts of 32 short answers.
 FLAGS = shlex.split(
-    "--max_train_samples 16 --max_eval_samples 4 --max_steps 2 --max_source_length 96 --max_target_length 8 --seed 1"
+    "--max_train_samples 16 --max_eval_samples 4 --max_steps 2 --max_source_length 96 --max_target_length 16 --seed 1"
 )
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -99,7 +99,7 @@ def test_pipeline(pipeline):
     assert printed.count("quiz accuracy (chance: 0.25)") == 2
     assert results["pt"]["eval_perplexity"] < results["pt"]["eval_perplexity_before"] < 100
     assert results["rl"]["eval_kl_before"] == 0.0
-    assert results["rl"]["eval_length"] <= 8 and results["rl"]["eval_prompts"] == 4
+    assert results["rl"]["eval_length"] <= 16 and results["rl"]["eval_prompts"] == 4
 
 
 def test_second_call_repeats_nothing(pipeline):
