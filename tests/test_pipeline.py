@@ -150,5 +150,6 @@ def test_golden_mask_of_default_model(default_model):
         "input_ids": system + first + answers[0] + second + answers[1],
         "labels": [-100] * len(system + first) + answers[0] + [-100] * len(second) + answers[1],
         "source_tokens": len(system + first + answers[0] + second),
+        "source_kept": len(system + first + answers[0] + second),
         "target_tokens": len(answers[1]),
     }
