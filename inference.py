@@ -5,15 +5,19 @@
         --predictions_file answers.jsonl
     python inference.py --compare outputs/sft-merged outputs/rl-merged --reward_model outputs/rm-merged \
         --data_file data/prompts/validation --predictions_file compared.jsonl
+    python inference.py --compare models/SmolLM2-135M-Instruct outputs/sft-merged outputs/rl-merged --web
 
 Reads   a model (--base_model), with an adapter on it or not (--lora_model); questions: a .txt with one a line, or
         prompts and conversations in any of the forms of data/README.md.
 Writes  predictions_file: JSON lines {"Input", "Output"}, behind those that an earlier call left there; with --compare
         {"Input", "Output": {model: answer}, "Score": {model: reward}}.
+        votes_file: of --web, preference pairs for stage 3.
 """
 
 import json
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +25,7 @@ import torch
 from loguru import logger
 from peft import PeftConfig, PeftModel, TaskType
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, TextStreamer, set_seed
 
 from arguments import (
     DataArguments,
@@ -36,7 +40,7 @@ from arguments import (
 
 @dataclass
 class InferenceArguments:
-    """The 2023 script's flags, and --compare."""
+    """The 2023 script's flags, --compare and --web."""
 
     base_model: str | None = field(default=None, metadata={"help": "Folder or hub name of the model."})
     lora_model: str | None = field(default=None, metadata={"help": "Adapter to put on it; a merged model needs none."})
@@ -48,7 +52,12 @@ class InferenceArguments:
         default=True, metadata={"help": "Ask through the chat template; False: go on from the bare text."}
     )
     system: str | None = field(default=None, metadata={"help": "System text of an interactive chat."})
-    compare: list[str] = field(default_factory=list, metadata={"help": "Models that all answer the data_file."})
+    compare: list[str] = field(
+        default_factory=list, metadata={"help": "Models that all answer the data_file, or side by side with --web."}
+    )
+    web: bool = field(default=False, metadata={"help": "Chat in the browser, on this machine only (needs gradio)."})
+    port: int = field(default=7860, metadata={"help": "Of --web."})
+    votes_file: str = field(default="votes.jsonl", metadata={"help": "Where the votes of --web go, as pairs for RM."})
     reward_model: str | None = field(default=None, metadata={"help": "With --compare: it scores each answer."})
     max_source_length: int = field(default=1024, metadata={"help": "Tokens kept of a conversation."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
@@ -68,8 +77,8 @@ class InferenceArguments:
     def __post_init__(self):
         if not (self.base_model or self.compare):
             raise UserError("--base_model is missing: name the model to talk to, or several with --compare")
-        if self.compare and not self.data_file:
-            raise UserError("--compare needs --data_file, the questions that all models answer")
+        if self.compare and not (self.data_file or self.web):
+            raise UserError("--compare needs --data_file, the questions that all models answer, or --web")
         for flag in ("max_new_tokens", "batch_size", "max_source_length"):
             if getattr(self, flag) < 1:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected at least 1")
@@ -135,6 +144,23 @@ class Answerer:
         found = found[:, batch["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
 
+    def stream(self, messages: list[dict]) -> Iterator[str]:
+        """The answer as far as it has come, longer each time."""
+        streamer, text = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), ""
+
+        def answer():
+            try:
+                return self.answer([messages], streamer)
+            finally:
+                streamer.end()  # also where generating failed, or the loop below would wait for ever
+
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(answer)
+            for piece in streamer:
+                text += piece
+                yield text
+            yield found.result()[0]
+
     def answer_all(self, conversations: list[list[dict]]):
         """Answers in order, a batch at a time."""
         for start in tqdm(range(0, len(conversations), self.args.batch_size), desc="Answering"):
@@ -161,6 +187,73 @@ def chat(answerer: Answerer, system: str | None) -> None:
             messages.append({"role": "user", "content": question})
             (text,) = answerer.answer([messages], streamer)
             messages.append({"role": "assistant", "content": text})
+
+
+def ask_all(question: str, histories: list[list[dict]], answerers: list[Answerer]) -> Iterator[list[list[dict]]]:
+    """The conversations with the question and, piece by piece, each model's answer to it, one model after another."""
+    histories = [[*messages, {"role": "user", "content": question}] for messages in histories]
+    yield list(histories)
+    for i, answerer in enumerate(answerers):
+        asked = histories[i]
+        for text in answerer.stream(asked):
+            histories[i] = [*asked, {"role": "assistant", "content": text}]
+            yield list(histories)
+
+
+def vote(path: Path, histories: list[list[dict]], best: int) -> int:
+    """Write the best answer against each other one as a preference pair for stage 3; returns how many there are.
+
+    Pairs answer the same question, so where conversations differ before it there is none; nor of equal answers.
+    """
+    *prompt, chosen = histories[best]
+    others = [messages[-1]["content"] for messages in histories if messages[:-1] == prompt]
+    rejected = [text for text in dict.fromkeys(others) if text != chosen["content"]]
+    with path.open("a", encoding="utf-8") as file:
+        for text in rejected:
+            row = {"prompt": prompt, "chosen": chosen["content"], "rejected": text}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return len(rejected)
+
+
+def web(args: InferenceArguments) -> None:
+    """A page on localhost: all models answer side by side; after a vote they go on from the answer that won."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError("--web needs gradio: pip install gradio") from error
+    names = args.compare or [args.base_model]
+    answerers = [Answerer(name, args, None if args.compare else args.lora_model) for name in names]
+    start = [[{"role": "system", "content": args.system}] if args.system else [] for _ in names]
+
+    def shown(histories):
+        return [histories, *([m for m in messages if m["role"] != "system"] for messages in histories)]
+
+    def ask(question, histories):
+        for found in ask_all(question, histories, answerers) if question.strip() else ():
+            yield ["", *shown(found)]
+
+    def choose(best, histories):
+        if not histories[best][-1:] or histories[best][-1]["role"] != "assistant":
+            raise gradio.Error("Ask first, then vote.")
+        pairs = vote(Path(args.votes_file), histories, best)
+        gradio.Info(f"{pairs} preference pairs in {args.votes_file}; all go on from the answer that won.")
+        return shown([histories[best]] * len(names))
+
+    with gradio.Blocks(title="Side by side", analytics_enabled=False, fill_width=True) as page:
+        state = gradio.State(start)
+        with gradio.Row():
+            columns = [gradio.Chatbot(label=name, height="65vh", buttons=["copy_all"]) for name in names]
+        question = gradio.Textbox(placeholder="Ask ...", show_label=False, autofocus=True)
+        with gradio.Row():
+            for i, name in enumerate(names if len(names) > 1 else ()):
+                gradio.Button(f"{Path(name).name} is best").click(
+                    lambda histories, i=i: choose(i, histories), state, [state, *columns]
+                )
+            clear = gradio.Button("Clear")
+        gradio.on([clear.click, *(column.clear for column in columns)], lambda: shown(start), None, [state, *columns])
+        question.submit(ask, [question, state], [question, state, *columns])
+    page.launch(server_name="127.0.0.1", server_port=args.port, share=False)
 
 
 def load_questions(args: InferenceArguments) -> list[list[dict]]:
@@ -241,7 +334,9 @@ def score(args: InferenceArguments, questions: list, answers: dict[str, list[str
 def main():
     (args,) = parse_arguments(InferenceArguments)
     set_seed(args.seed)
-    if args.compare:
+    if args.web:
+        web(args)
+    elif args.compare:
         compare(args)
     elif args.data_file and not args.interactive:
         answer_file(args)

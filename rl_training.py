@@ -14,14 +14,12 @@ One base model is in memory: policy and reward are adapters on it and the refere
 Formulas: "The N implementation details of RLHF with PPO" and arXiv 2403.17031; GAE: arXiv 1506.02438.
 """
 
-import asyncio
-import inspect
 import json
 import math
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +35,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     Trainer,
     TrainingArguments,
@@ -56,7 +53,9 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
+from arguments.reward_functions import function_scores, recorders
 from arguments.roles import at_columns, build_actor_critic, last_token
+from arguments.sampling import InverseTransformSampling, Tick, uniforms
 
 
 @dataclass
@@ -109,6 +108,13 @@ class PPOArguments(RunArguments, TrainingArguments):
         metadata={"help": "Mean KL per token from the policy that sampled; 1.5 times as much is where it stops."},
     )
     reward_baseline: float = field(default=0.0, metadata={"help": "Subtracted from every score."})
+    use_score_scaling: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide scores by their standard deviation in the first rollout, so that one KL price, clip and "
+            "penalty suit reward models of any scale; logged rewards stay as they are."
+        },
+    )
     reward_clip: float = field(default=10.0, metadata={"help": "Scores are clipped to +- this."})
     missing_eos_penalty: float = field(
         default=1.0, metadata={"help": "Subtracted from the score of an unfinished answer."}
@@ -257,41 +263,6 @@ def correlation(first: list[float], second: list[float]) -> float:
     return torch.corrcoef(torch.tensor([first, second], dtype=torch.float64))[0, 1].item()
 
 
-def uniforms(seeds: list[str], count: int) -> torch.Tensor:
-    """Numbers [len(seeds), count] in [0, 1), each row a function of its seed alone."""
-    generators = [random.Random(seed) for seed in seeds]
-    return torch.tensor([[g.random() for _ in range(count)] for g in generators], dtype=torch.float64)
-
-
-class InverseTransformSampling(LogitsProcessor):
-    """Sampling with given uniform numbers [batch, tokens]: leaves one token possible, for greedy decoding to take.
-
-    An answer then depends on its own numbers alone, not on its neighbours in the batch, on the rank, or on what was
-    sampled before. Two CPU cores need 9 ms for 32 rows of 49,152 logits, torch.multinomial 32 ms.
-    """
-
-    def __init__(self, numbers: torch.Tensor, prompt_width: int, temperature: float):
-        self.numbers, self.prompt_width, self.temperature = numbers, prompt_width, temperature
-
-    def __call__(self, input_ids, scores):
-        cumulative = (scores / self.temperature).softmax(-1).double().cumsum(-1)
-        number = self.numbers[:, input_ids.shape[1] - self.prompt_width, None]
-        chosen = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
-        chosen = chosen.clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
-
-
-class Tick(LogitsProcessor):
-    """Moves a progress bar at each token, and leaves the scores alone."""
-
-    def __init__(self, bar: tqdm):
-        self.bar = bar
-
-    def __call__(self, input_ids, scores):
-        self.bar.update()
-        return scores
-
-
 def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.Tensor]:
     """A batch of answers. ids [batch, time]: prompt and answer, right-padded; the rest is [batch, answer].
 
@@ -334,7 +305,7 @@ class PPOTrainer(Trainer):
         self.data_args, self.guards = data_args, guard_args
         self.reward_model = reward_model and reward_model.to(self.args.device)
         self.reward_functions, self.reward_weights = reward_args.functions, reward_args.weights()
-        self.kl_coef, self.history = self.args.init_kl_coef, []
+        self.kl_coef, self.score_scale, self.history = self.args.init_kl_coef, 0.0, []  # a scale of 0 is not known yet
         self.rollout, self.stats, self.good, self.policy_stopped = [], [], [], False
         self.reference_scores: list[float] = []
         self.told: list[dict[str, float]] = []  # what reward functions log
@@ -514,7 +485,10 @@ class PPOTrainer(Trainer):
         batch = collate(self.rollout, self.processing_class.pad_token_id, "cpu")
         mask, scores = batch["answer_mask"], torch.tensor([answer["score"] for answer in self.rollout])
         unfinished = torch.tensor([not answer["finished"] for answer in self.rollout])
-        scores = (scores - args.reward_baseline).clamp(-args.reward_clip, args.reward_clip)
+        if args.use_score_scaling:
+            self.score_scale = self.score_scale or scores.std(correction=0).item()
+        scores = (scores - args.reward_baseline) / (self.score_scale or 1.0)
+        scores = scores.clamp(-args.reward_clip, args.reward_clip)
         scores = scores - args.missing_eos_penalty * unfinished
         rewards = token_rewards(batch["logp"], batch["ref_logp"], scores, mask, self.kl_coef)
         advantages, returns = advantages_and_returns(rewards, batch["values"], mask, args.gamma, args.gae_lambda)
@@ -679,7 +653,7 @@ class PPOTrainer(Trainer):
         (folder / "value").mkdir(exist_ok=True)
         for name, tensors in self.model.critic_parts().items():
             save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "value" / f"{name}.safetensors")
-        state = {"kl_coef": self.kl_coef, "history": self.history}
+        state = {"kl_coef": self.kl_coef, "score_scale": self.score_scale, "history": self.history}
         (folder / "value" / "state.json").write_text(json.dumps(state))
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
@@ -701,48 +675,11 @@ class PPOTrainer(Trainer):
             self.model.copies["value"].load_state_dict(critic["model"], strict=False)
         self.model.value_head.load_state_dict(critic["head"])
         state = json.loads((folder / "value" / "state.json").read_text())
-        self.kl_coef, self.history = state["kl_coef"], state["history"]
+        self.kl_coef, self.score_scale, self.history = (state[k] for k in ("kl_coef", "score_scale", "history"))
 
     def _load_best_model(self) -> None:
         logger.info(f"Taking the policy of {self.state.best_model_checkpoint}, best by {self.state.best_metric:.4f}")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def recorders(answers: list[dict], told: list[dict[str, float]]) -> dict[str, Callable]:
-    """What trl hands to reward functions to log with: log_extra(column, values) and log_metric(name, value).
-
-    A column is written with the answers shown at each evaluation, a metric with the others of a rollout or evaluation.
-    """
-
-    def log_extra(column: str, values: list) -> None:
-        if len(values) != len(answers):
-            raise ValueError(f"log_extra({column!r}) got {len(values)} values for {len(answers)} completions")
-        for answer, value in zip(answers, values, strict=True):
-            answer.setdefault("extra", {})[column] = value
-
-    def log_metric(name: str, value: float) -> None:
-        told.append({name: float(value)})
-
-    return {"log_extra": log_extra, "log_metric": log_metric}
-
-
-async def finished(values: Awaitable):
-    return await values
-
-
-def function_scores(name: str, function, columns: dict[str, list]) -> list[float]:
-    """The numbers that a reward function, async or not, returns; None counts as 0."""
-    try:
-        values = function(**columns)
-        values = asyncio.run(finished(values)) if inspect.isawaitable(values) else values
-        values = [0.0 if value is None else float(value) for value in values]
-    except Exception as error:  # it is the user's code: say which function, and what it said
-        raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
-    if len(values) != len(columns["completions"]):
-        raise UserError(
-            f"reward function {name} returned {len(values)} numbers for {len(columns['completions'])} completions"
-        )
-    return values
 
 
 def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:

@@ -1,7 +1,5 @@
 """Which rewards: a reward model, Python functions, and their weights."""
 
-import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from arguments.command_line import UserError
 from arguments.data import DataArguments
 from arguments.model import ModelArguments, keep_unpacked, pad_candidate
+from arguments.reward_functions import load_functions
 
 HEADS = ("score", "classifier")  # what transformers calls the layer that gives the score
 
@@ -42,7 +41,7 @@ class RewardSourceArguments:
                 "or --reward_functions"
             )
         self.weights()  # what is wrong shows now, not after the models are loaded
-        self.functions = self._load_functions()
+        self.functions = load_functions(self.reward_functions) if self.reward_functions else {}
 
     def find_adapter(self) -> Path | None:
         """The folder of the reward adapter at reward_model_name_or_path (in its adapter/ after a merge in place)."""
@@ -90,29 +89,6 @@ class RewardSourceArguments:
             adapter_head(adapter)
             model = PeftModel.from_pretrained(model, adapter)
         return RewardModel(model, tokenizer, data_args)
-
-    def _load_functions(self) -> dict[str, Callable]:
-        """The functions of --reward_functions by name.
-
-        Raises:
-            UserError: when the file or a function in it is missing.
-        """
-        if not self.reward_functions:
-            return {}
-        path, _, names = self.reward_functions.rpartition(":")
-        if not Path(path).is_file() or not names:
-            raise UserError(f"--reward_functions {self.reward_functions}: expected path/to/file.py:name[,name...]")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:  # it is the user's code: say which file, and what it said
-            raise UserError(f"--reward_functions: {path} raised {type(error).__name__}: {error}") from error
-        functions = {name.strip(): getattr(module, name.strip(), None) for name in names.split(",")}
-        missing = [name for name, function in functions.items() if not callable(function)]
-        if missing:
-            raise UserError(f"--reward_functions: {path} has no function {', '.join(missing)}")
-        return functions
 
     def weights(self) -> dict[str, float]:
         """Weight of each source by name: model, then the functions; 1 each unless --reward_weights says otherwise."""

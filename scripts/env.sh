@@ -22,8 +22,10 @@ elif [ "$processes" -gt 1 ]; then
 fi
 
 # glibc hands every freed activation back to the kernel and pays page faults to get it again; keeping it made training
-# steps on a 2-core machine 20-40% faster.
+# steps on a 2-core machine 20-40% faster. Its caches of small pieces then hold large holes apart: without them a stage
+# peaks 10-30% lower, in the same time.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
+export GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 HF_UPDATE_DOWNLOAD_COUNTS=0
 
 # flag_value --flag default "$@": the last value that "$@" gives to --flag, else the default.

@@ -56,8 +56,8 @@ def add(outputs: Path, row: dict) -> None:
 
 def present(outputs: Path, stage: str) -> bool:
     """Whether what the stage made is still there."""
-    if stage == "quiz":
-        return (outputs / "quiz.json").exists()
+    if stage in ("quiz", "perplexity"):  # they leave figures only
+        return (outputs / f"{stage}.json").exists()
     adapter = (outputs / stage / "adapter_config.json").exists()
     model = outputs / (f"{stage}-merged" if adapter else stage) / "config.json"
     return model.exists() and (outputs / stage / "all_results.json").exists()

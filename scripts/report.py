@@ -2,8 +2,8 @@
 
     python scripts/report.py outputs models/SmolLM2-135M-Instruct outputs/{pt,sft,rl}-merged
 
-Reads   all_results.json of outputs/pt, sft, rm and rl, quiz.json (of scripts/quiz.py), and the models: the base and
-        those that PT, SFT and RL made.
+Reads   all_results.json of outputs/pt, sft, rm and rl, quiz.json and perplexity.json (of the scripts of these names),
+        and the models: the base and those that PT, SFT and RL made.
 Writes  answers.json and report.html (of scripts/page.py) into outputs.
 """
 

@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.."
 : "${MODEL:=models/SmolLM2-135M-Instruct}"  # any folder or hub name; this one is brought out of a PyPI wheel
 : "${OUTPUTS:=outputs}"
 : "${PT_DATA:=data/pretrain}" "${SFT_DATA:=data/finetune}"  # with train/ and validation/ inside,
-: "${RM_DATA:=data/reward}" "${RL_DATA:=data/prompts}" "${QUIZ:=data/quiz}"  # or whole: a share is held out
+: "${RM_DATA:=data/reward}" "${RL_DATA:=data/prompts}"                     # or whole: a share is held out
+: "${QUIZ:=data/quiz}" "${GENERAL:=data/general}"  # what is asked after PT and SFT; text that has nothing to do with it
 : "${PYTHON:=}"                              # an existing environment's python: nothing is installed then
 
 FRESH="" FLAGS=()
@@ -56,9 +57,14 @@ stage sft "$(result pt)" "$SFT_DATA" --max_steps 30 --max_eval_samples 60
 stage rm "$(result sft)" "$RM_DATA" --max_steps 30 --max_eval_samples 72
 stage rl "$(result sft)" "$RL_DATA" --max_steps 10 --max_eval_samples 48
 [ "$NODE_RANK" = 0 ] || exit 0
-quizzed=("$MODEL" "$(result pt)" "$(result sft)")
-if [ "$("$PYTHON" scripts/ledger.py start "$OUTPUTS" quiz "$QUIZ" "${quizzed[@]}")" != ended ]; then
-  "$PYTHON" scripts/quiz.py "$QUIZ" "${quizzed[@]}" >"$OUTPUTS/quiz.json"
-  "$PYTHON" scripts/ledger.py finish "$OUTPUTS" quiz
-fi
-"$PYTHON" scripts/report.py "$OUTPUTS" "${quizzed[@]}" "$(result rl)"
+models=("$MODEL" "$(result pt)" "$(result sft)" "$(result rl)")
+# judge name data model...: what a script says of models on data that no stage saw, unless it said it of these already.
+judge() {
+  if [ "$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$1" "${@:2}")" != ended ]; then
+    "$PYTHON" "scripts/$1.py" "${@:2}" >"$OUTPUTS/$1.json"
+    "$PYTHON" scripts/ledger.py finish "$OUTPUTS" "$1"
+  fi
+}
+judge quiz "$QUIZ" "${models[@]:0:3}"
+judge perplexity "$GENERAL" "${models[@]}"
+"$PYTHON" scripts/report.py "$OUTPUTS" "${models[@]}"

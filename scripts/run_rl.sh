@@ -28,7 +28,8 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --mini_batch_size 8 \
   --ppo_epochs 1 \
   --learning_rate 1.5e-3 \
-  --adap_kl_ctrl --kl_target 15 --kl_horizon 96 \
+  --init_kl_coef 0.05 \
+  --use_score_scaling \
   --gae_lambda 1 \
   --missing_eos_penalty 0.3 \
   --lr_scheduler_type constant_with_warmup \

@@ -28,7 +28,7 @@ def table_rows(folders: dict[str, Path], outputs: Path) -> list[tuple[str, str, 
         if after in found:
             rows.append((stage, what, number(found.get(before)), number(found[after]), f"{found[count]} {unit}"))
     rows += kind_rows(results.get("RM", {}))
-    return rows + quiz_rows(outputs / "quiz.json")
+    return rows + quiz_rows(outputs / "quiz.json") + general_rows(outputs / "perplexity.json")
 
 
 def number(value: float | None) -> str:
@@ -45,12 +45,27 @@ def kind_rows(results: dict) -> list[tuple]:
     ]
 
 
+def judged(path: Path) -> list[dict]:
+    """What a script said of each model; nothing where it has not ended."""
+    return list(json.loads(path.read_text()).values()) if path.exists() and path.read_text() else []
+
+
 def quiz_rows(path: Path) -> list[tuple]:
     """Accuracy of the base, PT and SFT models on the quiz."""
-    if not path.exists() or not path.read_text():
+    found = judged(path)
+    if not found:
         return []
-    found = list(json.loads(path.read_text()).values())
     base, pt, sft = (number(row["accuracy"]) for row in found)
     count = f"{found[0]['questions']} questions"
     what = "quiz accuracy (chance: 0.25)"
     return [("PT", what, base, pt, count), ("SFT", what, pt, sft, count)]
+
+
+def general_rows(path: Path) -> list[tuple]:
+    """Perplexity of text that has nothing to do with the domain: what each stage forgot."""
+    found = judged(path)
+    figures = [number(row["perplexity"]) for row in found]
+    return [
+        (stage, "perplexity, general text", before, after, f"{found[0]['tokens']} tokens")
+        for stage, before, after in zip(("PT", "SFT", "RL"), figures, figures[1:], strict=False)
+    ]

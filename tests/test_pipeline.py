@@ -85,7 +85,7 @@ def test_pipeline(pipeline):
     assert_table(printed, outputs)
     ledger = [json.loads(line) for line in (outputs / "ledger.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["event"]) for row in ledger] == [
-        (stage, event) for stage in (*STAGES, "quiz") for event in ("start", "finish")
+        (stage, event) for stage in (*STAGES, "quiz", "perplexity") for event in ("start", "finish")
     ]
     assert all(row["seconds"] > 0 and row["versions"]["torch"] for row in ledger[1::2])
     assert all(len(row["inputs"]) >= 3 and row["figures"]["train_loss"] for row in ledger[1:8:2])
@@ -97,6 +97,9 @@ def test_pipeline(pipeline):
     assert [row["questions"] for row in quiz.values()] == [126] * 3
     assert list(quiz.values())[0]["accuracy"] > 0.3  # four options: the base model knows something
     assert printed.count("quiz accuracy (chance: 0.25)") == 2
+    general = list(json.loads((outputs / "perplexity.json").read_text()).values())
+    assert len(general) == 4 and all(10 < row["perplexity"] < 60 for row in general)
+    assert printed.count("perplexity, general text") == 3
     assert results["pt"]["eval_perplexity"] < results["pt"]["eval_perplexity_before"] < 100
     assert results["rl"]["eval_kl_before"] == 0.0
     assert results["rl"]["eval_length"] <= 16 and results["rl"]["eval_prompts"] == 4

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ll
 
 from arguments import GuardArguments
 from arguments.roles import ActorCritic, last_token, score_head
+from arguments.sampling import InverseTransformSampling, uniforms
 from rl_training import (
-    InverseTransformSampling,
     PPOArguments,
     adapted_kl_coef,
     advantages_and_returns,
@@ -26,7 +26,6 @@ from rl_training import (
     policy_loss,
     prompt_order,
     token_rewards,
-    uniforms,
     value_loss,
     whiten,
 )

@@ -521,15 +521,17 @@ def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
 
 SETTINGS = {
     **{"reward_baseline": 0.0, "reward_clip": 10.0, "missing_eos_penalty": 1.0, "init_kl_coef": 0.05, "gamma": 1.0},
-    **{"gae_lambda": 0.95, "whiten_advantages": True, "temperature": 1.0},
+    **{"gae_lambda": 0.95, "whiten_advantages": True, "temperature": 1.0, "use_score_scaling": False},
 }
 
 
 def advantages_by_hand(answers: list[dict], settings: dict) -> list[float]:
     """Of all tokens of the answers, from what sampling and scoring found; arithmetic on plain numbers."""
-    found = []
+    found, scale = [], 1.0
+    if settings["use_score_scaling"]:
+        scale = statistics.pstdev(answer["score"] for answer in answers)
     for answer in answers:
-        score = answer["score"] - settings["reward_baseline"]
+        score = (answer["score"] - settings["reward_baseline"]) / scale
         score = max(-settings["reward_clip"], min(settings["reward_clip"], score))
         score -= 0 if answer["finished"] else settings["missing_eos_penalty"]
         logp, ref_logp, values = (answer[name].tolist() for name in ("logp", "ref_logp", "values"))
@@ -566,6 +568,7 @@ def moved(trainer) -> None:
         {"gae_lambda": 0.3},
         {"whiten_advantages": False},
         {"temperature": 0.5},
+        {"use_score_scaling": True},
     ],
     ids=lambda changed: " ".join(changed) or "defaults",
 )
@@ -591,6 +594,19 @@ def test_advantages_of_a_rollout(changed, tiny, records, tmp_path, monkeypatch):
             logp = (policy(input_ids=ids).logits[0, before:-1] / settings["temperature"]).log_softmax(-1)
         expected = logp.gather(1, ids[0, before + 1 :, None])[:, 0]
         torch.testing.assert_close(answer["logp"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_scale_is_measured_once(tiny, records, tmp_path, monkeypatch):
+    """The first rollout's spread divides the scores of all; where it has none, the next one's that has."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--use_score_scaling")
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    rows, scales = [trainer.train_dataset[i] for i in range(4)], []
+    for number, factor in enumerate((0.0, 1.0, 100.0)):
+        trainer.reward_weights = {"spread": factor}
+        trainer.collect(rows, number)
+        scales.append((trainer.score_scale, statistics.pstdev(answer["score"] for answer in trainer.rollout)))
+    assert scales[0][0] == 0.0 < scales[1][0] == pytest.approx(scales[1][1]) == scales[2][0] < scales[2][1]
 
 
 def test_least_and_most_tokens(tiny, records, tmp_path, monkeypatch):
@@ -886,7 +902,7 @@ def test_killed_run_goes_on(place, call, critic, tiny, records, tmp_path):
     """kill -9, then the same command again: the weights of a run left alone, bit for bit."""
     in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
     flags = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 3, "--save_steps", 1, "--critic", critic)
-    flags += ("--adap_kl_ctrl", "--kl_horizon", 8, "--mini_batch_size", 2)
+    flags += ("--adap_kl_ctrl", "--kl_horizon", 8, "--mini_batch_size", 2, "--use_score_scaling")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     in_process(*stage("rl", tiny("llama"), records, whole, *flags)).ok()
     (tmp_path / "killed.py").write_text(KILLED)

@@ -1,0 +1,68 @@
+"""Rewards from the user's own Python functions, with the signature that trl gave them."""
+
+import asyncio
+import importlib.util
+import inspect
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from arguments.command_line import UserError
+
+
+def load_functions(source: str) -> dict[str, Callable]:
+    """The functions of --reward_functions, path/to/file.py:name[,name...], by name.
+
+    Raises:
+        UserError: when the file or a function in it is missing.
+    """
+    path, _, names = source.rpartition(":")
+    if not Path(path).is_file() or not names:
+        raise UserError(f"--reward_functions {source}: expected path/to/file.py:name[,name...]")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is the user's code: say which file, and what it said
+        raise UserError(f"--reward_functions: {path} raised {type(error).__name__}: {error}") from error
+    functions = {name.strip(): getattr(module, name.strip(), None) for name in names.split(",")}
+    missing = [name for name, function in functions.items() if not callable(function)]
+    if missing:
+        raise UserError(f"--reward_functions: {path} has no function {', '.join(missing)}")
+    return functions
+
+
+def recorders(answers: list[dict], told: list[dict[str, float]]) -> dict[str, Callable]:
+    """What trl hands to reward functions to log with: log_extra(column, values) and log_metric(name, value).
+
+    A column is written with the answers shown at each evaluation, a metric with the others of a rollout or evaluation.
+    """
+
+    def log_extra(column: str, values: list) -> None:
+        if len(values) != len(answers):
+            raise ValueError(f"log_extra({column!r}) got {len(values)} values for {len(answers)} completions")
+        for answer, value in zip(answers, values, strict=True):
+            answer.setdefault("extra", {})[column] = value
+
+    def log_metric(name: str, value: float) -> None:
+        told.append({name: float(value)})
+
+    return {"log_extra": log_extra, "log_metric": log_metric}
+
+
+async def finished(values: Awaitable):
+    return await values
+
+
+def function_scores(name: str, function, columns: dict[str, list]) -> list[float]:
+    """The numbers that a reward function, async or not, returns; None counts as 0."""
+    try:
+        values = function(**columns)
+        values = asyncio.run(finished(values)) if inspect.isawaitable(values) else values
+        values = [0.0 if value is None else float(value) for value in values]
+    except Exception as error:  # it is the user's code: say which function, and what it said
+        raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
+    if len(values) != len(columns["completions"]):
+        raise UserError(
+            f"reward function {name} returned {len(values)} numbers for {len(columns['completions'])} completions"
+        )
+    return values

@@ -1,0 +1,45 @@
+"""Perplexity of texts that have nothing to do with the domain, under several models: what was forgotten on the way.
+
+    python scripts/perplexity.py data/general models/SmolLM2-135M-Instruct outputs/pt-merged outputs/sft-merged
+
+Reads a folder of {"text"} records and the models; prints one JSON object {model: {"perplexity", "tokens"}}: exp of the
+mean loss of a token, of every text by itself, behind its beginning-of-text token where the tokenizer puts one.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arguments.run import native_bf16  # noqa: E402
+
+
+@torch.no_grad()
+def perplexity(path: str, texts: list[str]) -> dict:
+    """exp of the summed loss over the number of tokens that have one before them."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    dtype = torch.bfloat16 if native_bf16() else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    total, tokens = 0.0, 0
+    for text in tqdm(texts, f"Perplexity of general text, {path}"):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        logits = model(ids[:, :-1]).logits[0].float()
+        total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+    return {"perplexity": math.exp(total / tokens), "tokens": tokens}
+
+
+def main():
+    folder, *models = sys.argv[1:]
+    lines = [line for path in sorted(Path(folder).glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    texts = [json.loads(line)["text"] for line in lines]
+    print(json.dumps({path: perplexity(path, texts) for path in models}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

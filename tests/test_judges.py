@@ -1,0 +1,41 @@
+"""scripts/quiz.py and scripts/perplexity.py against the plain way to compute the same."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import in_process, write_lines
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from scripts.quiz import PROMPTS, choice
+
+TEXTS = ["The train left at six in the morning.", "老街的尽头有一家修表铺。", "Bread needs an hour to cool."]
+OPTIONS = ["The heart", "The heart and the lungs", "A kidney", "心脏"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_perplexity_counts_every_token_once(family, tiny, tmp_path):
+    write_lines(tmp_path / "general", [{"text": text} for text in TEXTS])
+    found = json.loads(in_process("scripts/perplexity.py", tmp_path / "general", tiny(family)).ok().stdout)
+    model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
+    tokenizer, losses = AutoTokenizer.from_pretrained(tiny(family)), []
+    for text in TEXTS:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        losses += [model(ids, labels=ids).loss.item()] * (ids.shape[1] - 1)
+    assert found[str(tiny(family))]["tokens"] == len(losses)
+    expected = math.exp(sum(losses) / len(losses))
+    assert found[str(tiny(family))]["perplexity"] == pytest.approx(expected, rel=0.01)  # bfloat16 where it is native
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_likeliest_option_per_byte_is_chosen(language, tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
+    tokenizer, prompt = AutoTokenizer.from_pretrained(tiny("llama")), PROMPTS[language].format("What pumps blood?")
+    likelihoods = []
+    for option in OPTIONS:
+        ids, start = tokenizer(prompt + option, return_tensors="pt")["input_ids"], len(tokenizer(prompt)["input_ids"])
+        logp = model(ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[0, :, 0]
+        likelihoods.append(logp[start - 1 :].sum().item() / len(option.encode()))
+    assert choice(model, tokenizer, prompt, OPTIONS) == likelihoods.index(max(likelihoods))
