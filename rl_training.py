@@ -52,6 +52,7 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
+from arguments.plan import plan_ppo
 from arguments.roles import at_columns, build_actor_critic, last_token
 
 
@@ -689,6 +690,9 @@ def main():
     eval_dataset = build_dataset(eval_rows, tokenizer, data_args)
     if data_args.preview:
         return data_args.show(train_dataset, tokenizer)
+    if training_args.plan:
+        groups = model_args, adapter_args, training_args
+        return plan_ppo(*groups, train_dataset, eval_dataset, data_args.max_target_length, reward_args)
 
     model, reward_model = build_actor_critic(model_args, adapter_args, data_args, reward_args, training_args.critic)
     training_args.keep_casts(model)

@@ -1,0 +1,140 @@
+"""Models whose tensors have shapes and no storage, and how much memory a step with them would take, by role."""
+
+import ctypes
+import os
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ALIGNMENT = 64  # bytes, of PyTorch's tensors on a CPU
+
+
+def without_storage(build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """The module that `build` makes, from shapes alone: its parameters and buffers claim `device` and take no memory.
+
+    It is built on the meta device, where casts and adapters work as usual; then each tensor becomes a fake one, since
+    PyTorch chooses kernels (attention without a table of all pairs) by the device that a tensor claims. Operations on
+    real tensors alone, such as token ids and masks, stay real.
+    """
+    mode, made = FakeTensorMode(allow_non_fake_inputs=True), {}
+
+    def fake(tensor):
+        if id(tensor) not in made:  # tied weights stay tied
+            with mode:
+                found = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            if isinstance(tensor, nn.Parameter):
+                found = nn.Parameter(found, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = tensor, found  # holding the old one keeps its id from another
+        return made[id(tensor)][1]
+
+    with torch.device("meta"):
+        model = build()
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors |= {name: fake(tensor) for name, tensor in tensors.items() if tensor is not None}
+    return model
+
+
+class Footprint(TorchDispatchMode):
+    """Bytes of all storages that are alive, by role, and what they were when their sum was largest.
+
+    What an operation makes is an activation, or logits if its last dimension is the vocabulary; `label` tells better.
+    Kernels' own scratch memory does not show here.
+    """
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.alive, self.now, self.peak = vocabulary, {}, Counter(), Counter()
+        self.events: list[tuple[int, int]] = []  # key and bytes of a storage, 0 where it is freed
+
+    def label(self, role: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Count the storages of `tensors` as `role` from now on."""
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            key, size = storage._cdata, storage.nbytes()
+            if key in self.alive:
+                self.now[self.alive[key][1]] -= size
+            else:
+                self.events.append((key, size))
+            self.alive[key] = weakref.ref(storage, lambda _, key=key: self._freed(key)), role, size
+            self.now[role] += size
+        if self.now.total() > self.peak.total():
+            self.peak = self.now.copy()
+
+    def _freed(self, key: int) -> None:
+        _, role, size = self.alive.pop(key)
+        self.events.append((key, 0))
+        self.now[role] -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                of_vocabulary = tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
+                self.label("logits" if of_vocabulary else "activations", [tensor])
+        return found
+
+    @contextmanager
+    def phase(self, on_cpu: bool):
+        """Yields a Counter that holds, once it is left, the peak inside by role, and what malloc keeps beside it."""
+        self.peak, self.events, found = self.now.copy(), [], Counter()
+        before = self.now.total()
+        with self:
+            yield found
+        found.update(self.peak)
+        if on_cpu:
+            found["unused"] = max(0, held_by_malloc(self.events) - (self.peak.total() - before))
+
+
+class _Mallinfo(ctypes.Structure):
+    """mallinfo2(3); in bytes: arena is what the heap has grown to, hblkhd what was mapped apart."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")]
+    _fields_ += [(name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+
+
+def held_by_malloc(events: list[tuple[int, int]]) -> int:
+    """Bytes by which this process would grow if it allocated and freed like that; 0 where its malloc does not say.
+
+    Freed pieces that no later tensor fits into are memory too: glibc needs room beside a tensor to align it, so one
+    does not fit where another of its size was. Nothing is written into the pieces, and a child process takes them.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, str(replay(events)).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        grown = answer.read()
+    os.waitpid(child, 0)
+    return int(grown or 0)
+
+
+def replay(events: list[tuple[int, int]]) -> int:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):  # not glibc
+        return 0
+    libc.mallinfo2.restype, libc.free.argtypes = _Mallinfo, [ctypes.c_void_p]
+
+    def held():
+        info = libc.mallinfo2()
+        return info.arena + info.hblkhd
+
+    before, most, pieces = held(), 0, {}
+    for key, size in events:
+        if not size:
+            libc.free(pieces.pop(key, None))
+            continue
+        piece = ctypes.c_void_p()
+        libc.posix_memalign(ctypes.byref(piece), ALIGNMENT, size)
+        pieces[key], most = piece, max(most, held())
+    return most - before
