@@ -1,4 +1,4 @@
-"""--plan: what a run would take, before anything is loaded: memory by role, disk, tokens, steps; and whether it fits."""
+"""--plan: what a run would take, before anything is loaded: memory by role, disk, tokens, steps; does it fit."""
 
 import math
 import shutil
@@ -26,7 +26,7 @@ ROLES = {  # in the order of the table
     "activations": "activations",
     "KV cache": "KV cache",
     "logits": "logits",
-    "unused": "lost between pieces (malloc)",
+    "unused": "kept by malloc, unused",
 }
 SAVERS = (  # tried one after another when it does not fit; the first is the stage's own flag for rows at once
     ("{} 1", {"rows": 1}),
@@ -64,8 +64,8 @@ def plan_ppo(model_args, adapter_args, args, train: Dataset, held_out: Dataset, 
 
 
 def show(model_args, adapter_args, args, train, rehearse, rows_flag: str = "per_device_train_batch_size") -> None:
-    """Rehearse the run and print what it takes, from this process's memory as it is now."""
-    held = in_use(args.device)
+    """Rehearse the run and print what it takes, from what this process holds now."""
+    held, limit = in_use(args.device), total_memory(args.device)
     bits = NF4_BITS if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 0
     load = Load(getattr(args, rows_flag), checkpointing=bool(args.activation_checkpointing), bits=bits)
     found = rehearse(load)
@@ -75,12 +75,15 @@ def show(model_args, adapter_args, args, train, rehearse, rows_flag: str = "per_
     for name, value in (parameters(found), amounts(train, args), disk(found, adapter_args, args)):
         print(f"{name:<30}{value}")
     print(table(found.phases, held))
-    limit = total_memory(args.device)
-    highest = peak(found, held)
-    fits = "it fits" if highest <= limit else "it does not fit"
-    print(f"peak {highest / GIB:.2f} GiB of the {limit / GIB:.1f} GiB of this {args.device.type}: {fits}")
-    if highest > limit:
+    print(verdict(peak(found, held), limit, args.device))
+    if peak(found, held) > limit:
         print("\n".join(advice(load, rows_flag, rehearse, held, limit, adapter_args.use_peft)))
+
+
+def verdict(highest: int, limit: int, device: torch.device) -> str:
+    fits = "it fits" if highest <= limit else "it does not fit"
+    said = f"peak {highest / GIB:.2f} GiB of the {limit / GIB:.1f} GiB of this {device.type}: {fits}"
+    return said + ("" if device.type == "cuda" else "; glibc's malloc may add a third (docs/faq.md)")
 
 
 def in_use(device: torch.device) -> int:
@@ -122,7 +125,8 @@ def disk(found: Rehearsal, adapter_args, args) -> tuple[str, str]:
     trained = sum(parameter.nbytes for parameter in found.trained)
     held = next(iter(found.phases.values()))
     kept, each = args.save_total_limit, trained + held["optimizer"]
-    folder = next(p for p in (Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents) if p.exists())
+    output = Path(args.output_dir).absolute()
+    folder = next(path for path in (output, *output.parents) if path.exists())
     text = f"{each / GIB:.2f} GiB a checkpoint ({kept or 'all'} kept)"
     if adapter_args.use_peft:
         text += f", {merged_bytes(found) / GIB:.2f} GiB the merged model"

@@ -46,7 +46,7 @@ class Rehearsal(TokenLoss):
         self.hold_optimizer(accumulates)
 
     def with_casts(self, model: nn.Module) -> nn.Module:
-        """RunArguments.keep_casts; on a CPU the file stays mapped, though what was read of it is kept in another dtype.
+        """RunArguments.keep_casts; on a CPU the file stays mapped, though what it held is kept in another dtype.
 
         Its pages count as resident while any weight, such as the embedding, is still a view of it.
         """
@@ -90,6 +90,7 @@ class Rehearsal(TokenLoss):
             parameter.grad = parameter.grad if accumulates else None
             parameter.register_post_accumulate_grad_hook(lambda p: self.footprint.label("gradients", [p.grad]))
         self.optimizer = optimizer
+        self.footprint.events.clear()  # what is held all the time counts in full, and where it lies is not known
 
     def phase(self, name: str, step: Callable[[], None], grad: bool = True) -> None:
         self.model.train(grad)
@@ -236,18 +237,17 @@ def tokens(found: Rehearsal, *shape: int) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.long, device=found.device)
 
 
-def cached_kv(found: Rehearsal) -> DynamicCache:
-    """An empty cache whose tensors count as such."""
-    cache = DynamicCache()
-    plain = cache.update
+class CountedCache(DynamicCache):
+    """A KV cache whose tensors count as such."""
 
-    def update(*args, **kwargs):
-        states = plain(*args, **kwargs)
-        found.footprint.label("KV cache", states)
+    def __init__(self, footprint: Footprint):
+        super().__init__()
+        self.footprint = footprint
+
+    def update(self, *args, **kwargs):
+        states = super().update(*args, **kwargs)
+        self.footprint.label("KV cache", states)
         return states
-
-    cache.update = update
-    return cache
 
 
 def sample(found: Rehearsal, shape: tuple[int, int], answer: int) -> None:
@@ -256,7 +256,7 @@ def sample(found: Rehearsal, shape: tuple[int, int], answer: int) -> None:
     In between, the cache grows by as many tokens as the prompts have, or fewer: one at a time would take long.
     """
     rows, prompt = shape
-    cache, seen = cached_kv(found), 0
+    cache, seen = CountedCache(found.footprint), 0
     widths = [prompt, *(min(prompt, answer - 2 - at) for at in range(0, answer - 2, prompt)), 1]
     with found.model.role("policy") as model, found.accelerator.autocast():
         for width in widths:

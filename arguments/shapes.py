@@ -83,13 +83,13 @@ class Footprint(TorchDispatchMode):
     @contextmanager
     def phase(self, on_cpu: bool):
         """Yields a Counter that holds, once it is left, the peak inside by role, and what malloc keeps beside it."""
-        self.peak, self.events, found = self.now.copy(), [], Counter()
+        self.peak, found, start = self.now.copy(), Counter(), len(self.events)
         before = self.now.total()
         with self:
             yield found
         found.update(self.peak)
         if on_cpu:
-            found["unused"] = max(0, held_by_malloc(self.events) - (self.peak.total() - before))
+            found["unused"] = max(0, held_by_malloc(self.events, start) - (self.peak.total() - before))
 
 
 class _Mallinfo(ctypes.Structure):
@@ -99,8 +99,8 @@ class _Mallinfo(ctypes.Structure):
     _fields_ += [(name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
 
 
-def held_by_malloc(events: list[tuple[int, int]]) -> int:
-    """Bytes by which this process would grow if it allocated and freed like that; 0 where its malloc does not say.
+def held_by_malloc(events: list[tuple[int, int]], start: int) -> int:
+    """Bytes that malloc would hold at most behind event `start`, of what it took since the first; 0 if no glibc.
 
     Freed pieces that no later tensor fits into are memory too: glibc needs room beside a tensor to align it, so one
     does not fit where another of its size was. Nothing is written into the pieces, and a child process takes them.
@@ -109,7 +109,7 @@ def held_by_malloc(events: list[tuple[int, int]]) -> int:
     child = os.fork()
     if child == 0:
         try:
-            os.write(writing, str(replay(events)).encode())
+            os.write(writing, str(replay(events, start)).encode())
         finally:
             os._exit(0)
     os.close(writing)
@@ -119,7 +119,7 @@ def held_by_malloc(events: list[tuple[int, int]]) -> int:
     return int(grown or 0)
 
 
-def replay(events: list[tuple[int, int]]) -> int:
+def replay(events: list[tuple[int, int]], start: int) -> int:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):  # not glibc
         return 0
@@ -130,11 +130,11 @@ def replay(events: list[tuple[int, int]]) -> int:
         return info.arena + info.hblkhd
 
     before, most, pieces = held(), 0, {}
-    for key, size in events:
+    for number, (key, size) in enumerate(events):
         if not size:
             libc.free(pieces.pop(key, None))
             continue
         piece = ctypes.c_void_p()
         libc.posix_memalign(ctypes.byref(piece), ALIGNMENT, size)
-        pieces[key], most = piece, max(most, held())
-    return most - before
+        pieces[key], most = piece, max(most, held()) if number >= start else 0
+    return max(0, most - before)
