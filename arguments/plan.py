@@ -12,7 +12,8 @@ import psutil
 import torch
 from datasets import Dataset
 
-from arguments.rehearsal import NF4_BITS, Load, Rehearsal, rehearse_pairs, rehearse_ppo, rehearse_tokens
+from arguments.rehearsal import NF4_BITS, Load, Rehearsal, rehearse_pairs, rehearse_tokens
+from arguments.rehearsal_ppo import rehearse_ppo
 
 GIB = 2**30
 PROCESS = "process"

@@ -73,8 +73,8 @@ class RunArguments:
     plan: bool = field(
         default=False,
         metadata={
-            "help": "Print parameters, memory by role, disk, tokens and steps, and whether it fits; then stop. It reads "
-            "no weights."
+            "help": "Print parameters, memory by role, disk, tokens and steps, and whether it fits; then stop. "
+            "Reads no weights."
         },
     )
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "tensorboard, wandb, none ..."})

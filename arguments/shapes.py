@@ -124,6 +124,7 @@ def replay(events: list[tuple[int, int]], start: int) -> int:
     if not hasattr(libc, "mallinfo2"):  # not glibc
         return 0
     libc.mallinfo2.restype, libc.free.argtypes = _Mallinfo, [ctypes.c_void_p]
+    libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
 
     def held():
         info = libc.mallinfo2()
