@@ -84,7 +84,7 @@ def show(model_args, adapter_args, args, train, rehearse, rows_flag: str = "per_
 def verdict(highest: int, limit: int, device: torch.device) -> str:
     fits = "it fits" if highest <= limit else "it does not fit"
     said = f"peak {highest / GIB:.2f} GiB of the {limit / GIB:.1f} GiB of this {device.type}: {fits}"
-    return said + ("" if device.type == "cuda" else "; glibc's malloc may add a third (docs/faq.md)")
+    return said + ("" if device.type == "cuda" else "; glibc's malloc took up to 45% more (docs/faq.md)")
 
 
 def in_use(device: torch.device) -> int:
