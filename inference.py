@@ -170,13 +170,22 @@ def load_questions(args: InferenceArguments) -> list[list[dict]]:
 
 
 def already_answered(path: Path, questions: list[list[dict]]) -> int:
-    """How many answers an earlier call left; they must be to the first of these questions."""
+    """How many answers an earlier call left; they must be to the first of these questions.
+
+    What a kill or a full disk left of a last line is taken off the file.
+    """
     if not path.exists():
         return 0
-    lines = path.read_text("utf-8").splitlines()
-    done = [json.loads(line)["Input"] for line in lines]
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    try:
+        done = [json.loads(line)["Input"] for line in whole.split(b"\n")[:-1]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} is not of lines {{"Input", "Output"}}: name another --predictions_file') from error
     if done != [messages[-1]["content"] for messages in questions[: len(done)]]:
         raise UserError(f"{path} holds answers to other questions: name another --predictions_file")
+    if whole != text:
+        os.truncate(path, len(whole))
     return len(done)
 
 

@@ -128,18 +128,26 @@ def probe(model, tokenizer) -> list[torch.Tensor]:
 
 
 def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict:
-    """Largest difference, absolute and relative to the spread of the expected logits, and share of equal top-1."""
+    """Largest difference, absolute and relative to the spread of the expected logits, and share of equal top-1.
+
+    Of scores there are so few that they may lie close together by chance: their size then stands for their spread.
+    """
     pairs = list(zip(expected, found, strict=True))
     largest = max((a - b).abs().max().item() for a, b in pairs)
-    spread = max(torch.cat([a.flatten() for a in expected]).std().item(), 1e-6)
+    numbers, are_scores = torch.cat([a.flatten() for a in expected]), expected[0].ndim == 1
+    spread = max(numbers.std().item(), numbers.abs().mean().item() if are_scores else 0.0, 1e-6)
+    facts = {"largest_difference": largest, "relative_difference": largest / spread}
+    if are_scores:
+        return facts
     same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten().float() for a, b in pairs]).mean().item()
-    return {"largest_difference": largest, "relative_difference": largest / spread, "equal_top1": same}
+    return facts | {"equal_top1": same}
 
 
 def move_files(staging: Path, folder: Path) -> None:
-    """The merged files into `folder`, whose adapter goes aside first; config.json comes last, without which
-    from_pretrained refuses the folder."""
+    """The merged files into `folder`, whose adapter goes aside first. config.json, without which from_pretrained
+    refuses the folder, goes first where an earlier merge left one, and comes last."""
     new = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
+    (folder / "config.json").unlink(missing_ok=True)
     for stale in {*folder.glob("model*.safetensors*")} - {folder / path.name for path in new}:
         stale.unlink()
     if (folder / "adapter_config.json").exists():
@@ -209,6 +217,7 @@ def sha256(path: Path) -> str:
 def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, staging: Path) -> dict:
     """Write the merged model into `staging` and prove it; returns the facts for merge.json."""
     name, scratch = args.base_model_name_or_path, staging / "converted"
+    known = {"name": name, "fingerprint": fingerprint(name)}  # also opens each of its files once
     base, index = load(args, config, scratch / "base", torch.float32)
     grown = {}
     if rows := grown_vocabulary(base, adapter):
@@ -240,7 +249,7 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     shutil.rmtree(scratch, ignore_errors=True)
     tensors = {"merged": len(merged.errors), "largest_error": max(merged.errors.values(), default=0.0)}
     return {
-        "base": {"name": name, "fingerprint": fingerprint(name)},
+        "base": known,
         "adapter": {"name": str(adapter), "sha256": sha256(next(adapter.glob("adapter_model.*")))},
         "dtype": stored_dtype(args),
         "untied": apart,
@@ -261,11 +270,9 @@ def main():
     if config.peft_type != PeftType.LORA:
         raise UserError(f"{adapter} is a {config.peft_type} adapter: only LoRA and its forms are merged here")
     args.base_model_name_or_path = args.base_model_name_or_path or config.base_model_name_or_path
+    check(args, config, adapter)
     check_base(adapter, args.base_model_name_or_path, args.force)
-    own = (Path(args.peft_model_path) / "tokenizer_config.json").exists()  # else the base's serves
-    tokenizer = AutoTokenizer.from_pretrained(
-        args.peft_model_path if own else args.base_model_name_or_path, trust_remote_code=args.trust_remote_code
-    )
+    tokenizer = load_tokenizer(args)
     output = Path(args.output_dir).resolve()
     staging = output / ".merging"
     shutil.rmtree(staging, ignore_errors=True)
@@ -282,13 +289,41 @@ def main():
             output.rmdir()
         raise
     parity, tensors = facts["parity"], facts["tensors"]
+    top = f", equal top-1 {parity['equal_top1']:.1%}" if "equal_top1" in parity else ""
     logger.info(
         f"Merged {adapter} into {output} ({facts['dtype']}): {tensors['merged']} matrices off by at most "
-        f"{tensors['largest_error']:.1g} of their largest number; logits by {parity['largest_difference']:.2g}, equal "
-        f"top-1 {parity['equal_top1']:.1%}"
+        f"{tensors['largest_error']:.1g} of their largest number; {'logits' if top else 'scores'} by "
+        f"{parity['largest_difference']:.2g}{top}"
     )
     if args.push_to_hub:
         upload(output, args.push_to_hub)
+
+
+def check(args: MergeArguments, config: PeftConfig, adapter: Path) -> None:
+    """Refuse what cannot end well, before anything is loaded or written."""
+    base = args.base_model_name_or_path
+    if not base:
+        raise UserError(f"{adapter} does not say which base it was trained on: name it with --base_model_name_or_path")
+    if Path(args.output_dir).resolve() == Path(base).resolve():
+        raise UserError(f"--output_dir {args.output_dir} is the base model's own folder: name another")
+    if args.gguf and config.task_type == "SEQ_CLS":
+        raise UserError(f"{adapter} is of a reward model, for which GGUF has no head: leave --gguf out")
+    try:
+        settings = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--base_model_name_or_path {base} is no model: {str(error).splitlines()[0]}") from error
+    if getattr(settings, "quantization_config", None):
+        raise UserError(f"{base} is quantised and cannot hold what a merge makes of it: name what it was made from")
+
+
+def load_tokenizer(args: MergeArguments):
+    """The adapter's tokenizer, else the base's."""
+    own = (Path(args.peft_model_path) / "tokenizer_config.json").exists()
+    source = args.peft_model_path if own else args.base_model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer in {source}: {str(error).strip().splitlines()[0]}") from error
 
 
 def write_gguf(llama_cpp: Path, folder: Path, tokenizer) -> dict:
@@ -297,7 +332,8 @@ def write_gguf(llama_cpp: Path, folder: Path, tokenizer) -> dict:
     command = [sys.executable, llama_cpp / "convert_hf_to_gguf.py", folder, "--outfile", target, "--outtype", "auto"]
     ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if ended.returncode:
-        raise Fault(f"llama.cpp's converter failed, nothing was kept: {ended.stderr.strip().splitlines()[-1]}")
+        said = (ended.stderr.strip() or ended.stdout.strip() or f"exit code {ended.returncode}").splitlines()[-1]
+        raise Fault(f"llama.cpp's converter failed, nothing was kept: {said}")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = probe(model, tokenizer)
     config = GgufConfig(dequantize=True)

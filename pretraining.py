@@ -8,7 +8,8 @@ Trains  a LoRA adapter (--use_peft False: all weights) on blocks packed from the
 Writes  the adapter, tokenizer, metrics (held-out perplexity) and curves into output_dir.
 """
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
@@ -40,7 +41,9 @@ class PretrainingArguments(RunArguments, TrainingArguments):
     isolate_documents: bool = field(
         default=False, metadata={"help": "Documents in a block do not see each other (models with position_ids)."}
     )
-    streaming: bool = field(default=False, metadata={"help": "Tokenize while training (needs --max_steps)."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Tokenize while training, in passes without end (needs --max_steps)."}
+    )
 
     def __post_init__(self):
         if self.block_size < 2:
@@ -76,6 +79,15 @@ def block(ids: list[int], positions: list[int], pad_token_id: int, length: int, 
     return found | {"labels": labels + [-100] * missing, "position_ids": positions + [0] * missing}
 
 
+def stream(rows: Dataset, encode: Callable, seed: int | None, settings: dict) -> Iterator[dict]:
+    """Blocks of documents, tokenized as they are wanted: in order; with `seed` without end, each pass mixed anew.
+
+    A Trainer that resumes counts blocks from the start of the stream: with an end in it, it would count wrongly.
+    """
+    passes = [rows] if seed is None else (rows.shuffle(seed=seed + number) for number in itertools.count())
+    yield from pack((encode(row) for one in passes for row in one), **settings)
+
+
 def build_blocks(
     rows: Dataset, tokenizer, data_args: DataArguments, args: PretrainingArguments, seed: int | None = None
 ):
@@ -86,18 +98,17 @@ def build_blocks(
         ids = tokenizer(text)["input_ids"]  # with the bos that LLaMA, Gemma and others want before a text
         return {"input_ids": ids if ids[-1:] == [tokenizer.eos_token_id] else ids + [tokenizer.eos_token_id]}
 
-    def mixed(dataset):  # blocks are cut through documents: mix those first
-        return dataset if seed is None else dataset.shuffle(seed=seed)
-
     settings = {
         "pad_token_id": tokenizer.pad_token_id,
         "block_size": args.block_size,
         "isolate": args.isolate_documents,
     }
     if args.streaming:
-        documents = mixed(rows).to_iterable_dataset().map(encode, remove_columns=rows.column_names)
-        return IterableDataset.from_generator(pack, gen_kwargs={"documents": documents} | settings)
-    documents = mixed(data_args.tokenize(rows, encode, tokenizer, keep_linebreaks=args.keep_linebreaks))
+        kwargs = {"rows": rows, "encode": encode, "seed": seed, "settings": settings}
+        return IterableDataset.from_generator(stream, gen_kwargs=kwargs)
+    documents = data_args.tokenize(rows, encode, tokenizer, keep_linebreaks=args.keep_linebreaks)
+    if seed is not None:  # blocks are cut through documents: mix those first
+        documents = documents.shuffle(seed=seed)
     return data_args.cached(pack, {"documents": documents} | settings, documents._fingerprint, settings)
 
 
@@ -117,7 +128,7 @@ def main():
     train_dataset = build_blocks(train_rows, tokenizer, data_args, training_args, seed=training_args.seed)
     eval_dataset = build_blocks(eval_rows, tokenizer, data_args, training_args)
     if data_args.preview:
-        if training_args.streaming:  # the whole corpus may be too much
+        if training_args.streaming:  # it has no end
             train_dataset = Dataset.from_list(list(train_dataset.take(data_args.preview)))
         return data_args.show(train_dataset, tokenizer)
     if training_args.plan:

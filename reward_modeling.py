@@ -26,6 +26,7 @@ from arguments import (
     ModelArguments,
     RunArguments,
     SeededOrder,
+    UserError,
     parse_arguments,
     run_stage,
 )
@@ -37,7 +38,9 @@ class RewardArguments(RunArguments, RewardConfig):
     """trl.RewardConfig with this project's defaults."""
 
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak rate. 2e-4 suits LoRA; all weights want 1e-5."})
-    max_length: int | None = field(default=None, metadata={"help": "Set by max_source_length + max_target_length."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Not to be set: the limits are max_source_length and max_target_length."}
+    )
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "Pairs of like length share a batch: less padding."}
     )
@@ -46,15 +49,30 @@ class RewardArguments(RunArguments, RewardConfig):
         default=0.01, metadata={"help": "Keeps scores around 0, so that PPO's rewards are."}
     )
 
+    def __post_init__(self):
+        if self.max_length is not None:
+            raise UserError(
+                f"--max_length is {self.max_length}, but the question and the answers have limits of their own here: "
+                "give --max_source_length and --max_target_length"
+            )
+        super().__post_init__()
+
 
 def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
-    """Rows {"chosen_ids", "rejected_ids", "length"}: the conversation with that answer up to its end token."""
+    """Rows {"chosen_ids", "rejected_ids", "length"}: the conversation with that answer up to its end token.
+
+    A pair whose answers differ behind max_target_length alone is a bad record: nothing can be learned from it.
+    """
 
     def encode(row):
         answers = [{"role": "assistant", "content": row[name]} for name in ("chosen", "rejected")]
         chosen, rejected = (data_args.encode(tokenizer, [*row["prompt"], answer]) for answer in answers)
         ids = {"chosen_ids": chosen["input_ids"], "rejected_ids": rejected["input_ids"]}
-        lengths = {"source_tokens": chosen["source_tokens"]}
+        if ids["chosen_ids"] == ids["rejected_ids"]:
+            raise UserError(
+                f"chosen and rejected are the same up to --max_target_length {data_args.max_target_length}"
+            )
+        lengths = {name: chosen[name] for name in ("source_tokens", "source_kept")}
         lengths |= {"chosen_tokens": chosen["target_tokens"], "rejected_tokens": rejected["target_tokens"]}
         lengths |= {f"{name}_characters": len(row[name]) for name in ("chosen", "rejected")}
         return ids | lengths | {"length": max(map(len, ids.values()))}

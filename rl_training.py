@@ -14,11 +14,14 @@ One base model is in memory: policy and reward are adapters on it and the refere
 Formulas: "The N implementation details of RLHF with PPO" and arXiv 2403.17031; GAE: arXiv 1506.02438.
 """
 
+import asyncio
+import inspect
 import json
+import math
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +34,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -94,20 +98,23 @@ class PPOArguments(RunArguments, TrainingArguments):
     kl_estimator: str = field(
         default="k1",
         metadata={
-            "help": "Of the KL that is logged; the reward is always priced by k1.",
+            "help": "Of the KL that is logged; price, adaptive controller and guards always take k1.",
             "choices": ["k1", "k2", "k3"],
         },
     )
     early_stopping: bool = field(
         default=False, metadata={"help": "Stop updating the policy in a rollout at target_kl."}
     )
-    target_kl: float = field(default=0.1, metadata={"help": "Mean KL per token from the policy that sampled."})
+    target_kl: float = field(
+        default=0.1,
+        metadata={"help": "Mean KL per token from the policy that sampled; 1.5 times as much is where it stops."},
+    )
     reward_baseline: float = field(default=0.0, metadata={"help": "Subtracted from every score."})
     reward_clip: float = field(default=10.0, metadata={"help": "Scores are clipped to +- this."})
     missing_eos_penalty: float = field(
         default=1.0, metadata={"help": "Subtracted from the score of an unfinished answer."}
     )
-    min_target_length: int = field(default=1, metadata={"help": "Tokens an answer has at least."})
+    min_target_length: int = field(default=1, metadata={"help": "Tokens an answer has at least, before its end."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the log-probabilities."})
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     gae_lambda: float = field(default=0.95, metadata={"help": "Bias against variance in the advantages."})
@@ -130,7 +137,7 @@ class PPOArguments(RunArguments, TrainingArguments):
         self.per_device_train_batch_size = self.batch_size
         for flag in ("max_steps", "save_steps", "logging_steps", "eval_steps"):  # transformers counts optimizer steps
             if getattr(self, flag):
-                setattr(self, flag, int(getattr(self, flag) * self.steps_per_rollout))
+                setattr(self, flag, self.whole_rollouts(getattr(self, flag)) * self.steps_per_rollout)
         super().__post_init__()
         if self.gradient_accumulation_steps != 1:
             logger.warning(
@@ -146,6 +153,12 @@ class PPOArguments(RunArguments, TrainingArguments):
         for flag in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected a number from 0 to 1")
+
+    def whole_rollouts(self, every: float) -> float:
+        """Rollouts, rounded up: below 1 a share of all of them, as transformers means it."""
+        if not every > 0:  # also NaN: refused by name with the other flags
+            return every
+        return math.ceil(round(every * self.rollouts if every < 1 else every, 6))
 
     @property
     def steps_between_saves(self) -> int:
@@ -269,6 +282,17 @@ class InverseTransformSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
+class Tick(LogitsProcessor):
+    """Moves a progress bar at each token, and leaves the scores alone."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+
+    def __call__(self, input_ids, scores):
+        self.bar.update()
+        return scores
+
+
 def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.Tensor]:
     """A batch of answers. ids [batch, time]: prompt and answer, right-padded; the rest is [batch, answer].
 
@@ -314,6 +338,7 @@ class PPOTrainer(Trainer):
         self.kl_coef, self.history = self.args.init_kl_coef, []
         self.rollout, self.stats, self.good, self.policy_stopped = [], [], [], False
         self.reference_scores: list[float] = []
+        self.told: list[dict[str, float]] = []  # what reward functions log
         self.eos_ids = data_args.eos_ids(self.model.policy, self.processing_class)
 
     def _get_train_sampler(self, dataset=None):
@@ -342,17 +367,27 @@ class PPOTrainer(Trainer):
         with self.model.role(role) as model, self.accelerator.autocast():
             kept, model.generation_config = model.generation_config, self.decoding()
             at_once = 8 * args.micro_batch_size  # no activations are kept here
-            for start in range(0, len(order), at_once):
+            starts, most = range(0, len(order), at_once), self.data_args.max_target_length
+            bar = self.bar("Sampling tokens", len(starts) * most)
+            for number, start in enumerate(starts):
                 chunk = order[start : start + at_once]
                 padded = self.processing_class.pad(
                     {"input_ids": [prompts[i] for i in chunk]}, padding_side="left", return_tensors="pt"
                 ).to(args.device)
                 width = padded["input_ids"].shape[1]
                 sampling = InverseTransformSampling(numbers[chunk], width, args.temperature)
-                sampled = model.generate(**padded, logits_processor=LogitsProcessorList([sampling]))
+                processors = LogitsProcessorList([sampling, Tick(bar)])
+                sampled = model.generate(**padded, logits_processor=processors)
+                bar.update((number + 1) * most - bar.n)  # all may have ended before the last token
                 answers |= {i: self.until_eos(ids) for i, ids in zip(chunk, sampled[:, width:].tolist(), strict=True)}
+            bar.close()
             model.generation_config = kept
         return [answers[i] for i in range(len(prompts))]
+
+    def bar(self, what: str, total: int) -> tqdm:
+        """Progress and time left of what the trainer's own bar does not count; gone when it is done."""
+        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        return tqdm(desc=what, total=total, disable=quiet, leave=False, mininterval=1.0)
 
     def decoding(self) -> GenerationConfig:
         """Nothing but the sampling above: the model's own generation_config may ask for top-k or penalties."""
@@ -416,6 +451,7 @@ class PPOTrainer(Trainer):
         columns = {key: [record.get(key) for record in records] for key in {k for record in records for k in record}}
         columns |= {"prompts": [row["prompt"] for row in rows], "completions": turns}
         columns |= {"completion_ids": [answer["ids"] for answer in answers], "trainer_state": self.state}
+        columns |= recorders(answers, self.told)
         for name, function in self.reward_functions.items():
             found[name] = function_scores(name, function, columns)
         return found
@@ -434,6 +470,7 @@ class PPOTrainer(Trainer):
     @torch.no_grad()
     def judge(self, answers: list[dict], rows: list[dict], critic: bool = False) -> list[dict]:
         """The answers of all ranks in order, with log-probabilities and scores; with values if `critic`."""
+        bar = self.bar("Scoring answers", len(answers))
         for chosen, batch in self.micro_batches(answers):
             logp, entropy = self.token_logp("policy", batch)
             seen = {"logp": logp, "entropy": entropy, "ref_logp": self.token_logp("reference", batch)[0]}
@@ -449,7 +486,16 @@ class PPOTrainer(Trainer):
                 answer |= {name: tensor[i, : len(answer["ids"])].cpu() for name, tensor in seen.items()}
                 answer["scores"] = {name: values[i] for name, values in scores.items()}
                 answer["score"] = sum(self.reward_weights[k] * v for k, v in answer["scores"].items())
+            bar.update(len(chosen))
+        bar.close()
+        self.told = gather_object(self.told)
         return gather_object(answers)
+
+    def take_told(self) -> dict[str, float]:
+        """Means of what the reward functions logged since last asked, over all their calls."""
+        told, self.told = self.told, []
+        names = {name for row in told for name in row}
+        return {name: statistics.fmean(row[name] for row in told if name in row) for name in sorted(names)}
 
     @contextmanager
     def timed(self, phase: str):
@@ -478,21 +524,28 @@ class PPOTrainer(Trainer):
             n = len(answer["ids"])
             answer |= {"advantages": advantages[i, :n], "returns": returns[i, :n]}
         self.history.append(self.describe(self.rollout))
-        explained = explained_variance(batch["values"], returns, mask).item()
-        self.stats.append(self.history[-1] | {"kl_coef": self.kl_coef, "explained_variance": explained})
+        seen = {"kl": self.mean_kl(self.rollout, args.kl_estimator), "kl_coef": self.kl_coef}
+        seen["explained_variance"] = explained_variance(batch["values"], returns, mask).item()
+        self.stats.append(self.take_told() | self.history[-1] | seen)
         if args.adap_kl_ctrl:
             kl = self.history[-1]["kl"]
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, args.kl_target, len(self.rollout), args.kl_horizon)
 
+    def mean_kl(self, answers: list[dict], estimator: str) -> float:
+        """Nats an answer, from the reference."""
+        return statistics.fmean(kl_estimate(a["logp"], a["ref_logp"], estimator).sum().item() for a in answers)
+
     def describe(self, answers: list[dict]) -> dict[str, float]:
-        """Means over the answers: reward, KL (nats an answer), entropy (nats a token), length, repetition ..."""
+        """Means over the answers: reward, KL (nats an answer), entropy (nats a token), length, repetition ...
+
+        The KL is k1's here whatever is logged: the guards and the controller have limits in nats.
+        """
         scores, lengths = [answer["score"] for answer in answers], [len(answer["ids"]) for answer in answers]
-        kl = [kl_estimate(a["logp"], a["ref_logp"], self.args.kl_estimator).sum().item() for a in answers]
         stats = {
             "reward": statistics.fmean(scores),
             "reward_std": torch.tensor(scores, dtype=torch.float64).std(correction=0).item(),
             "reward_length": correlation(scores, lengths),
-            "kl": statistics.fmean(kl),
+            "kl": self.mean_kl(answers, "k1"),
             "entropy": sum(answer["entropy"].sum().item() for answer in answers) / sum(lengths),
             "length": statistics.fmean(lengths),
             "eos_rate": statistics.fmean(answer["finished"] for answer in answers),
@@ -579,16 +632,19 @@ class PPOTrainer(Trainer):
         """Sample one answer per held-out prompt, always with the same numbers, all ranks sharing the work."""
         rows = list(eval_dataset or self.eval_dataset)
         answers = self.answer_all("policy", rows)
+        told = self.take_told()
         if len(self.reference_scores) != len(rows):  # a policy that has not moved yet is the reference
             moved = any(not torch.equal(answer["logp"], answer["ref_logp"]) for answer in answers)
             reference = self.answer_all("reference", rows) if moved else answers
             self.reference_scores = [answer["score"] for answer in reference]
+            self.take_told()
         pairs = list(zip((answer["score"] for answer in answers), self.reference_scores, strict=True))
         wins = statistics.fmean((policy > other) + 0.5 * (policy == other) for policy, other in pairs)
-        found = self.describe(answers) | {"win_rate": wins, "prompts": len(rows)}
+        found = told | self.describe(answers) | {"win_rate": wins, "prompts": len(rows)}
+        found["kl"] = self.mean_kl(answers, self.args.kl_estimator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)  # opens TensorBoard's file again, which the end of training closed
         self.show(rows, answers)
-        self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -599,7 +655,7 @@ class PPOTrainer(Trainer):
             return self.judge(self.sample(role, rows, seeds), rows)
 
     def show(self, rows: list[dict], answers: list[dict], count: int = 4) -> None:
-        """The first held-out prompts with their answers: to samples.jsonl, to TensorBoard, and one to the log."""
+        """The first held-out prompts with their answers: to samples.jsonl, to TensorBoard and to the log."""
         if not self.is_world_process_zero():
             return
         step, shown = self.state.global_step, list(zip(rows, answers, self.reference_scores, strict=True))[:count]
@@ -608,14 +664,14 @@ class PPOTrainer(Trainer):
         with (Path(self.args.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
             for row, answer, reference in shown:
                 line = {"step": step, "prompt": row["prompt"], "answer": answer["text"], "score": answer["score"]}
-                file.write(json.dumps(line | {"reference_score": reference}, ensure_ascii=False) + "\n")
+                line |= {"reference_score": reference} | answer.get("extra", {})
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                logger.info(f"{row['prompt'][-1]['content']!r} -> {answer['text']!r} (score {answer['score']:.2f})")
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
                 for i, (row, answer, _) in enumerate(shown):
                     text = f"{row['prompt'][-1]['content']}\n\n{answer['text']}\n\nscore {answer['score']:.3f}"
                     callback.tb_writer.add_text(f"samples/{i}", text, step)
-        row, answer, _ = shown[0]
-        logger.info(f"{row['prompt'][-1]['content']!r} -> {answer['text']!r} (score {answer['score']:.2f})")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -653,10 +709,34 @@ class PPOTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
+def recorders(answers: list[dict], told: list[dict[str, float]]) -> dict[str, Callable]:
+    """What trl hands to reward functions to log with: log_extra(column, values) and log_metric(name, value).
+
+    A column is written with the answers shown at each evaluation, a metric with the others of a rollout or evaluation.
+    """
+
+    def log_extra(column: str, values: list) -> None:
+        if len(values) != len(answers):
+            raise ValueError(f"log_extra({column!r}) got {len(values)} values for {len(answers)} completions")
+        for answer, value in zip(answers, values, strict=True):
+            answer.setdefault("extra", {})[column] = value
+
+    def log_metric(name: str, value: float) -> None:
+        told.append({name: float(value)})
+
+    return {"log_extra": log_extra, "log_metric": log_metric}
+
+
+async def finished(values: Awaitable):
+    return await values
+
+
 def function_scores(name: str, function, columns: dict[str, list]) -> list[float]:
-    """The numbers that a reward function returns; None counts as 0."""
+    """The numbers that a reward function, async or not, returns; None counts as 0."""
     try:
-        values = [0.0 if value is None else float(value) for value in function(**columns)]
+        values = function(**columns)
+        values = asyncio.run(finished(values)) if inspect.isawaitable(values) else values
+        values = [0.0 if value is None else float(value) for value in values]
     except Exception as error:  # it is the user's code: say which function, and what it said
         raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
     if len(values) != len(columns["completions"]):

@@ -4,7 +4,8 @@
         --validation_file_dir data/finetune/validation --output_dir outputs/sft
 
 Reads   conversations in any of the forms of data/README.md.
-Trains  a LoRA adapter (--use_peft False: all weights) on the assistant's turns and the tokens that end them.
+Trains  a LoRA adapter (--use_peft False: all weights) on the assistant's turns and the tokens that end them
+        (--train_on_inputs: on all turns).
 Writes  the adapter, tokenizer, metrics (held-out loss of the answers) and curves into output_dir.
 """
 
@@ -41,6 +42,9 @@ class FinetuningArguments(RunArguments, TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "Rows of like length share a batch: less padding."}
     )
+    train_on_inputs: bool = field(
+        default=False, metadata={"help": "Train all turns: system texts, questions and tools' output too."}
+    )
     packing: bool = field(
         default=False,
         metadata={"help": "Conversations share rows of packing_length tokens, without seeing each other: no padding."},
@@ -48,14 +52,19 @@ class FinetuningArguments(RunArguments, TrainingArguments):
     packing_length: int = field(default=1024, metadata={"help": "Tokens of a row with --packing."})
 
 
-def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
-    """Rows {"input_ids", "labels", "length"}; labels are -100 outside the assistant's turns."""
+def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments, train_on_inputs: bool = False) -> Dataset:
+    """Rows {"input_ids", "labels", "length"}; labels are -100 outside the assistant's turns.
+
+    With `train_on_inputs` all tokens but the first are labels: in a packed row that would be foretold by another text.
+    """
 
     def encode(row):
         encoded = data_args.encode(tokenizer, row["messages"])
+        if train_on_inputs:
+            encoded["labels"] = [-100, *encoded["input_ids"][1:]]
         return encoded | {"length": len(encoded["input_ids"])}
 
-    return data_args.tokenize(rows, encode, tokenizer)
+    return data_args.tokenize(rows, encode, tokenizer, train_on_inputs=train_on_inputs)
 
 
 def pack(dataset: Dataset, length: int) -> Dataset:
@@ -70,6 +79,11 @@ def pack(dataset: Dataset, length: int) -> Dataset:
         return {"position_ids": numbers, "length": len(numbers)}
 
     return packed.map(positions, remove_columns="seq_lengths", desc="Numbering positions")
+
+
+def packing_told(packed: Dataset, length: int) -> str:
+    full = sum(packed["length"]) / (len(packed) * length)
+    return f"--packing makes {len(packed):,} rows of {length} tokens, {full:.1%} full, of the records below."
 
 
 def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -105,8 +119,11 @@ def main():
 
     tokenizer = model_args.load_tokenizer()
     train_rows, eval_rows = data_args.load_conversations(training_args.output_dir)
-    train_dataset = build_dataset(train_rows, tokenizer, data_args)
-    eval_dataset = build_dataset(eval_rows, tokenizer, data_args).sort("length")  # less padding
+    train_dataset = build_dataset(train_rows, tokenizer, data_args, training_args.train_on_inputs)
+    eval_dataset = build_dataset(eval_rows, tokenizer, data_args, training_args.train_on_inputs)
+    eval_dataset = eval_dataset.sort("length")  # less padding
+    if data_args.preview and training_args.packing:
+        print(packing_told(pack(train_dataset, training_args.packing_length), training_args.packing_length))
     if data_args.preview:
         return data_args.show(train_dataset, tokenizer)
     if training_args.plan:
@@ -116,7 +133,8 @@ def main():
 
     model = model_args.load_model(AutoModelForCausalLM)
     if training_args.packing and keeps_apart(model):
-        train_dataset = pack(train_dataset, training_args.packing_length)
+        with training_args.main_process_first(desc="packing"):  # the others find its file
+            train_dataset = pack(train_dataset, training_args.packing_length)
     elif training_args.packing:
         logger.warning(f"{model.config.model_type} does not go by position_ids: batches of like length, not packing")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)

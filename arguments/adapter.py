@@ -8,6 +8,7 @@ from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from arguments.base import check_base
 from arguments.command_line import UserError
@@ -94,18 +95,32 @@ def trained_in_float32(model: torch.nn.Module) -> None:
     """Cast what is trained to float32: loss scaling refuses float16 gradients, bfloat16 weights lose small updates.
 
     peft does so for LoRA's own matrices, not for a score head or other modules saved in full. Those then take their
-    input in float32 and, as an embedding, hand on the dtype of the frozen layers, which only autocast would mend.
+    input in float32, and hand on the dtype of the frozen layers behind them, which only autocast would mend. Heads,
+    which lie outside of the base model, have none behind them. To be called again when more adapters came.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-    def widened(_, inputs):
-        return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
-
+    models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    inside = {id(module) for part in models for module in part.base_model.modules()}
     for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
         frozen = next(wrapper.original_module.parameters()).dtype
         for module in wrapper.modules_to_save.values():
-            module.register_forward_pre_hook(widened)
-            if isinstance(module, torch.nn.Embedding):
-                module.register_forward_hook(lambda *call, dtype=frozen: call[-1].to(dtype))
+            wide = next(module.parameters()).dtype == torch.float32
+            if not wide or widen in module._forward_pre_hooks.values():
+                continue
+            module.register_forward_pre_hook(widen, with_kwargs=True)
+            if id(wrapper) in inside:
+                module.register_forward_hook(lambda *call, dtype=frozen: cast(call[-1], dtype))
+
+
+def widen(_, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+    """Before a module's call: its inputs in float32."""
+    return cast(inputs, torch.float32), {name: cast(value, torch.float32) for name, value in named.items()}
+
+
+def cast(value, dtype: torch.dtype):
+    """A tensor in `dtype`, if it is of floating point; so in tuples; all else as it is."""
+    if isinstance(value, tuple):
+        return tuple(cast(part, dtype) for part in value)
+    return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value

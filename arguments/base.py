@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import math
+import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +21,14 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from arguments.command_line import UserError
+from arguments.whole import write_whole
 
 BASE_FILE = "base.json"  # beside an adapter
+WRAPPERS = ("rope_parameters", "rope_scaling", "text_config")  # where versions of transformers keep the same fields
+IRRELEVANT = re.compile(  # to the logits of a model that does not train
+    r"_token_id$|drop|^(output|return)_|use_cache|initializer|label|layer_types|tie_word|pretraining_tp|aux_loss|"
+    r"^(quantization_config|generation_config|task_specific_params|auto_map)"
+)
 TENSORS, NUMBERS = 24, 8  # how many weight matrices are looked at, and how many numbers of each
 
 
@@ -58,19 +67,51 @@ def stored_tensors(path: Path) -> Iterator[tuple[str, tuple, object]]:
                 tensor = file.get_slice(name)
                 yield name, tuple(tensor.get_shape()), tensor
     else:
-        for name, tensor in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items():
+        for name, tensor in pickled_tensors(path).items():
             yield name, tuple(tensor.shape), tensor
+
+
+def pickled_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .bin file, on disk where its format allows (torch before 1.6 wrote none that does)."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises whatever it stumbles on
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors ({said}): copy or download it again, best as safetensors"
+        ) from error
+
+
+def numeric_fields(config: dict, prefix: str = "") -> dict[str, float]:
+    """The numbers and switches of a config.json that its logits hang on, by their path in it.
+
+    Only what two configs both name is ever compared: versions of transformers write more or fewer defaults.
+    """
+    found = {}
+    for name, value in config.items():
+        path = prefix if name in WRAPPERS else f"{prefix}{name}."
+        if IRRELEVANT.search(name):
+            continue
+        if isinstance(value, dict):
+            found |= numeric_fields(value, path)
+        elif isinstance(value, int | float):
+            found[prefix + name] = value
+    return found
 
 
 def fingerprint(name_or_path: str) -> dict:
     """What tells this base from another one, read from its files in milliseconds; {} when they are not found.
 
-    "model_type"; "shapes": SHA-256 of all names and shapes; "weights": {name: [dtype, first numbers of its middle
-    row]} of TENSORS matrices spread over the model, chosen by the hash of their names.
+    "model_type"; "config": the numbers in its config.json; "shapes": SHA-256 of all names and shapes; "weights":
+    {name: [dtype, first numbers of its middle row]} of TENSORS matrices spread over the model, chosen by the hash of
+    their names.
     """
-    files = weight_files(name_or_path)
-    if not files:
+    files, config = weight_files(name_or_path), local_file(name_or_path, CONFIG_NAME)
+    if not files or not config:
         return {}
+    config = json.loads(Path(config).read_text("utf-8"))
     shapes = {name: shape for path in files for name, shape, _ in stored_tensors(path)}
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     chosen = sorted(matrices, key=lambda name: hashlib.sha256(name.encode()).digest())[:TENSORS]
@@ -81,8 +122,8 @@ def fingerprint(name_or_path: str) -> dict:
                 numbers = tensor[shape[0] // 2 : shape[0] // 2 + 1, :NUMBERS]
                 weights[name] = [str(numbers.dtype).removeprefix("torch."), numbers.flatten().tolist()]
     digest = hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
-    model_type = json.loads(Path(local_file(name_or_path, CONFIG_NAME)).read_text())["model_type"]
-    return {"model_type": model_type, "shapes": digest, "weights": weights}
+    kind = {"model_type": config["model_type"], "config": numeric_fields(config)}
+    return kind | {"shapes": digest, "weights": weights}
 
 
 def same_numbers(first: list, second: list) -> bool:
@@ -99,27 +140,48 @@ def difference(known: dict, found: dict) -> str | None:
     if not known or not found:
         return None
     if known["model_type"] != found["model_type"]:
-        return f"it is a {found['model_type']}, the adapter was trained on a {known['model_type']}"
+        return f"it is a {found['model_type']}, the training was on a {known['model_type']}"
     if known["shapes"] != found["shapes"]:
-        return "its tensors have other names or shapes than those of the base that the adapter was trained on"
+        return "its tensors have other names or shapes than those of the model that was trained on"
+    then, now = known.get("config", {}), found.get("config", {})  # a base.json of an older version has none
+    both = sorted(then.keys() & now.keys())
+    if fields := [n for n in both if not math.isclose(then[n], now[n], rel_tol=1e-6)]:  # 1e-5 may come as a float32
+        return "its config.json differs: " + ", ".join(f"{n} is {now[n]}, was {then[n]}" for n in fields)
     changed = [n for n in known["weights"] if not same_numbers(known["weights"][n], found["weights"][n])]
     if changed:
-        return f"{len(changed)} of {len(known['weights'])} weights looked at are not those the adapter was trained on"
+        return f"{len(changed)} of {len(known['weights'])} weights looked at are not those that were trained on"
     return None
 
 
-def record_base(folder: Path) -> None:
-    """Beside the adapter in `folder`, if there is one, write the name and fingerprint of the base it names."""
-    if (folder / "adapter_config.json").exists():
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        facts = {"base": base, "fingerprint": fingerprint(base)}
-        (folder / BASE_FILE).write_text(json.dumps(facts, indent=1))
+def facts_of(base: str) -> dict:
+    """What base.json holds: the base's name and fingerprint."""
+    return {"base": base, "fingerprint": fingerprint(base)}
 
 
-def other_base(adapter: Path, model: str) -> str | None:
-    """In which way `model` is another base than the adapter's, in words; None when it is not, or nobody can tell."""
-    path = adapter / BASE_FILE
-    return difference(json.loads(path.read_text())["fingerprint"], fingerprint(model)) if path.exists() else None
+def record_base(folder: Path, facts: dict | None = None) -> None:
+    """Write `facts` of the base into `folder`; without them, those of the base that an adapter there names."""
+    if facts is None and (folder / "adapter_config.json").exists():
+        facts = facts_of(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    if facts is not None:
+        write_whole(folder / BASE_FILE, json.dumps(facts, indent=1))
+
+
+def other_base(folder: Path, model: str) -> str | None:
+    """In which way `model` is another base than that of `folder`, an adapter or a checkpoint, in words; else None."""
+    found = fingerprint(model)
+    return difference(known_base(folder, found, model).get("fingerprint", {}), found)
+
+
+def known_base(folder: Path, found: dict, model: str) -> dict:
+    """What `folder` says of its base; {} when nothing. A line is logged when `found` cannot be compared with it."""
+    path = folder / BASE_FILE
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if known and not (known["fingerprint"] and found):
+        logger.warning(
+            f"Whether {model} is the base of {folder} cannot be told: the files of one were not in a folder or in the "
+            "hub's usual cache when they were looked for"
+        )
+    return known
 
 
 def is_base(adapter: Path, model: str) -> bool:
@@ -139,9 +201,9 @@ def check_base(adapter: Path, base: str, force: bool = False) -> None:
     Raises:
         UserError: when it is not, unless `force`; then one warning says what is overridden.
     """
-    path = adapter / BASE_FILE
-    known = json.loads(path.read_text()) if path.exists() else {}
-    fault = difference(known.get("fingerprint", {}), fingerprint(base))
+    found = fingerprint(base)
+    known = known_base(adapter, found, base)
+    fault = difference(known.get("fingerprint", {}), found)
     if fault and not force:
         raise UserError(
             f"{base} is not the base of {adapter}: {fault}. Name {known['base']} as it was then, or --force"

@@ -3,10 +3,12 @@
 import dataclasses
 import difflib
 import os
+import pickle
 import re
 import sys
 import warnings
 
+import datasets
 import huggingface_hub
 import jinja2
 from loguru import logger
@@ -35,6 +37,9 @@ DISK = re.compile(
 )
 
 
+SECRET = re.compile(r"--[\w-]*token", re.IGNORECASE)  # argparse knows each flag with _ and with -
+
+
 class UserError(Exception):
     """Bad input. The message says what, where, what was expected and what to do; the process exits with code 2."""
 
@@ -50,16 +55,20 @@ class Fault(UserError):
 def run_stage(main):
     """Call `main()`; bad input ends with its one message on stderr and exit code 2, and without a traceback.
 
-    So does a disk that is full or cannot be written, with exit code 1.
+    So does a disk that is full or cannot be written, with exit code 1, and Ctrl-C outside training, with 130.
     """
     logger.remove()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     main_process = os.environ.get("RANK", "0") == "0"
     logger.add(sys.stderr, format="{time:HH:mm:ss} {level: <7} {message}", level="INFO" if main_process else "ERROR")
     if not sys.warnoptions:  # python -W default shows what libraries say about each other's calls
         warnings.simplefilter("ignore", FutureWarning)
     try:
         main()
+    except KeyboardInterrupt:  # while training, arguments.stops saves a checkpoint first
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         said = error if isinstance(error, UserError) else explained(error)
         if said is None:
@@ -79,9 +88,14 @@ def explained(error: Exception) -> UserError | None:
         )
     if isinstance(error, jinja2.TemplateSyntaxError):
         return UserError(f"the tokenizer's chat template, line {error.lineno}: {error.message}")
+    if isinstance(error, pickle.UnpicklingError) or "PytorchStreamReader" in text:
+        return UserError(f"a file of weights is damaged, or holds more than tensors: {text[:200]}")
     gone = next((e for e in (error, error.__cause__) if isinstance(e, FileNotFoundError) and e.filename), None)
     if gone:  # what a flag names is looked for when the flags are read; this one was there then
         return Fault(f"{gone.filename} is not there, or not any more: put it back, then run the same command")
+    shut = next((e for e in (error, error.__cause__) if isinstance(e, PermissionError) and e.filename), None)
+    if shut and os.path.exists(shut.filename) and not os.access(shut.filename, os.R_OK, effective_ids=True):
+        return UserError(f"{shut.filename} cannot be read: this user has no right to, so mend that or name another")
     # torch.save raises RuntimeError for a write that failed
     if isinstance(error, OSError | SafetensorError | RuntimeError) and DISK.search(text):
         return Fault(
@@ -89,6 +103,18 @@ def explained(error: Exception) -> UserError | None:
             "the same command: it goes on from the last whole checkpoint"
         )
     return None
+
+
+def without_secrets(argv: list[str]) -> list[str]:
+    """A command line's words, but for what is given to --hub_token and to any other flag that ends in token."""
+    words = []
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        if equals and SECRET.fullmatch(name):
+            words.append(f"{name}=...")
+        else:
+            words.append("..." if words and SECRET.fullmatch(words[-1]) else word)
+    return words
 
 
 def modern_flags(argv: list[str]) -> list[str]:

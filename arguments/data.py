@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import random
 from collections.abc import Callable
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets, get_dataset_split_names, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from loguru import logger
 
 from arguments.command_line import UserError
-from arguments.encoding import encode_turns, render, without_oldest
-from arguments.files import SUFFIXES, find_files
+from arguments.encoding import encode_turns, judged, prompt_ids, without_oldest
+from arguments.files import SUFFIXES, find_files, other_files
 from arguments.preview import preview
 from arguments.rows import (
     FORMS,
@@ -83,6 +85,12 @@ class DataArguments:
     def __post_init__(self):
         if not (self.train_file_dir or self.dataset_name):
             raise UserError("--train_file_dir is missing: name the folder with the training records")
+        if self.train_file_dir and self.dataset_name:
+            raise UserError(
+                f"--train_file_dir {self.train_file_dir} and --dataset_name {self.dataset_name} are two sources: give "
+                "one (a downloaded data set is a folder like others, and folders may be joined by commas)"
+            )
+        self._bad_file = None  # where skipped records are listed
         counts = "max_train_samples", "max_eval_samples", "validation_split_count", "preprocessing_num_workers"
         for flag in ("max_source_length", "max_target_length", *counts):
             if (value := getattr(self, flag)) is not None and value < 1:
@@ -100,7 +108,7 @@ class DataArguments:
         return self.max_source_length + self.max_target_length
 
     def load_documents(self, output_dir: str | None = None) -> tuple[Dataset, Dataset]:
-        """Training and held-out rows {"text"}. Skipped records are listed in output_dir."""
+        """Training and held-out rows {"text"}, each with its place. Skipped records are listed in output_dir."""
         return self._load("document", output_dir)
 
     def load_conversations(self, output_dir: str | None = None) -> tuple[Dataset, Dataset]:
@@ -118,7 +126,7 @@ class DataArguments:
     def load_questions(self) -> list[list[dict]]:
         """All of train_file_dir as conversations that await an answer, in order; a line of a .txt is a question."""
         rows = self._read(self.train_file_dir, "train", "question")
-        self._judge([rows], None)
+        self._judge(bad_rows(rows))
         return rows.select(np.flatnonzero(~is_bad(rows)))["prompt"][:]
 
     def encode(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
@@ -127,7 +135,7 @@ class DataArguments:
         Returns input_ids and labels of equal length; labels are -100 except on assistant turns and on the token that
         ends each. Both stop with the last answer's end. What comes before the last answer is cut to max_source_length
         as encode_prompt does, the end of the answer beyond max_target_length is cut off. source_tokens and
-        target_tokens tell what both were before any cut.
+        target_tokens tell what both were before any cut, source_kept what is left of the first.
         """
         ids, labels, start = encode_turns(tokenizer, messages)
         lengths = {"source_tokens": start, "target_tokens": len(ids) - start}
@@ -135,20 +143,22 @@ class DataArguments:
             messages = shorter
             ids, labels, start = encode_turns(tokenizer, messages)
         keep = slice(max(0, start - self.max_source_length), start + self.max_target_length)
+        lengths["source_kept"] = min(start, self.max_source_length)
         return {"input_ids": ids[keep], "labels": labels[keep]} | lengths
 
     def encode_prompt(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
         """Tokens of a conversation that awaits an answer, input_ids: at most max_source_length of them.
 
         Of a long one the oldest exchanges go first, the system text stays; then the start of what is left is cut.
-        source_tokens tells their number before any cut.
+        source_tokens tells their number before any cut, source_kept the one that is left.
         """
         ids = prompt_ids(tokenizer, messages)
         source_tokens = len(ids)
         while len(ids) > self.max_source_length and (shorter := without_oldest(messages)):
             messages = shorter
             ids = prompt_ids(tokenizer, messages)
-        return {"input_ids": ids[-self.max_source_length :], "source_tokens": source_tokens}
+        ids = ids[-self.max_source_length :]
+        return {"input_ids": ids, "source_tokens": source_tokens, "source_kept": len(ids)}
 
     def eos_ids(self, model, tokenizer) -> list[int]:
         """All ids that end an answer: the tokenizer's eos, the model's, and the one that SFT trains to end a turn."""
@@ -161,21 +171,42 @@ class DataArguments:
     def tokenize(self, rows: Dataset, encode: Callable, tokenizer, keep: tuple[str, ...] = (), **settings) -> Dataset:
         """`encode` of every row beside its columns `keep`: in parallel, once on a machine, and kept on disk.
 
-        It is found again only under the same rows, tokenizer, template, code (of `encode`'s module and of what
-        encodes conversations), lengths and `settings`.
+        A row that `encode` refuses (UserError) is a bad record. The rest is found again only under the same rows,
+        tokenizer, template, code (of `encode`'s module and of what encodes conversations), lengths and `settings`.
         """
         code = [inspect.getsource(inspect.getmodule(made_by)) for made_by in (encode, encode_turns, DataArguments)]
         lengths = self.max_source_length, self.max_target_length
         key = fingerprint(rows._fingerprint, code, tokenizer_key(tokenizer), lengths, sorted(settings.items()))
-        workers = self.preprocessing_num_workers or (os.cpu_count() if len(rows) >= 20_000 else None)
+        encoded = self._mapped(rows, judged(encode, rows), keep, key)
+        refused = [rows[int(i)] | {"bad": encoded[int(i)]["bad"]} for i in np.flatnonzero(is_bad(encoded))]
+        self._judge([row | {"raw": json.dumps(row, ensure_ascii=False)} for row in refused])
+        if refused:
+            encoded = encoded.select(np.flatnonzero(~is_bad(encoded)))
+        encoded = encoded.remove_columns("bad")
+        self._tell_of_cut_answers(encoded)
+        return encoded
+
+    def _mapped(self, rows: Dataset, function: Callable, keep: tuple[str, ...], key: str) -> Dataset:
+        """`function` of every row beside its columns `keep`: a machine's first process makes it for all."""
+        anew = self.overwrite_cache and PartialState().is_local_main_process
         with PartialState().local_main_process_first():
             return rows.map(
-                lambda row: compact(encode(row)),
+                function,
                 remove_columns=[name for name in rows.column_names if name not in keep],
-                num_proc=workers,
+                num_proc=self.preprocessing_num_workers or (os.cpu_count() if len(rows) >= 20_000 else None),
                 new_fingerprint=key,
-                load_from_cache_file=not self.overwrite_cache,
+                load_from_cache_file=not anew,
                 desc="Tokenizing",
+            )
+
+    def _tell_of_cut_answers(self, encoded: Dataset) -> None:
+        """Log how many answers are longer than their limit: a model does not learn how those end."""
+        names = {"target_tokens", "chosen_tokens", "rejected_tokens"} & set(encoded.column_names)
+        lengths = np.array([encoded[name][:] for name in sorted(names)])
+        if cut := int((lengths > self.max_target_length).sum()):
+            logger.info(
+                f"{cut} of {lengths.size} answers are longer than --max_target_length {self.max_target_length}: their "
+                "ends are cut off and not trained"
             )
 
     def cached(self, generator: Callable, kwargs: dict, *key) -> Dataset:
@@ -193,7 +224,11 @@ class DataArguments:
         rows, held_rows = concatenate_datasets(read) if len(read) > 1 else read[0], None
         if self._held_out_apart():
             held_rows = self._read(self.validation_file_dir, "validation", form)
-        self._judge([rows, held_rows] if held_rows else [rows], output_dir)
+        if output_dir:
+            self._bad_file = Path(output_dir) / "bad_records.jsonl"
+            if PartialState().is_main_process:
+                self._bad_file.unlink(missing_ok=True)  # an earlier run's
+        self._judge(bad_rows(rows) + (bad_rows(held_rows) if held_rows else []))
 
         train, keys = np.flatnonzero(~is_bad(rows)), column(rows, "key")
         held = np.flatnonzero(~is_bad(held_rows)) if held_rows else np.array([], dtype=int)
@@ -207,12 +242,12 @@ class DataArguments:
                 raise UserError(f"{self.train_file_dir or self.dataset_name}: no {which} records left")
         train, held = sample(repeated(train, weights), self.max_train_samples), sample(held, self.max_eval_samples)
         logger.info(f"{len(train)} training and {len(held)} held-out records")
-        columns = list(FORMS[form][0])
+        columns = [*FORMS[form][0], "place"]
         return rows.select(train).select_columns(columns), held_rows.select(held).select_columns(columns)
 
     def _held_out_apart(self) -> bool:
         """Whether held-out records stand apart, in a folder or split; the 2023 scripts gave one folder for both."""
-        if self.dataset_name and not self.train_file_dir and not self.validation_file_dir:
+        if self.dataset_name and not self.validation_file_dir:
             return "validation" in self._hub(get_dataset_split_names)
         twice = self.validation_file_dir and self.validation_file_dir == self.train_file_dir
         if twice and not self.keep_duplicates:
@@ -243,9 +278,9 @@ class DataArguments:
         picked[random.Random(42).sample(range(len(train)), count)] = True
         return train[~picked], train[picked]
 
-    def _judge(self, read: list[Dataset], output_dir: str | None) -> None:
-        """Stop at bad records, or list them in output_dir and go on."""
-        bad = [row for rows in read for row in rows.select(np.flatnonzero(is_bad(rows)))]
+    def _judge(self, bad: list[dict]) -> None:
+        """Stop at bad records {"place", "bad": reason, "raw"}, or list them in the output folder and go on."""
+        bad = list({row["place"]: row for row in bad}.values())  # a weight may have repeated some
         if not bad:
             return
         lines = [f"{row['place']}: {row['bad']}" for row in bad[:10]]
@@ -253,17 +288,23 @@ class DataArguments:
         if self.bad_records == "error":
             raise UserError(f"{len(bad)} bad records (--bad_records skip goes on without them)\n  {shown}")
         logger.warning(f"Skipped {len(bad)} bad records\n  {shown}")
-        if output_dir and PartialState().is_main_process:
+        if self._bad_file and PartialState().is_main_process:
             found = [{"place": row["place"], "reason": row["bad"], "record": row["raw"]} for row in bad]
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            (Path(output_dir) / "bad_records.jsonl").write_text("".join(lines), encoding="utf-8")
+            self._bad_file.parent.mkdir(parents=True, exist_ok=True)
+            with self._bad_file.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
 
     def _hub(self, function: Callable, **kwargs):
         """`function` of datasets, called for the hub data set."""
         try:
             return function(self.dataset_name, self.dataset_config_name, **kwargs)
-        except (OSError, ValueError) as error:
+        except DatasetGenerationError as error:  # the reason is another error's
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            raise UserError(
+                f"--dataset_name {self.dataset_name}: its files disagree or are broken ({reason}). Download them and "
+                "name their folder as --train_file_dir: that reads each record by itself"
+            ) from error
+        except (OSError, ValueError, DatasetsError) as error:
             raise UserError(f"--dataset_name {self.dataset_name}: {str(error).splitlines()[0]}") from error
 
     def _read(self, folder: str | None, split: str, form: str) -> Dataset:
@@ -277,6 +318,9 @@ class DataArguments:
         paths = find_files(folder)
         if not paths:
             raise UserError(f"{folder} holds no file that ends in {', '.join(SUFFIXES)}")
+        if others := other_files(folder):
+            named = ", ".join(str(path) for path in others[:5]) + (" ..." if len(others) > 5 else "")
+            logger.warning(f"{len(others)} files are not read, for their names end in no known way: {named}")
         source = {"paths": [str(path) for path in paths]}
         contents = [(str(path), digest(path)) for path in paths]
         try:
@@ -287,9 +331,8 @@ class DataArguments:
             raise
 
 
-def compact(encoded: dict) -> dict:
-    """Lists of token ids in 4 bytes a number on disk; they come back as lists of int."""
-    return {k: np.asarray(v, dtype=np.int32) if isinstance(v, list) else v for k, v in encoded.items()}
+def bad_rows(rows: Dataset) -> list[dict]:
+    return list(rows.select(np.flatnonzero(is_bad(rows))))
 
 
 def weighted_folders(folders: str) -> list[tuple[str, float]]:
@@ -301,6 +344,8 @@ def weighted_folders(folders: str) -> list[tuple[str, float]]:
             found.append((name, float(weight)) if colon and not Path(part).exists() else (part, 1.0))
         except ValueError:
             raise UserError(f"{part}: expected a folder, or folder:weight with a number") from None
+        if not 0 < found[-1][1] < math.inf:  # NaN is not either
+            raise UserError(f"{part}: the weight is {weight}, expected a number above 0: how often its records count")
     return found
 
 
@@ -315,8 +360,3 @@ def sample(indices: np.ndarray, count: int | None) -> np.ndarray:
     if count is None or count >= len(indices):
         return indices
     return indices[sorted(random.Random(42).sample(range(len(indices)), count))]
-
-
-def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
-    text = render(tokenizer, messages, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,5 +1,10 @@
 """How a conversation becomes tokens, and which of them are trained: pure functions of a tokenizer and messages."""
 
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from datasets import Dataset
 from jinja2 import TemplateError
 
 from arguments.command_line import UserError
@@ -21,6 +26,11 @@ def render(tokenizer, messages: list[dict], **kwargs) -> str:
             raise UserError(f"the chat template refuses a conversation: {error}") from error
         first = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
         return render(tokenizer, [first, *messages[2:]], **kwargs)
+
+
+def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int], int]:
@@ -75,3 +85,32 @@ def mask_answers(tokenizer, ids, offsets, spans) -> tuple[list[int], list[int], 
     if position and labels[position - 1] in special:
         return ids[:position], labels[:position], answer
     return ids[:position] + [tokenizer.eos_token_id], labels[:position] + [tokenizer.eos_token_id], answer
+
+
+def judged(encode: Callable, rows: Dataset) -> Callable:
+    """`encode` as a function for Dataset.map: of a row that it refuses, nothing but the reason, in the column bad."""
+
+    @cache
+    def nothing():
+        """Values of the right types, which an Arrow file wants in each row."""
+        reason = None
+        for row in rows:
+            try:
+                encoded = compact(encode(row))
+                return {name: value[:0] if isinstance(value, np.ndarray) else 0 for name, value in encoded.items()}
+            except UserError as error:
+                reason = reason or f"{row['place']}: {error}"
+        raise UserError(f"no record can be used, of {len(rows)}; the first one: {reason}")
+
+    def judge(row):
+        try:
+            return compact(encode(row)) | {"bad": ""}
+        except UserError as error:
+            return nothing() | {"bad": str(error)}
+
+    return judge
+
+
+def compact(encoded: dict) -> dict:
+    """Lists of token ids in 4 bytes a number on disk; they come back as lists of int."""
+    return {k: np.asarray(v, dtype=np.int32) if isinstance(v, list) else v for k, v in encoded.items()}

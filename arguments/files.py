@@ -11,8 +11,10 @@ import io
 import itertools
 import json
 import re
+import shutil
 import statistics
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,7 +25,7 @@ import pyarrow.parquet
 INVISIBLE = " \t\r\n\u3000\u200b\ufeff"
 BETWEEN_RECORDS = re.compile(rf"[{INVISIBLE},]*")
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv")
-SUFFIXES = (*TEXT_SUFFIXES, *(suffix + ".gz" for suffix in TEXT_SUFFIXES), ".parquet")
+SUFFIXES = tuple(suffix + packed for packed in ("", ".gz") for suffix in (*TEXT_SUFFIXES, ".parquet"))
 SENTENCE_ENDS = tuple(".!?:;\"')\u3002\uff01\uff1f\u2026\uff1a\uff1b\u201d\uff09")
 csv.field_size_limit(sys.maxsize)
 
@@ -34,9 +36,18 @@ class BadRecord(ValueError):
 
 def find_files(folder: str) -> list[Path]:
     """Every readable data file under `folder` (searched recursively), or `folder` itself when it is a file."""
+    return [path for path in all_files(folder) if path.name.lower().endswith(SUFFIXES)]
+
+
+def other_files(folder: str) -> list[Path]:
+    """The files that find_files leaves out, but for hidden ones."""
+    others = [path for path in all_files(folder) if not path.name.lower().endswith(SUFFIXES)]
+    return [path for path in others if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def all_files(folder: str) -> list[Path]:
     root = Path(folder)
-    files = [root] if root.is_file() else sorted(root.rglob("*"))
-    return [path for path in files if path.is_file() and path.name.endswith(SUFFIXES)]
+    return [path for path in ([root] if root.is_file() else sorted(root.rglob("*"))) if path.is_file()]
 
 
 def read_file(path: Path) -> Iterator[tuple[str, object]]:
@@ -45,7 +56,8 @@ def read_file(path: Path) -> Iterator[tuple[str, object]]:
     Files are read as they are used, a line at a time; only a JSON array is held in memory as a whole.
     """
     try:
-        records = read_parquet(path) if path.suffix == ".parquet" else read_text(path)
+        name = path.name.lower().removesuffix(".gz")
+        records = read_parquet(path) if name.endswith(".parquet") else read_text(path)
         yield from ((f"{path}:{number}", record) for number, record in records)
     except (BadRecord, OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
         yield str(path), BadRecord(f"cannot be read: {error}")
@@ -53,14 +65,22 @@ def read_file(path: Path) -> Iterator[tuple[str, object]]:
 
 def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
     """(row, record) of a .parquet file, whose rows are counted from 1."""
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with pyarrow.parquet.ParquetFile(unpacked(path) if gzipped(path) else path) as file:
         batches = file.iter_batches(batch_size=1000)
         yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
 
 
+def unpacked(path: Path):
+    """What a gzipped file holds, on disk: .parquet is read from its end, where gzip knows no way to."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the ParquetFile that reads it)
+    with gzip.open(path) as packed:
+        shutil.copyfileobj(packed, file)
+    return file
+
+
 def read_text(path: Path) -> Iterator[tuple[int, object]]:
     """(line, record) of a .txt, .csv, .json or .jsonl file; the last two are told apart by what they hold."""
-    encoding, name = encoding_of(path), path.name.removesuffix(".gz")
+    encoding, name = encoding_of(path), path.name.lower().removesuffix(".gz")
     with io.TextIOWrapper(open_bytes(path), encoding=encoding, newline="\n") as file:
         if name.endswith(".csv"):
             yield from read_csv(file)
@@ -72,23 +92,46 @@ def read_text(path: Path) -> Iterator[tuple[int, object]]:
             yield from read_json_lines(file)
 
 
+def gzipped(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
 def open_bytes(path: Path):
-    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
+    return gzip.open(path) if gzipped(path) else path.open("rb")
 
 
 def encoding_of(path: Path) -> str:
     """The encoding that decodes all of the file: UTF-8, with or without BOM, before GB18030."""
+    faults = []
     for encoding in ("utf-8-sig", "gb18030"):
-        decoder = codecs.getincrementaldecoder(encoding)()
-        try:
-            with open_bytes(path) as file:
-                while chunk := file.read(1 << 20):
-                    decoder.decode(chunk)
-                decoder.decode(b"", final=True)
+        fault = undecodable(path, encoding)
+        if fault is None:
             return encoding
-        except UnicodeDecodeError:
-            continue
-    raise BadRecord("neither UTF-8 nor GB18030 text")
+        faults.append(fault)
+    line, held = max(faults)  # the encoding that was right for longer is likelier the file's
+    raise BadRecord(f"neither UTF-8 nor GB18030 text: line {line} holds {held}")
+
+
+def undecodable(path: Path, encoding: str) -> tuple[int, bytes] | None:
+    """Line and bytes of the first place in a file that is not of the encoding."""
+    decoder, line = codecs.getincrementaldecoder(encoding)(), 1
+    with open_bytes(path) as file:
+        while chunk := file.read(1 << 20):
+            fault = fault_in(decoder, chunk)
+            if fault:
+                return line + fault[0], fault[1]
+            line += chunk.count(b"\n")
+    fault = fault_in(decoder, b"", final=True)
+    return fault and (line + fault[0], fault[1])
+
+
+def fault_in(decoder, chunk: bytes, final: bool = False) -> tuple[int, bytes] | None:
+    """Of the first bytes that are wrong: the line breaks before them in the chunk, and themselves."""
+    try:
+        decoder.decode(chunk, final)
+    except UnicodeDecodeError as error:
+        return error.object.count(b"\n", 0, error.start), error.object[error.start : error.end]
+    return None
 
 
 def starts_array(path: Path, encoding: str) -> bool:
@@ -97,11 +140,25 @@ def starts_array(path: Path, encoding: str) -> bool:
 
 
 def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
-    """(line it ends on, record) of each row; the first row names the columns. Cells with a JSON list become lists."""
-    reader = csv.DictReader(lines)
-    for record in reader:
+    """(line it ends on, record) of each row; the first row names the columns. Cells with a JSON list become lists.
+
+    A quote that is not closed would make one cell of the rest of the file: that is a bad record of the line it is on.
+    """
+    reader = csv.DictReader(lines, strict=True)
+    columns = len(reader.fieldnames or [])
+    while True:
+        start = reader.reader.line_num + 1
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            last = reader.reader.line_num
+            until = f"; the row reaches to line {last}" if last > start else ""
+            yield start, BadRecord(f"its quotes do not come in pairs ({error}){until}")
+            continue
         if None in record:
-            yield reader.line_num, BadRecord(f"more cells than the {len(reader.fieldnames)} columns of the first line")
+            yield reader.line_num, BadRecord(f"more cells than the {columns} columns of the first line")
             continue
         yield reader.line_num, {key.strip(INVISIBLE): cell_value(cell) for key, cell in record.items()}
 

@@ -127,21 +127,23 @@ class ModelArguments:
         config = self.load_config()
         if "num_labels" in kwargs:
             config.num_labels = kwargs.pop("num_labels")
-        dtype = self.torch_dtype()
+        weights = self.weights_in_memory()
         try:
             model = auto_class.from_pretrained(
                 self.model_name_or_path,
                 config=config,
-                dtype=dtype,
                 device_map=self.device_map if torch.cuda.is_available() else None,
-                quantization_config=self._quantization(dtype),
+                **weights,
                 **self.hub_kwargs,
                 **kwargs,
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"cannot load {self.model_name_or_path}: {str(error).strip().splitlines()[0]}") from error
+        if self.load_in_4bit:
+            keep_unpacked(model)
         logger.info(
-            f"Loaded {self.model_name_or_path}: {config.model_type}, {model.num_parameters():,} parameters, {dtype}"
+            f"Loaded {self.model_name_or_path}: {config.model_type}, {model.num_parameters():,} parameters, "
+            f"{weights['dtype']}"
         )
         return model
 
@@ -155,6 +157,11 @@ class ModelArguments:
             return torch.float32
         return torch.bfloat16 if native_bf16() else torch.float16
 
+    def weights_in_memory(self) -> dict:
+        """What from_pretrained is to be told of the dtype and quantisation of frozen weights."""
+        dtype = self.torch_dtype()
+        return {"dtype": dtype, "quantization_config": self._quantization(dtype)}
+
     def _quantization(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
         if not (self.load_in_4bit or self.load_in_8bit):
             return None
@@ -165,6 +172,17 @@ class ModelArguments:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+
+
+def keep_unpacked(model) -> None:
+    """Keep bitsandbytes (0.50) from packing 4-bit weights anew at the first evaluation on a CPU with avx512_bf16.
+
+    They stay packed, and the product with packed weights has no backward pass: no gradient would reach what lies below
+    a layer, without an error.
+    """
+    for layer in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(layer):
+            layer.support_avx512bf16_for_cpu = False
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ def preview(dataset: Dataset, tokenizer, count: int, max_source_length: int, max
     """The first `count` rows, the share of trained and cut tokens, a histogram of lengths, a table of other limits.
 
     Rows hold token ids in columns that end in _ids, with "labels" where tokens are trained; columns that end in
-    _tokens hold lengths before any cut.
+    _tokens hold lengths before any cut, and source_kept what max_source_length leaves of source_tokens.
     """
     names = [name for name in dataset.column_names if name.endswith("_ids") and name != "position_ids"]
     first = dataset.select(range(min(count, len(dataset))))
@@ -25,7 +25,8 @@ def preview(dataset: Dataset, tokenizer, count: int, max_source_length: int, max
     for name in (name for name in dataset.column_names if name.endswith("_tokens")):
         source = name == "source_tokens"
         flag, limit = ("max_source_length", max_source_length) if source else ("max_target_length", max_target_length)
-        parts.append(limits_table(name, np.array(dataset[name]), flag, limit))
+        kept = np.array(dataset["source_kept"]) if source else None
+        parts.append(limits_table(name, np.array(dataset[name]), flag, limit, kept))
     return "\n\n".join(parts)
 
 
@@ -71,13 +72,23 @@ def histogram(lengths: np.ndarray) -> str:
     return "tokens, records\n" + "\n".join(lines)
 
 
-def limits_table(name: str, lengths: np.ndarray, flag: str, now: int) -> str:
-    """How many records and tokens a limit cuts: the one that is set, and others."""
-    lines = [f"{name}: {lengths.mean():.0f} on average, {lengths.max()} at most\n{flag:>18}  records cut  tokens lost"]
+def limits_table(name: str, lengths: np.ndarray, flag: str, now: int, kept: np.ndarray | None = None) -> str:
+    """How many records and tokens a limit cuts: the one that is set, and others.
+
+    Where whole exchanges go, more is lost than what is over the limit. With `kept` (tokens that `now` leaves) the loss
+    is told as it is for `now`, and as the least for the others.
+    """
+    lines = [
+        f"{name}: {lengths.mean():.0f} on average, {lengths.max()} at most\n{flag:>18}  records cut     tokens lost"
+    ]
+    total = max(lengths.sum(), 1)
     for limit in sorted({*LIMITS, now}):
-        lost = np.maximum(lengths - limit, 0).sum() / max(lengths.sum(), 1)
+        over = np.maximum(lengths - limit, 0)
+        lost, least = over.sum() / total, "at least " if kept is not None and limit != now and over.any() else ""
+        if kept is not None and limit == now:
+            lost = (lengths - kept).sum() / total
         here = "  <- now" if limit == now else ""
-        lines.append(f"{limit:>18}  {(lengths > limit).mean():>11.1%}  {lost:>11.1%}{here}")
+        lines.append(f"{limit:>18}  {(over > 0).mean():>11.1%}  {least + format(lost, '.1%'):>14}{here}")
         if limit >= max(now, lengths.max()):
             break
     return "\n".join(lines)

@@ -43,6 +43,8 @@ def to_messages(turns, closed: bool) -> list[dict]:
         role = ROLES.get(str(name))
         if role is None:
             raise BadRecord(f"unknown role {name!r}, expected one of {', '.join(ROLES)}")
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise BadRecord("a turn has tool_calls, which no template here would show: write the call as its content")
         content = clean(turn.get("content", turn.get("value")))
         if not content or (role == "assistant" and not any(m["role"] == "user" for m in messages)):
             continue
@@ -55,9 +57,24 @@ def to_messages(turns, closed: bool) -> list[dict]:
     return messages
 
 
+def with_system(record: dict, turns: list) -> list:
+    """The turns behind the system text that stands beside them in the record; a system turn among them goes before."""
+    beside = record.get("system") or record.get("system_prompt")
+    named = [turn.get("role") or turn.get("from") for turn in turns if isinstance(turn, dict)]
+    return turns if not beside or "system" in named else [{"role": "system", "content": beside}, *turns]
+
+
+def turns_of(record: dict) -> list:
+    """The turns of {"messages"} or {"conversations"}."""
+    turns = record.get("messages") or record.get("conversations") or []
+    return with_system(record, turns) if isinstance(turns, list) else turns
+
+
 def with_history(record: dict, question: str) -> list[dict]:
     """System prompt, history [[question, answer], ...] and `question` as messages."""
-    turns, history = [{"role": "system", "content": record.get("system")}], record.get("history") or []
+    turns, history = with_system(record, []), record.get("history") or []
+    if isinstance(history, str) and not history.strip(INVISIBLE + "[]"):  # a .csv's cell
+        history = []
     for exchange in history if isinstance(history, list) else [history]:
         if not isinstance(exchange, list | tuple) or len(exchange) != 2:
             raise BadRecord(f"expected history as [[question, answer], ...], found {str(exchange)[:60]}")
@@ -88,13 +105,13 @@ def to_prompt(record) -> list[dict]:
     form = "{prompt}, {messages}, {conversations} or {instruction, input, output}"
     record = need(record, form)
     if "messages" in record or "conversations" in record:
-        messages = to_messages(record.get("messages") or record.get("conversations") or [], closed=False)
+        messages = to_messages(turns_of(record), closed=False)
         messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     elif "instruction" in record:
         question = "\n".join(filter(None, (clean(record["instruction"]), clean(record.get("input")))))
         messages = with_history(record, question)
     elif isinstance(record.get("prompt"), list):
-        messages = to_messages(record["prompt"], closed=False)
+        messages = to_messages(with_system(record, record["prompt"]), closed=False)
     elif "prompt" in record:
         messages = with_history(record, record["prompt"])
     else:
@@ -114,11 +131,12 @@ def to_conversation(record) -> list[dict]:
     form = "{messages}, {conversations}, {instruction, input, output} or {prompt, completion}"
     record = need(record, form)
     if "messages" in record or "conversations" in record:
-        messages = to_messages(record.get("messages") or record.get("conversations") or [], closed=True)
+        messages = to_messages(turns_of(record), closed=True)
     elif "instruction" in record or "completion" in record:
         answer = record.get("output", record.get("completion"))
-        messages = [*to_prompt(record), {"role": "assistant", "content": last_answer(answer)}]
-        messages = to_messages(messages, closed=True)
+        last = {"role": "assistant", "content": last_answer(answer)}
+        earlier = answer[:-1] if isinstance(answer, list) else []
+        messages = to_messages([*to_prompt(record), *earlier, last], closed=True)
     else:
         raise BadRecord(f"expected {form}, found keys {', '.join(record)}")
     if not messages:
@@ -130,23 +148,41 @@ def to_pair(record) -> dict:
     """Any pair form as {"prompt": messages, "chosen": str, "rejected": str}."""
     form = "{question, response_chosen, response_rejected} or {prompt or conversations, chosen, rejected}"
     record = need(record, form)
-    chosen, rejected = (record.get(k, record.get(f"response_{k}")) for k in ("chosen", "rejected"))
-    if "question" in record:
-        prompt = with_history(record, record["question"])
-    elif "conversations" in record or "prompt" in record:
-        prompt = to_prompt(record)
-    elif isinstance(chosen, list):
-        prompt = to_messages(chosen[:-1], closed=False)
-    else:
-        raise BadRecord(f"expected {form}, found keys {', '.join(record)}")
-    pair = {"prompt": prompt, "chosen": last_answer(chosen), "rejected": last_answer(rejected)}
+    answers = {k: record.get(k, record.get(f"response_{k}")) for k in ("chosen", "rejected")}
+    pair = {"prompt": pair_prompt(record, answers, form)} | {k: last_answer(answer) for k, answer in answers.items()}
     if not all(pair.values()):
         raise BadRecord(f"{next(k for k, v in pair.items() if not v)} is empty; expected {form}")
-    if prompt[-1]["role"] not in ("user", "tool"):
+    if pair["prompt"][-1]["role"] not in ("user", "tool"):
         raise BadRecord("there is no question")
+    for name, answer in answers.items():
+        check_turns_before(name, answer, pair["prompt"])
     if pair["chosen"] == pair["rejected"]:
         raise BadRecord("chosen and rejected are the same text")
     return pair
+
+
+def pair_prompt(record: dict, answers: dict, form: str) -> list[dict]:
+    """What both answers of a pair reply to."""
+    if "question" in record:
+        return with_history(record, record["question"])
+    if "conversations" in record or "prompt" in record:
+        return to_prompt(record)
+    if isinstance(answers["chosen"], list):
+        return to_messages(with_system(record, answers["chosen"][:-1]), closed=False)
+    if isinstance(answers["chosen"], str):
+        raise BadRecord(
+            "chosen and rejected are texts without the question they answer: put it beside them as prompt, or give "
+            'both as lists of turns, [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
+        )
+    raise BadRecord(f"expected {form}, found keys {', '.join(record)}")
+
+
+def check_turns_before(name: str, answer, prompt: list[dict]) -> None:
+    """Refuse a side of a pair whose turns before its answer are not the prompt's; its system text may be left out."""
+    before = to_messages(answer[:-1], closed=False) if isinstance(answer, list) else []
+    bare = [message for message in prompt if message["role"] != "system"]
+    if before and before not in (prompt, bare):
+        raise BadRecord(f"the turns before the answer of {name} differ from the question of the pair")
 
 
 def last_answer(answer) -> str:

@@ -5,13 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel, TaskType
+import torch
+from peft import PeftConfig, PeftModel, TaskType, load_peft_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from arguments.command_line import UserError
 from arguments.data import DataArguments
-from arguments.model import ModelArguments
+from arguments.model import ModelArguments, keep_unpacked, pad_candidate
+
+HEADS = ("score", "classifier")  # what transformers calls the layer that gives the score
 
 
 @dataclass
@@ -62,16 +65,18 @@ class RewardSourceArguments:
         """
         path, adapter = self.reward_model_name_or_path, self.find_adapter()
         source = PeftConfig.from_pretrained(adapter).base_model_name_or_path if adapter else path
-        kwargs = model_args.hub_kwargs
+        kwargs, weights = model_args.hub_kwargs, model_args.weights_in_memory()
+        if weights["quantization_config"]:
+            weights["quantization_config"].llm_int8_skip_modules = list(HEADS)
         try:
             architectures = AutoConfig.from_pretrained(source, **kwargs).architectures or []
             if not adapter and not any("SequenceClassification" in name for name in architectures):
                 raise UserError(f"--reward_model_name_or_path {path} is a {architectures}, which has no score head")
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=1, dtype=model_args.torch_dtype(), output_loading_info=True, **kwargs
+                source, num_labels=1, output_loading_info=True, **weights, **kwargs
             )
             tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"--reward_model_name_or_path {path}: {str(error).strip().splitlines()[0]}") from error
         if not adapter and loading["missing_keys"]:
             missing = ", ".join(sorted(loading["missing_keys"]))
@@ -79,7 +84,10 @@ class RewardSourceArguments:
                 f"--reward_model_name_or_path {path} lacks the weights of {missing}: nobody trained that score head, "
                 "its rewards would be random"
             )
+        keep_unpacked(model)
+        pad_alike(model.config.get_text_config(), tokenizer, first="tokenizer" if adapter else "config")
         if adapter:
+            adapter_head(adapter)
             model = PeftModel.from_pretrained(model, adapter)
         return RewardModel(model, tokenizer, data_args)
 
@@ -119,6 +127,33 @@ class RewardSourceArguments:
                 f"--reward_weights holds {len(values)} numbers for {len(names)} sources: {', '.join(names)}"
             )
         return dict(zip(names, values, strict=True))
+
+
+def adapter_head(adapter: Path) -> dict[str, torch.Tensor]:
+    """The trained score head of a reward adapter, by the names of its parameters.
+
+    Raises:
+        UserError: when the adapter was saved without one.
+    """
+    tensors = load_peft_weights(str(adapter), device="cpu")
+    found = {k.rpartition(".")[2]: v for k, v in tensors.items() if set(HEADS) & set(k.split("."))}
+    if not found:
+        raise UserError(f"{adapter} holds no score head, its rewards would be random: train it with stage 3")
+    return found
+
+
+def pad_alike(config, tokenizer, first: str) -> None:
+    """Let model and tokenizer pad with one token: a decoder reads its score before the first one at the end.
+
+    Where they differ that of `first` counts: the config of a whole model was saved with its weights, but that of an
+    adapter's base knows nothing of the tokenizer that the adapter was trained with.
+    """
+    known = [config.pad_token_id, tokenizer.pad_token_id]
+    usable = [pad for pad in known if pad is not None and 0 <= pad < min(len(tokenizer), config.vocab_size)]
+    if not usable:
+        usable = [tokenizer.convert_tokens_to_ids(pad_candidate(tokenizer, config.vocab_size))]
+    config.pad_token_id = usable[0] if first == "config" else usable[-1]
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
 
 
 class RewardModel(nn.Module):

@@ -7,14 +7,13 @@ from types import MethodType
 import torch
 from loguru import logger
 from peft import PeftConfig, TaskType, get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from arguments.adapter import trained_in_float32
 from arguments.base import check_base, is_base
-from arguments.command_line import UserError
 from arguments.loss import logits_at
-from arguments.reward import RewardModel
+from arguments.reward import RewardModel, adapter_head
 
 
 def last_token(ids, pad_token_id: int):
@@ -100,12 +99,15 @@ class ActorCritic(nn.Module):
             return model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
 
     def critic_parts(self) -> dict[str, dict]:
-        """The tensors of the value function, by the name of their file."""
+        """The tensors of the value function, by the name of their file.
+
+        A tied weight has two names in a state_dict, which safetensors refuses: named_parameters() gives it one.
+        """
         parts = {"head": self.value_head.state_dict()}
         if self.trains_critic_body and self.lora:
             parts["model"] = get_peft_model_state_dict(self.policy, adapter_name="value")
         elif self.trains_critic_body:
-            parts["model"] = self.copies["value"].state_dict()
+            parts["model"] = {name: weight.detach() for name, weight in self.copies["value"].named_parameters()}
         return parts
 
     def trained(self) -> tuple[list, list]:
@@ -155,20 +157,34 @@ def build_actor_critic(
         policy.load_adapter(adapter, "reward", is_trainable=False)
         if critic == "adapter":
             policy.load_adapter(adapter, "value", is_trainable=True)
-        tensors = load_file(adapter / "adapter_model.safetensors")
-        head_state = {k.rpartition(".")[2]: v for k, v in tensors.items() if ".score." in k}
-        if not head_state:
-            raise UserError(f"{adapter} holds no score head, its rewards would be random: train it with stage 3")
+        head_state = adapter_head(adapter)
     elif adapter_args.use_peft and critic == "adapter":
         policy.add_adapter("value", adapter_args.peft_config(TaskType.CAUSAL_LM))
     disable_dropout(policy)
     reward_head = score_head(hidden_size, head_state) if shared else None
     model = ActorCritic(policy, score_head(hidden_size, None), reward_head, adapter_args.use_peft, critic)
+    trained_in_float32(model)  # the critic's adapter came after the policy's
     return model, reward_model
 
 
 def disable_dropout(model) -> None:
-    """Dropout would make the ratio of new to old probabilities random."""
+    """Dropout would make the ratio of new to old probabilities random.
+
+    Many models drop with a function, not a module: at a rate in an attribute (attention_dropout, layerdrop), or in the
+    config that their layers hold. The layers then get a copy of it, as the model's own is saved with the weights.
+    """
+    quiet = copy.deepcopy(model.config)
+    no_rates(quiet)
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        no_rates(module)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        if not isinstance(module, PreTrainedModel) and vars(module).get("config") is model.config:
+            module.config = quiet
+
+
+def no_rates(owner) -> None:
+    """Set to zero what `owner` holds as a rate to drop at."""
+    for name, value in vars(owner).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(owner, name, 0.0)

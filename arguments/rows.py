@@ -24,7 +24,7 @@ FORMS = {
     "conversation": ({"messages": MESSAGES}, lambda record: {"messages": to_conversation(record)}),
     "pair": (
         {"prompt": MESSAGES, "chosen": TEXT, "rejected": TEXT, "kind": TEXT},
-        lambda record: to_pair(record) | {"kind": str(record.get("kind") or "")},
+        lambda record: to_pair(record) | {"kind": storable(str(record.get("kind") or ""))},
     ),
     "prompt": (
         {"prompt": MESSAGES, "record": TEXT},
@@ -74,13 +74,30 @@ def to_row(form: str, place: str, record) -> dict:
         if isinstance(record, BadRecord):
             raise record
         row = convert(record)
+        same = json.dumps({name: row[name] for name in columns if name not in ("record", "kind")}, sort_keys=True)
+        if "\\ud" in same:
+            refuse_surrogates(row)
     except BadRecord as error:
         raw = "" if isinstance(record, BadRecord) else json.dumps(record, ensure_ascii=False, default=str)
         empty = {name: [] if kind is MESSAGES else "" for name, kind in columns.items()}
-        return empty | {"place": place, "key": 0, "bad": str(error), "raw": raw}
-    same = json.dumps({name: row[name] for name in columns if name not in ("record", "kind")}, sort_keys=True)
-    key = hashlib.blake2b(same.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return row | {"place": place, "key": int.from_bytes(key, "little", signed=True), "bad": "", "raw": ""}
+        return empty | {"place": storable(place), "key": 0, "bad": storable(str(error)), "raw": storable(raw)}
+    key = int.from_bytes(hashlib.blake2b(same.encode(), digest_size=8).digest(), "little", signed=True)
+    return row | {"place": storable(place), "key": key, "bad": "", "raw": ""}
+
+
+def refuse_surrogates(row: dict) -> None:
+    """Refuse half of a character, as JSON makes it of a cut escape: no encoding can store it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):x}"
+        before = error.object[max(0, error.start - 20) : error.start]
+        raise BadRecord(f"half of a character ({half}, the other half is missing) behind {before!r}") from None
+
+
+def storable(text: str) -> str:
+    """The text with escapes for halves of characters."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def column(rows: Dataset, name: str) -> np.ndarray:

@@ -1,11 +1,8 @@
 """How a run behaves: precision, where to go on, what it leaves behind."""
 
-import hashlib
 import json
 import os
 import resource
-import shutil
-import signal
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,8 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
-from arguments.base import other_base, record_base
-from arguments.command_line import Fault, UserError
+from arguments.base import facts_of, other_base, record_base
+from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, warn_of_changes
+from arguments.command_line import UserError, without_secrets
+from arguments.stops import FiniteGradients, FiniteWeights, StopAtSignal
+from arguments.whole import drop_cut, read_whole, write_whole
 
 POSITIVE = (
     "learning_rate",
@@ -31,7 +31,6 @@ POSITIVE = (
     "eval_steps",
 )
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
-SEAL = "seal.json"  # in a checkpoint: which stage made it, size and hash of each of its files
 
 
 def native_bf16() -> bool:
@@ -85,14 +84,11 @@ class RunArguments:
     def __post_init__(self):
         if not self.output_dir:
             raise UserError("--output_dir is missing: name the folder for this stage's adapter and metrics")
-        if (Path(self.output_dir) / "merge.json").exists() and not self.fresh:
-            raise UserError(f"{self.output_dir} already holds a merged model: --fresh trains it anew and replaces it")
-        if Path(self.output_dir).is_file():
-            raise UserError(f"--output_dir {self.output_dir} is a file: name a folder")
         asked = str(self.resume_from_checkpoint or "")
-        if asked.lower() not in ("", "true", "false") and not Path(asked).is_dir():
-            raise UserError(f"--resume_from_checkpoint {asked} is no folder: name a checkpoint-N of an earlier run")
         self.fresh |= asked.lower() == "false"
+        self._check_output()
+        if self._asks_for_one() and not Path(asked).is_dir():
+            raise UserError(f"--resume_from_checkpoint {asked} is no folder: name a checkpoint-N of an earlier run")
         if not (self.do_train or self.do_eval):
             raise UserError("--do_train False and --do_eval False leave nothing to do")
         if self.label_smoothing_factor or not self.average_tokens_across_devices:
@@ -102,6 +98,9 @@ class RunArguments:
                 raise UserError(f"--{flag} is {value}, expected a number above 0")
         if self.hub_token:  # saved with the arguments, it would be lying in every checkpoint
             os.environ["HF_TOKEN"], self.hub_token = self.hub_token, None
+        # transformers would delete the old ones before the new one is whole; CheckpointSeal does it then
+        self.checkpoints_kept, self.save_total_limit = self.save_total_limit, None
+        self.base_facts = None  # name and fingerprint of what is trained, once it is loaded
         self._choose_precision()
         if not torch.cuda.is_available():
             self.use_cpu = True
@@ -109,8 +108,8 @@ class RunArguments:
         super().__post_init__()
         if self.n_gpu > 1:  # transformers would wrap the model in DataParallel: slow, and not what is tested
             logger.warning(
-                f"{self.n_gpu} GPUs and one process: using the first. scripts/run_*.sh start one process on each, as "
-                f"does torchrun --nproc_per_node {self.n_gpu}"
+                f"{self.n_gpu} GPUs and one process: the first works alone, unless --device_map spreads the model. "
+                f"scripts/run_*.sh start one process on each, as does torchrun --nproc_per_node {self.n_gpu}"
             )
             self._n_gpu = 1
 
@@ -131,39 +130,62 @@ class RunArguments:
         )
         logger.info(f"Device {device}; training in {asked}, trained weights in float32")
 
+    def _check_output(self) -> None:
+        """Refuse an output folder that holds what this run would destroy."""
+        output, script = Path(self.output_dir), Path(sys.argv[0]).name
+        if output.is_file():
+            raise UserError(f"--output_dir {output} is a file: name a folder")
+        if self.fresh:
+            return
+        if (output / "merge.json").exists():
+            raise UserError(f"{output} already holds a merged model: --fresh trains it anew and replaces it")
+        run = read_whole(output / "run.json") or {}
+        if run.get("script", script) != script:
+            raise UserError(
+                f"{output} holds what {run['script']} made: name another --output_dir, or --fresh to replace it"
+            )
+
+    def _asks_for_one(self) -> bool:
+        """Whether --resume_from_checkpoint names a checkpoint."""
+        return str(self.resume_from_checkpoint or "").lower() not in ("", "true", "false")
+
     def checkpoint(self, base: str) -> str | None:
         """The checkpoint to go on from: the one asked for, else the newest whole one in output_dir, else None.
 
         Raises:
-            UserError: when another stage made it, or it was trained on another base model than `base`.
+            UserError: when another stage made it, or it was trained on another base model than `base`; and when the
+                one asked for is not whole.
         """
-        asked = self.resume_from_checkpoint
-        if asked and str(asked).lower() not in ("true", "false"):
-            return asked
-        if not Path(self.output_dir).is_dir():
-            return None
-        if self.fresh:
+        self.base_facts = facts_of(base)
+        if not self._asks_for_one() and self.fresh and Path(self.output_dir).is_dir():
             with self.main_process_first(desc="clearing the output folder"):
                 clear_output(Path(self.output_dir))
             return None
-        for found in reversed(sort_checkpoints(self.output_dir)):
+        asked = [self.resume_from_checkpoint] if self._asks_for_one() else []
+        for found in asked or reversed(sort_checkpoints(self.output_dir)):
             if fault := checkpoint_fault(Path(found)):
+                if asked:
+                    raise UserError(f"--resume_from_checkpoint {found}: {fault}. Name another one, or True")
                 logger.warning(f"Not going on from {found}: {fault}")
-            elif (made_by := json.loads((Path(found) / SEAL).read_text())["stage"]) != type(self).__name__:
-                raise UserError(
-                    f"{self.output_dir} holds checkpoints of another stage ({made_by}): name another --output_dir, or "
-                    "--fresh to replace them"
-                )
-            elif other := other_base(Path(found), base):
-                raise UserError(
-                    f"{found} was not trained on {base}: {other}. Name its own base, another --output_dir, or --fresh "
-                    "to start over"
-                )
-            else:
-                logger.info(f"Going on from {found} (--fresh starts over)")
-                warn_of_changes(Path(found))
-                return found
+                continue
+            self._check_origin(Path(found), base)
+            logger.info(f"Going on from {found} (--fresh starts over)")
+            warn_of_changes(Path(found))
+            return found
         return None
+
+    def _check_origin(self, found: Path, base: str) -> None:
+        """See that a whole checkpoint is of this stage, and that it was trained on `base`."""
+        if (made_by := json.loads((found / SEAL).read_text())["stage"]) != type(self).__name__:
+            raise UserError(
+                f"{found.parent} holds checkpoints of another stage ({made_by}): name another --output_dir, or "
+                "--fresh to replace them"
+            )
+        if other := other_base(found, base):
+            raise UserError(
+                f"{found} was not trained on {base}: {other}. Name its own base, another --output_dir, or --fresh "
+                "to start over"
+            )
 
     def keep_casts(self, model: torch.nn.Module) -> None:
         """Leave out casts that autocast makes or takes back in every product: the same numbers, sooner.
@@ -178,7 +200,8 @@ class RunArguments:
         if not self.bf16:
             return
         models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-        heads = {id(head.weight) for part in models if (head := part.get_output_embeddings()) is not None}
+        found = [head for part in models if (head := part.get_output_embeddings()) is not None]
+        heads = {id(weight) for head in found for weight in head.parameters()}  # also within peft's wrapper of one
         for layer in (layer for part in models for layer in part.modules() if type(layer) is torch.nn.Linear):
             if not layer.weight.requires_grad and id(layer.weight) not in heads and layer.weight.is_floating_point():
                 layer.to(torch.bfloat16)
@@ -190,7 +213,8 @@ class RunArguments:
 
     def callbacks(self) -> list[TrainerCallback]:
         """What every stage's trainer does beside training."""
-        return [CheckpointSeal(), StopAtSignal(self.steps_between_saves), FiniteGradients()]
+        drop_cut(Path(self.output_dir) / "all_results.json")  # transformers reads it to add to it
+        return [StopAtSignal(self.steps_between_saves), FiniteGradients(), FiniteWeights(), CheckpointSeal()]
 
     def finish(self, trainer) -> None:
         """Add the evaluation before training and the peak memory to all_results.json; write state and curves."""
@@ -199,8 +223,9 @@ class RunArguments:
         trainer.save_state()
         run = {"script": Path(sys.argv[0]).name, "arguments": without_secrets(sys.argv[1:])}
         run["versions"] = {name: version(name) for name in PACKAGES}
-        (Path(self.output_dir) / "run.json").write_text(json.dumps(run, ensure_ascii=False, indent=1), "utf-8")
-        record_base(Path(self.output_dir))
+        write_whole(Path(self.output_dir) / "run.json", json.dumps(run, ensure_ascii=False, indent=1))
+        if (Path(self.output_dir) / "adapter_config.json").exists():
+            record_base(Path(self.output_dir), self.base_facts)
         peak = {"peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}  # kiB on Linux
         if torch.cuda.is_available():
             peak["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -208,139 +233,9 @@ class RunArguments:
         first = next((row for row in start if any(key.startswith("eval_") for key in row)), {})
         before = {f"{key}_before": value for key, value in first.items() if key.startswith("eval_")}
         path = Path(self.output_dir) / "all_results.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(results | before | peak, indent=4, sort_keys=True))
+        results = read_whole(path) or {}
+        write_whole(path, json.dumps(results | before | peak, indent=4, sort_keys=True))
         plot_curves(trainer.state.log_history, Path(self.output_dir))
-
-
-def without_secrets(argv: list[str]) -> list[str]:
-    """A command line's words, but for the value of --hub_token."""
-    words = []
-    for word in argv:
-        hidden = words[-1:] == ["--hub_token"] or word.startswith("--hub_token=")
-        words.append("..." if hidden else word)
-    return words
-
-
-class CheckpointSeal(TrainerCallback):
-    """Writes the size and hash of every file of a checkpoint into it once all are there: no seal, not whole."""
-
-    def on_save(self, args, state, control, **kwargs):
-        if args.world_size > 1:
-            torch.distributed.barrier()  # every rank saves its own random state
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / SEAL).unlink(missing_ok=True)
-            record_base(folder)
-            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            seal = {"stage": type(args).__name__, "arguments": without_secrets(sys.argv[1:])}
-            seal["files"] = {str(p.relative_to(folder)): digest(p) for p in files}
-            (folder / "seal.tmp").write_text(json.dumps(seal, indent=1))
-            os.replace(folder / "seal.tmp", folder / SEAL)
-
-
-class StopAtSignal(TrainerCallback):
-    """SIGTERM or SIGINT: save a checkpoint, end, exit with 128 + the signal's number. A second one exits at once."""
-
-    def __init__(self, steps_between_saves: int):
-        self.signal, self.steps_between_saves = 0, steps_between_saves
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def receive(self, number: int, frame) -> None:
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-        logger.warning(f"{signal.Signals(number).name}: saving a checkpoint, then ending (once more: ending at once)")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        received = torch.tensor(self.signal, device=args.device)
-        if args.world_size > 1:  # all ranks end behind the same step
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        if received and state.global_step % self.steps_between_saves == 0:
-            self.signal = int(received)
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if self.signal and state.global_step < state.max_steps:
-            logger.warning(f"Ended behind step {state.global_step}: the same command goes on from there")
-            raise SystemExit(128 + self.signal)
-
-
-class FiniteGradients(TrainerCallback):
-    """Ends the run before a step whose gradients are not finite, so that no such number reaches a weight.
-
-    In fp16 the loss scale is too high at times: the scaler skips such steps and lowers it. Only three in a row at a
-    scale below 1, where nothing is left to lower, end the run.
-    """
-
-    def __init__(self):
-        self.in_a_row = 0
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if torch.nn.utils.get_total_norm(gradients).isfinite():
-            self.in_a_row = 0
-            return
-        scaler = optimizer.scaler
-        self.in_a_row += scaler is None or scaler.get_scale() < 1
-        if self.in_a_row >= (1 if scaler is None else 3):
-            batch = f"batch {state.global_step + 1} (epoch {state.epoch:.3f})"
-            raise Fault(
-                f"the gradients of {batch} are not finite: nothing of it was learned or saved. Look at its records "
-                "with --preview, lower --learning_rate, or try --precision fp32; the last checkpoint is whole"
-            )
-
-
-def digest(path: Path) -> list:
-    """Size in bytes and SHA-256 of a file."""
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def checkpoint_fault(folder: Path) -> str | None:
-    """Why the checkpoint cannot be trusted, or None when it is whole."""
-    if not (folder / SEAL).exists():
-        return "its saving was interrupted"
-    files = json.loads((folder / SEAL).read_text()).get("files")
-    if files is None:
-        return "an older version saved it"
-    broken = [name for name, known in files.items() if not (folder / name).is_file() or digest(folder / name) != known]
-    return f"changed since it was saved: {', '.join(broken)}" if broken else None
-
-
-def warn_of_changes(folder: Path) -> None:
-    """Say which flags are not those that the checkpoint was made with."""
-
-    def flags(words: list[str]) -> dict[str, str]:  # of a flag that is given twice the last value counts
-        parts = " ".join(words).removeprefix("--").split(" --")
-        return dict(part.replace("=", " ", 1).partition(" ")[::2] for part in parts)
-
-    before = json.loads((folder / SEAL).read_text()).get("arguments")
-    if before is None:  # an older version saved it
-        return
-    before, now = flags(before), flags(without_secrets(sys.argv[1:]))
-    names = sorted(name for name in before | now if before.get(name) != now.get(name))
-    if names:
-        changes = [f"--{name} {now.get(name, 'not given')} (was {before.get(name, 'not given')})" for name in names]
-        logger.warning(
-            f"The command has changed since: {', '.join(changes)}. Learning rate and schedule stay those of the "
-            "checkpoint, records are taken from where it stopped"
-        )
-
-
-def clear_output(folder: Path) -> None:
-    """Remove an earlier run's checkpoints, merged weights and lines, which would be taken for this run's."""
-    merged = [*folder.glob("model*.safetensors*"), folder / "config.json"] if (folder / "merge.json").exists() else []
-    told = [folder / f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
-    for path in [*folder.glob("checkpoint-*"), *merged, *told, folder / "adapter", folder / "merge.json"]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)  # another rank may have been first
-        else:
-            path.unlink(missing_ok=True)
 
 
 def plot_curves(log_history: list[dict], folder: Path) -> None:

@@ -24,7 +24,7 @@ fi
 # glibc hands every freed activation back to the kernel and pays page faults to get it again; keeping it made training
 # steps on a 2-core machine 20-40% faster.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
-export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
+export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 HF_UPDATE_DOWNLOAD_COUNTS=0
 
 # flag_value --flag default "$@": the last value that "$@" gives to --flag, else the default.
 flag_value() {
@@ -45,7 +45,8 @@ merge_stage() {
   if [ "${NODE_RANK:-0}" -gt 0 ]; then
     [ ! -f "$2/adapter_config.json" ] || echo "waiting for machine 0 to merge into $3"
     until [ "$3/merge.json" -nt "$2/all_results.json" ] || [ ! -f "$2/adapter_config.json" ]; do
-      [ ! -f "$2/merge_failed" ] || { echo "error: the merge failed on machine 0, see its log" >&2; exit 1; }
+      # one that is older is of an earlier run, and machine 0 has not come to remove it yet
+      [ ! "$2/merge_failed" -nt "$2/all_results.json" ] || { echo "error: the merge failed on machine 0, see its log" >&2; exit 1; }
       sleep 2
     done
   elif [ -f "$2/adapter_config.json" ]; then

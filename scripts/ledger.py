@@ -73,8 +73,19 @@ def content(name: str) -> str:
     return name
 
 
+def without_secrets(flags: list[str]) -> list[str]:
+    """The flags as they may be kept: no token among them. arguments is slow to import, so only where there may be."""
+    if not any("token" in flag.lower() for flag in flags):
+        return flags
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from arguments.command_line import without_secrets as masked
+
+    return masked(flags)
+
+
 def start(outputs: Path, stage: str, inputs: list[str], flags: list[str]) -> str:
     """Add a line for a beginning, unless it has ended; returns the word to print."""
+    flags = without_secrets(flags)
     made = {name: content(name) for name in inputs}
     known = entries(outputs, stage)
     last = known[-1] if known else {"inputs": {}, "flags": flags}

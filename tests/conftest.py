@@ -160,6 +160,12 @@ def assert_curves(output: Path, *names: str) -> None:
         assert (output / f"training_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture(autouse=True)
+def no_tensorboard_folder_of_an_earlier_test(monkeypatch):
+    """A stage's arguments name it in the environment, where a test that makes some leaves it."""
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+
+
 @pytest.fixture(scope="session")
 def records(tmp_path_factory) -> Path:
     """Folders pt, sft, rm and rl of eight English and Chinese records each."""

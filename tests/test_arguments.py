@@ -1,6 +1,8 @@
 """The command line: old flags, typos, precision, splits, resuming, and what a run leaves behind."""
 
 import json
+import os
+import shutil
 import sys
 
 import pytest
@@ -17,9 +19,10 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
-from arguments.base import check_base, difference, fingerprint, record_base
-from arguments.command_line import RENAMED_FLAGS, modern_flags
-from arguments.run import CheckpointSeal, native_bf16, plot_curves
+from arguments.base import check_base, difference, facts_of, fingerprint, record_base
+from arguments.checkpoints import CheckpointSeal
+from arguments.command_line import RENAMED_FLAGS, explained, modern_flags, without_secrets
+from arguments.run import native_bf16, plot_curves
 from merge_peft_adapter import MergeArguments
 from pretraining import PretrainingArguments
 from reward_modeling import RewardArguments
@@ -114,6 +117,12 @@ def test_modern_flags_leaves_other_words_alone(logged):
     assert len(logged) == 1
 
 
+def test_tokens_are_masked_in_every_spelling():
+    given = ["--hub_token", "a", "--hub-token=b", "--push-to-hub-token", "c", "--max_new_tokens", "4", "--hub_token"]
+    masked = ["--hub_token", "...", "--hub-token=...", "--push-to-hub-token", "...", *given[5:]]
+    assert without_secrets(given) == masked
+
+
 @pytest.mark.parametrize("missing", ["--model_name_or_path", "--train_file_dir", "--output_dir"])
 def test_missing_required_flags(required, missing):
     at = required.index(missing)
@@ -136,9 +145,19 @@ def test_missing_required_flags(required, missing):
         (AdapterArguments, ["--lora_dropout", "1"], r"--lora_dropout is 1.0, expected a share in \[0, 1\)"),
         (AdapterArguments, ["--lora_rank", "four"], "--lora_rank.*: invalid int value: 'four'"),
         (AdapterArguments, ["--lora_rank"], "--lora_rank.*: expected one argument"),
+        (
+            DataArguments,
+            ["--train_file_dir", "d", "--dataset_name", "n"],
+            "d and --dataset_name n are two sources: give one",
+        ),
         (DataArguments, ["--train_file_dir", "d", "--max_source_length", "0"], "--max_source_length is 0"),
         (DataArguments, ["--train_file_dir", "d", "--max_target_length", "-1"], "--max_target_length is -1"),
         (DataArguments, ["--train_file_dir", "d", "--bad_records", "drop"], "--bad_records.*: invalid choice: 'drop'"),
+        (
+            RewardArguments,
+            ["--output_dir", "o", "--max_length", "512"],
+            "--max_length is 512.*give --max_source_length",
+        ),
         (PretrainingArguments, ["--output_dir", "o", "--block_size", "1"], "--block_size is 1, expected at least 2"),
         (PretrainingArguments, ["--output_dir", "o", "--streaming"], "--streaming .*set --max_steps"),
         (
@@ -168,6 +187,32 @@ def test_run_stage_ends_with_one_line_and_code_2(capsys):
     logger.remove()  # run_stage logs to this test's stderr
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "error: no such thing\n"
+
+
+def test_run_stage_says_ctrl_c_in_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_:
+        run_stage(main)
+    assert exit_.value.code == 130 and capsys.readouterr().err.split("\n") == ["", "stopped by Ctrl-C", ""]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_cannot_be_read_is_bad_input(wrapped, tmp_path, monkeypatch):
+    """Also inside the error that datasets makes of it; tests may run as root, who may read all."""
+    touch(tmp_path, "rows.jsonl")
+    monkeypatch.setattr(os, "access", lambda path, mode, **kwargs: False)
+
+    def said(name):
+        error = inner = PermissionError(13, "Permission denied", str(tmp_path / name))
+        if wrapped:
+            error = RuntimeError("Permission denied, said the library")
+            error.__cause__ = inner
+        return explained(error)
+
+    assert said("rows.jsonl").code == 2 and "rows.jsonl cannot be read" in str(said("rows.jsonl"))
+    assert said("new").code == 1 and "cannot write" in str(said("new"))
 
 
 def test_ppo_steps_are_rollouts(tmp_path):
@@ -261,11 +306,11 @@ def touch(folder, *names):
         path.touch()
 
 
-def save_checkpoints(folder, *steps):
+def save_checkpoints(folder, *steps, best=None, **kwargs):
     for step in steps:
         touch(folder, f"checkpoint-{step}/x")
-        state = TrainerState(global_step=step, is_world_process_zero=True)
-        CheckpointSeal().on_save(run_arguments(folder), state, None)
+        state = TrainerState(global_step=step, is_world_process_zero=True, best_model_checkpoint=best)
+        CheckpointSeal().on_save(run_arguments(folder, **kwargs), state, None)
 
 
 def left(folder):
@@ -281,7 +326,7 @@ def test_checkpoint_is_the_newest_by_number(tmp_path, logged):
 
 
 def test_checkpoint_is_whole(tmp_path, logged):
-    save_checkpoints(tmp_path, 8, 9, 10)
+    save_checkpoints(tmp_path, 8, 9, 10, save_total_limit=3)
     touch(tmp_path, "checkpoint-11/x")  # killed before the seal
     (tmp_path / "checkpoint-10" / "x").unlink()
     (tmp_path / "checkpoint-9" / "x").write_text("half")
@@ -291,11 +336,51 @@ def test_checkpoint_is_whole(tmp_path, logged):
     assert all("changed since it was saved: x" in fault for fault in faults[1:])
 
 
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [
+        (2, None, [9, 10]),
+        (1, None, [10]),
+        (2, 7, [7, 10]),
+        (1, 7, [7, 10]),
+        (6, None, [7, 8, 9, 10]),
+        (None, None, [3, 5, 7, 8, 9, 10]),
+    ],
+)
+def test_old_checkpoints_go_when_the_new_one_is_whole(tmp_path, limit, best, kept):
+    save_checkpoints(tmp_path, 7, 8, 9, save_total_limit=9)
+    touch(tmp_path, "checkpoint-3/x", "checkpoint-5/x")  # killed before their seals: they count for nothing
+    best = best and str(tmp_path / f"checkpoint-{best}")
+    save_checkpoints(tmp_path, 10, save_total_limit=limit, best=best)
+    assert sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")) == kept
+
+
+def test_a_checkpoint_damaged_since_does_not_count(tmp_path):
+    save_checkpoints(tmp_path, 7, 8)
+    (tmp_path / "checkpoint-8" / "x").write_text("cut")
+    save_checkpoints(tmp_path, 9)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-7", "checkpoint-9"]
+
+
 def test_checkpoint_asked_for_wins(tmp_path):
-    touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x")
-    asked = str(tmp_path / "checkpoint-9")
+    save_checkpoints(tmp_path, 9, 10)
+    before, asked = left(tmp_path), str(tmp_path / "checkpoint-9")
     assert run_arguments(tmp_path, resume_from_checkpoint=asked, fresh=True).checkpoint("base") == asked
-    assert left(tmp_path) == ["checkpoint-10/x", "checkpoint-9/x"]
+    assert left(tmp_path) == before
+
+
+def test_checkpoint_asked_for_is_looked_at_as_any_other(tmp_path, tiny):
+    save_checkpoints(tmp_path, 9, 10)
+    (tmp_path / "checkpoint-9" / "x").write_text("half")
+    asked = {"resume_from_checkpoint": str(tmp_path / "checkpoint-9")}
+    with pytest.raises(UserError, match="checkpoint-9: changed since it was saved: x. Name another"):
+        run_arguments(tmp_path, **asked).checkpoint("base")
+    asked = {"resume_from_checkpoint": str(tmp_path / "checkpoint-10")}
+    with pytest.raises(UserError, match="checkpoints of another stage .FinetuningArguments."):
+        PretrainingArguments(output_dir=str(tmp_path), **asked).checkpoint("base")
+    record_base(tmp_path / "checkpoint-10", facts_of(tiny("qwen3")))
+    with pytest.raises(UserError, match="was not trained on .*: it is a llama, the training was on a qwen3"):
+        run_arguments(tmp_path, **asked).checkpoint(tiny("llama"))
 
 
 def test_checkpoint_asked_for_by_no_name_is_the_newest(tmp_path):
@@ -334,8 +419,12 @@ def test_checkpoint_asked_for_is_a_folder(tmp_path, name):
 
 def test_fresh_removes_checkpoints_alone(tmp_path):
     touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x", "adapter_config.json", "config.json", "model.safetensors")
+    (tmp_path / "run.json").write_text('{"script": "another_stage.py"}')
+    with pytest.raises(UserError, match="holds what another_stage.py made: .* --fresh"):
+        run_arguments(tmp_path)
     assert run_arguments(tmp_path, fresh=True).checkpoint("base") is None
     assert left(tmp_path) == ["adapter_config.json", "config.json", "model.safetensors"]
+    run_arguments(tmp_path)  # killed, that run may go on without --fresh
 
 
 def test_merged_output_needs_fresh(tmp_path):
@@ -343,6 +432,7 @@ def test_merged_output_needs_fresh(tmp_path):
     touch(tmp_path, *merged, "model.safetensors.index.json", "checkpoint-3/x", "all_results.json")
     with pytest.raises(UserError, match="already holds a merged model: --fresh"):
         run_arguments(tmp_path)
+    assert run_arguments(tmp_path, resume_from_checkpoint="False").fresh
     assert "model.safetensors" in left(tmp_path)
     assert run_arguments(tmp_path, fresh=True).checkpoint("base") is None
     assert left(tmp_path) == ["all_results.json"]
@@ -429,6 +519,49 @@ def test_fingerprint_tells_bases_apart(tiny, tmp_path):
     assert "1 of 16 weights" in difference(known, fingerprint(str(tmp_path / "changed")))
     assert "it is a qwen3" in difference(known, fingerprint(tiny("qwen3")))
     assert fingerprint(str(tmp_path / "none")) == {} and difference(known, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_theta": 9.0}, "rope_theta is 9.0, was 10000.0"),
+        ({"rms_norm_eps": 0.1, "num_attention_heads": 2}, "num_attention_heads is 2, was 4, rms_norm_eps is 0.1"),
+        ({"rms_norm_eps": 9.999999974752427e-07}, None),
+        ({"use_cache": False, "dtype": "bfloat16", "eos_token_id": 9, "new_field": 3, "attention_dropout": 0.5}, None),
+    ],
+)
+def test_fingerprint_knows_what_else_changes_the_logits(changes, said, tiny, tmp_path):
+    base = shutil.copytree(tiny("llama"), tmp_path / "base")
+    known, config = fingerprint(str(base)), json.loads((base / "config.json").read_text())
+    config.pop("rope_parameters")  # transformers 5 keeps rope_theta in there, 4 beside it
+    (base / "config.json").write_text(json.dumps({"rope_theta": 10000.0} | config | changes))
+    found = difference(known, fingerprint(str(base)))
+    assert said is None and found is None or said in found
+    del known["config"]  # as an older version saved it
+    assert difference(known, fingerprint(str(base))) is None
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_bin_files_old_damaged_and_malicious(legacy, tiny, tmp_path):
+    """Files of torch before 1.6 cannot be mapped; what is no tensor is not run."""
+    base, file = tmp_path / "base", tmp_path / "base" / "pytorch_model.bin"
+    base.mkdir()
+    shutil.copy(f"{tiny('llama')}/config.json", base)
+    weights = AutoModelForCausalLM.from_pretrained(tiny("llama")).state_dict()
+    torch.save(weights, file, _use_new_zipfile_serialization=not legacy)
+    assert difference(fingerprint(tiny("llama")), fingerprint(str(base))) is None
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(UserError, match="pytorch_model.bin is damaged, or holds more than tensors"):
+        fingerprint(str(base))
+    torch.save({"x": pytest.raises}, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match="pytorch_model.bin is damaged, or holds more than tensors"):
+        fingerprint(str(base))
+
+
+def test_a_base_that_cannot_be_compared_is_said(tiny, tmp_path, logged):
+    record_base(tmp_path, facts_of(tiny("llama")))
+    check_base(tmp_path, "someone/not-loaded-yet")
+    assert sum("WARNING: Whether someone/not-loaded-yet is the base of" in line for line in logged) == 1
 
 
 def test_adapter_of_another_base_is_refused(tiny, tmp_path, caplog):

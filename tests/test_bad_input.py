@@ -56,6 +56,11 @@ def house(tiny, records, tmp_path_factory):
     tensors = {name: tensor for name, tensor in load_file(folder / ADAPTER).items() if ".score." not in name}
     save_file(tensors, folder / ADAPTER)
 
+    headless = model("whole without head")
+    settings = json.loads((headless / "config.json").read_text())
+    architectures = {"architectures": ["LlamaForSequenceClassification"]}
+    (headless / "config.json").write_text(json.dumps(settings | architectures))
+
     (root / "empty").mkdir()
     (root / "a file").write_text("x")
     for name, text in (("cut", '{"text": "cut o\n'), ("wrong form", '{"weather": "fine"}\n'), ("number", "7\n")):
@@ -168,7 +173,9 @@ ONE_STAGE = {
         (("--reward_model_name_or_path", "{llama}"), "has no score head"),
         (("--reward_model_name_or_path", "{house}/adapter"), "not a reward model"),
         (("--reward_model_name_or_path", "{house}/missing"), "{house}/missing"),
-        (("--reward_model_name_or_path", "{house}/rm without head"), "score"),
+        (("--reward_model_name_or_path", "{house}/rm without head"), "holds no score head"),
+        (("--reward_model_name_or_path", "{house}/rm without head", "--use_peft", "False"), "holds no score head"),
+        (("--reward_model_name_or_path", "{house}/whole without head"), "lacks the weights of score.weight"),
         (("--reward_functions", "{house}/missing.py:words"), "missing.py"),
         (("--reward_functions", "{house}/broken.py:words"), "broken.py"),
         (("--reward_functions", "{house}/rules.py:sentences"), "sentences"),
@@ -182,6 +189,8 @@ ONE_STAGE = {
         (("--micro_batch_size", 0), "--micro_batch_size"),
         (("--ppo_epochs", 0), "--ppo_epochs"),
         (("--max_steps", 0), "--max_steps"),
+        (("--save_steps", "nan"), "--save_steps"),
+        (("--logging_steps", -5), "--logging_steps"),
         (("--temperature", 0), "--temperature"),
         (("--gamma", 1.5), "--gamma"),
         (("--gae_lambda", -1), "--gae_lambda"),
@@ -202,7 +211,7 @@ MERGES = [
     ("{house}/missing", "{house}/adapter", "{out}", (), "{house}/missing"),
     ("{house}/half weights", "{house}/adapter", "{out}", (), "half weights"),
     ("{house}/other weights", "{house}/adapter", "{out}", (), "is not the base of"),
-    ("{bloom}", "{house}/adapter", "{out}", (), "it is a bloom, the adapter was trained on a llama"),
+    ("{bloom}", "{house}/adapter", "{out}", (), "it is a bloom, the training was on a llama"),
     ("{bloom}", "{house}/adapter", "{out}", ("--force",), "is not an adapter of this base"),
     ("{llama}", "{house}/adapter", "{house}/a file", (), "a file"),
     ("{llama}", "{house}/adapter", "{out}", ("--dtype", "int8"), "int8"),

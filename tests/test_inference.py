@@ -39,13 +39,17 @@ def test_a_file_is_answered_and_gone_on_with(tiny, trained, tmp_path):
     assert lines(two) == lines(one)
 
     whole = one.read_text("utf-8")
-    one.write_text(whole.splitlines(keepends=True)[0], encoding="utf-8")
+    cut = whole.splitlines(keepends=True)[0].encode() + whole.splitlines()[1].encode()[:13]  # within a character
+    one.write_bytes(cut)
     said = ask("--base_model", trained / "merged", *common, "--predictions_file", one).ok()
     assert "1 of 3 answers are in" in said.stderr and one.read_text("utf-8") == whole
     (tmp_path / "q.txt").write_text("Another?\n")
     other = ask("--base_model", trained / "merged", *common, "--predictions_file", one)
     assert other.code == 2 and "holds answers to other questions" in other.stderr
     assert one.read_text("utf-8") == whole
+    one.write_text("no line of ours\n")
+    other = ask("--base_model", trained / "merged", *common, "--predictions_file", one)
+    assert other.code == 2 and "is not of lines" in other.stderr and one.read_text() == "no line of ours\n"
 
 
 def test_models_are_compared(tiny, trained, records, tmp_path):

@@ -65,6 +65,15 @@ def test_a_change_starts_it_over(house, what, capsys):
     finish(outputs, "pt")
 
 
+@pytest.mark.parametrize("flags", [("--hub-token", "hf_secret"), ("--hub_token=hf_secret", "--seed", "2")])
+def test_no_token_is_kept(house, flags):
+    outputs = house[0]
+    begin(house, flags=flags)
+    finish(outputs, "pt")
+    assert "hf_secret" not in (outputs / "ledger.jsonl").read_text()
+    assert begin(house, flags=flags) == "ended"
+
+
 def test_what_is_gone_is_made_again(house):
     outputs = house[0]
     begin(house)

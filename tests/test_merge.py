@@ -1,10 +1,13 @@
 """The merge: every kind of adapter, base and dtype against peft's adapter model; and what a failed one leaves."""
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +27,11 @@ from transformers import (
     MixtralConfig,
 )
 
+import merge_peft_adapter
+from arguments.base import fingerprint
+from arguments.command_line import Fault
 from arguments.streamed import opened
-from merge_peft_adapter import exchange
+from merge_peft_adapter import compare, exchange
 
 sys.path.append(str(ROOT / "benchmarks"))
 from measure import measure
@@ -72,6 +78,18 @@ def assert_merged(base: str, adapter: Path, output: Path, atol: float = 1e-4, ro
     assert (expected[..., : before.shape[-1]] - before).abs().max() > 10 * atol, "the adapter changes nothing"
     torch.testing.assert_close(found, expected, atol=atol, rtol=1e-4)
     return json.loads((output / "merge.json").read_text())
+
+
+def killed(command: list, monkeypatch) -> bool:
+    """Whether a merge in a child of this process was killed, as what the test has patched makes it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            monkeypatch.setattr(sys, "argv", list(map(str, command)))
+            merge_peft_adapter.main()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 KINDS = {
@@ -163,15 +181,21 @@ def test_a_model_in_many_files_is_not_held_whole(tiny, tmp_path):
     assert peaks[1] - peaks[0] < 0.2, peaks
 
 
-def test_old_files(tiny, tmp_path):
-    """A base of pytorch_model.bin, as bloom-560m's first release."""
+@pytest.mark.parametrize("legacy", [False, True])
+def test_old_files(legacy, tiny, tmp_path):
+    """A base of pytorch_model.bin, as bloom-560m's first release; or of torch before 1.6, whose files are no zip."""
     base = shutil.copytree(tiny("bloom"), tmp_path / "base")
-    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    torch.save(
+        load_file(base / "model.safetensors"), base / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy
+    )
     (base / "model.safetensors").unlink()
     adapter = save_adapter(str(base), tmp_path / "adapter")
     in_process(*merge(base, adapter, tmp_path / "merged")).ok()
     assert_merged(str(base), adapter, tmp_path / "merged")
     assert not (tmp_path / "merged/.merging").exists() and not (tmp_path / "merged/converted").exists()
+    (base / "pytorch_model.bin").write_bytes((base / "pytorch_model.bin").read_bytes()[:999])
+    ended = in_process(*merge(base, adapter, tmp_path / "again"))
+    assert ended.code == 2 and "pytorch_model.bin" in ended.errors[0] and not (tmp_path / "again").exists()
 
 
 def test_a_mixture_of_experts_keeps_its_file_names(tiny, tmp_path):
@@ -208,15 +232,130 @@ def test_adapters_of_adapters(tiny, tmp_path):
         base = str(tmp_path / f"merged-{number}")
 
 
-def test_a_reward_model_keeps_its_head(tiny, tmp_path):
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-4), ("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_a_reward_model_keeps_its_head(dtype, atol, tiny, tmp_path):
     base, sequence = tiny("llama"), AutoModelForSequenceClassification
-    adapter = save_adapter(base, tmp_path / "adapter", sequence, task_type="SEQ_CLS")
-    in_process(*merge(base, adapter, tmp_path / "merged")).ok()
+    adapter = save_adapter(base, tmp_path / "adapter", sequence, task_type="SEQ_CLS", lora_alpha=1)
+    in_process(*merge(base, adapter, tmp_path / "merged"), "--dtype", dtype).ok()
+    facts = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert facts["dtype"] == dtype and "equal_top1" not in facts["parity"]
     plain = sequence.from_pretrained(base, num_labels=1, pad_token_id=0, dtype=torch.float32)
-    found = sequence.from_pretrained(tmp_path / "merged", pad_token_id=0)
+    found = sequence.from_pretrained(tmp_path / "merged", pad_token_id=0, dtype=torch.float32)
     with torch.no_grad():
         expected = PeftModel.from_pretrained(plain, adapter).eval()(IDS).logits
-        torch.testing.assert_close(found.eval()(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.eval()(IDS).logits, expected, atol=atol, rtol=1e-4)
+
+
+def test_scores_that_lie_close_together_are_held_against_their_size():
+    one = [torch.tensor([value]) for value in (3.0, 3.001, 2.999)]
+    found = compare(one, [score + 0.003 for score in one])
+    assert found.keys() == {"largest_difference", "relative_difference"}
+    assert found["relative_difference"] == pytest.approx(0.001, rel=0.01)
+    assert compare(one, [-score for score in one])["relative_difference"] == pytest.approx(2, rel=0.01)
+
+
+@pytest.mark.parametrize("difference", [0.5, float("nan")])
+def test_a_model_of_other_logits_is_not_kept(difference, tiny, tmp_path, monkeypatch):
+    adapter = save_adapter(tiny("llama"), tmp_path / "adapter")
+    parity = {"largest_difference": 9.0, "relative_difference": difference, "equal_top1": 0.5}
+    monkeypatch.setattr(merge_peft_adapter, "compare", lambda *_: parity)
+    monkeypatch.setattr(sys, "argv", list(map(str, merge(tiny("llama"), adapter, tmp_path / "merged"))))
+    with pytest.raises(Fault, match="differs from the adapter model, nothing was kept: .*9.0"):
+        merge_peft_adapter.main()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merge_json_says_what_was_merged_and_how_well(tiny, tmp_path):
+    base = tiny("llama")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    in_process(*merge(base, adapter, tmp_path / "merged")).ok()
+    facts = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert facts["base"] == {"name": base, "fingerprint": fingerprint(base)}
+    assert facts["adapter"] == {"name": str(adapter), "sha256": digest}
+    assert (facts["dtype"], facts["untied"], facts["tensors"]["merged"]) == ("float32", [], 14)
+    assert 0 <= facts["tensors"]["largest_error"] < 1e-5 and facts["parity"]["relative_difference"] < 1e-3
+    assert facts["versions"] == {name: version(name) for name in ("torch", "transformers", "peft")}
+
+
+def test_what_cannot_be_merged_is_said_before_anything_is_written(tiny, tmp_path):
+    base, converter = tiny("llama"), tmp_path / "llama.cpp" / "convert_hf_to_gguf.py"
+    converter.parent.mkdir()
+    converter.write_text("raise SystemExit(3)\n")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    reward = save_adapter(base, tmp_path / "reward", AutoModelForSequenceClassification, task_type="SEQ_CLS")
+    nameless, bare = (shutil.copytree(adapter, tmp_path / name) for name in ("nameless", "bare"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (nameless / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    for file in bare.glob("token*"):
+        file.unlink()
+    quantised = shutil.copytree(base, tmp_path / "quantised")
+    settings = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (quantised / "config.json").write_text(json.dumps(json.loads((quantised / "config.json").read_text()) | settings))
+    out = tmp_path / "out"
+    cases = {
+        "does not say which base": ["--peft_model_path", nameless, "--output_dir", out],
+        "is no model": merge(tmp_path / "gone", bare, out)[1:],
+        "is quantised": merge(quantised, adapter, out)[1:],
+        "leave --gguf out": [*merge(base, reward, out)[1:], "--gguf", converter.parent],
+        "base model's own folder": merge(quantised, adapter, quantised)[1:],
+        "converter failed, nothing was kept: exit": [
+            *merge(base, adapter, out)[1:],
+            "--gguf",
+            converter.parent,
+        ],
+    }
+    for said, flags in cases.items():
+        ended = in_process("merge_peft_adapter.py", *flags)
+        assert ended.code == (1 if "converter" in said else 2) and said in ended.errors[0], ended.stderr[-500:]
+        assert "Traceback" not in ended.stderr and not out.exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_around_the_exchange(moment, tiny, tmp_path, monkeypatch):
+    """Before it the folder is the adapter's, after it the merged model's, and the same command ends well."""
+    adapter = save_adapter(tiny("llama"), tmp_path / "out")
+    expected = in_memory(tiny("llama"), adapter)[1]
+
+    def deadly(first, second):
+        if moment == "after":
+            exchange(first, second)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(merge_peft_adapter, "exchange", deadly)
+    assert killed(merge(tiny("llama"), adapter, adapter), monkeypatch)
+    assert (adapter / "config.json").exists() == (moment == "after")
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(adapter).eval()(IDS).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    in_process(*merge(tiny("llama"), adapter, adapter)).ok()
+    assert_merged(tiny("llama"), adapter / "adapter", adapter)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_killed_while_files_move_over_those_of_an_earlier_merge(call, tiny, tmp_path, monkeypatch):
+    """What is half old and half new does not load."""
+    adapter = save_adapter(tiny("llama"), tmp_path / "out")
+    in_process(*merge(tiny("llama"), adapter, adapter)).ok()
+    newer = save_adapter(tiny("llama"), tmp_path / "newer", use_rslora=True)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(newer / name, adapter / "adapter")
+    replace, calls = os.replace, []
+
+    def deadly(source, target):
+        calls.append(target)
+        if Path(target).parent == adapter and len([c for c in calls if Path(c).parent == adapter]) > call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", deadly)
+        patched.setattr(os.path, "ismount", lambda path: True)
+        assert killed(merge(tiny("llama"), adapter, adapter), patched)
+    assert not (adapter / "config.json").exists()
+    in_process(*merge(tiny("llama"), adapter, adapter)).ok()
+    assert_merged(tiny("llama"), newer, adapter)
 
 
 def test_what_lies_below_the_output_folder_stays(tiny, tmp_path):
@@ -285,6 +424,16 @@ def test_a_layer_that_was_not_merged_is_seen(dtype, tiny, tmp_path, monkeypatch)
     monkeypatch.setattr(LoraLinear, "merge", lambda self, **kwargs: None)
     ended = in_process(*merge(tiny("llama"), adapter, tmp_path / "merged"), "--dtype", dtype)
     assert ended.code == 1 and "after the merge" in ended.errors[0] and not (tmp_path / "merged").exists()
+
+
+def test_ctrl_c_leaves_nothing(tiny, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("arguments.streamed.save_merged", stopped)
+    adapter = save_adapter(tiny("llama"), tmp_path / "adapter")
+    ended = in_process(*merge(tiny("llama"), adapter, tmp_path / "merged"))
+    assert ended.code == 130 and "Traceback" not in ended.stderr and not (tmp_path / "merged").exists()
 
 
 def test_upload(tiny, tmp_path, monkeypatch):

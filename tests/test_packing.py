@@ -1,11 +1,14 @@
 """Packed rows train as separate ones do, in every family; models that cannot keep them apart are found out."""
 
+import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import in_process, results, stage
+from conftest import ADAPTER, history, in_process, results, stage, write_lines
 from datasets import Dataset
+from safetensors.torch import load_file
 from tiny_models import FAMILIES
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,7 +109,7 @@ def test_preview_shows_what_is_trained_and_reads_no_weights(tiny, records, tmp_p
         flags = ("--reward_model_name_or_path", "none") if name == "rl" else ()
         shown = in_process(*stage(name, broken, records, tmp_path / name, "--preview", 2, *flags)).ok().stdout
         assert shown.count("--- record 2") == (2 if name == "rm" else 1)
-        assert ("max_source_length  records cut  tokens lost" in shown) == (name != "pt")
+        assert ("max_source_length  records cut     tokens lost" in shown) == (name != "pt")
         assert ("[[" in shown) == (name in ("pt", "sft"))
     assert not (tmp_path / "sft" / "adapter_config.json").exists()
     flags = ("--preview", 2, "--streaming", "--max_steps", 3)
@@ -134,3 +137,46 @@ def test_tokenized_rows_are_kept_until_something_changes(tiny, records):
 
         args.tokenize(rows, encode, tokenizer)
         assert len(calls) == expected
+
+
+DOCS = [{"text": f"Document {n} tells of " + " ".join(f"thing{n * 7 + i}" for i in range(20))} for n in range(6)]
+
+
+def test_streaming_goes_on_where_it_was_cut_before_and_after_a_full_pass(tiny, tmp_path):
+    """Cut at step 1, and at step 7 in the second pass, a run ends with the weights of one that was not."""
+    write_lines(tmp_path / "data" / "pt", DOCS)
+    flags = ("--streaming", "--max_steps", 9, "--save_strategy", "steps", "--save_steps", 1, "--save_total_limit", 9)
+    command = [tiny("llama"), tmp_path / "data", tmp_path / "whole", *flags, "--per_device_train_batch_size", 4]
+    in_process(*stage("pt", *command, "--lora_dropout", 0.1)).ok()
+    losses = history(tmp_path / "whole", "loss")
+    assert len(losses) == 9 and losses[-1] < losses[0]
+    args = PretrainingArguments(output_dir=str(tmp_path), block_size=32)
+    rows, tokenizer = (
+        Dataset.from_list(DOCS),
+        AutoTokenizer.from_pretrained(tiny("llama")),
+    )
+    a_pass = len(build_blocks(rows, tokenizer, DataArguments("unused"), args)) / 4
+    for cut in (1, 7):
+        assert (cut == 1) == (cut < a_pass)
+        command[2] = tmp_path / f"cut {cut}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{cut}", command[2] / f"checkpoint-{cut}")
+        ended = in_process(*stage("pt", *command, "--lora_dropout", 0.1)).ok()
+        assert f"Going on from {command[2]}" in ended.stderr
+        assert history(command[2], "loss") == losses
+        one, other = (load_file(folder / ADAPTER) for folder in (tmp_path / "whole", command[2]))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_streamed_blocks_are_of_passes_without_end_each_mixed_anew(tiny, tmp_path):
+    tokenizer, rows = (
+        AutoTokenizer.from_pretrained(tiny("llama")),
+        Dataset.from_list(DOCS),
+    )
+    args = PretrainingArguments(output_dir=str(tmp_path), block_size=32, streaming=True, max_steps=1)
+    stream = build_blocks(rows, tokenizer, DataArguments("unused"), args, seed=1)
+    text = tokenizer.decode([token for row in stream.take(400) for token in row["input_ids"]])
+    order = re.findall(r"Document (\d)", text)
+    passes = ["".join(order[i : i + 6]) for i in range(0, 18, 6)]
+    assert all(sorted(one) == list("012345") for one in passes) and len(set(passes)) == 3
+    (held_out, again) = (list(build_blocks(rows, tokenizer, DataArguments("unused"), args)) for _ in range(2))
+    assert held_out == again and sum(0 in row["attention_mask"] for row in held_out) <= 1

@@ -15,6 +15,7 @@ from arguments import GuardArguments
 from arguments.roles import ActorCritic, last_token, score_head
 from rl_training import (
     InverseTransformSampling,
+    PPOArguments,
     adapted_kl_coef,
     advantages_and_returns,
     collate,
@@ -255,6 +256,16 @@ def test_trl_fixture_clips_on_both_sides():
 
 
 # the order of prompts
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(0.5, 30), (0.25, 16), (0.01, 2), (0.3, 18), (1, 2), (1.5, 4), (7, 14), (7.0, 14)]
+)
+def test_checkpoints_fall_between_rollouts(every, steps, tmp_path):
+    """30 rollouts of two steps; below 1 it is a share of all steps, as transformers has it (0.25: 7.5 rollouts)."""
+    counted = {"save_steps": every, "logging_steps": every, "eval_steps": every}
+    args = PPOArguments(output_dir=str(tmp_path), max_steps=30, ppo_epochs=2, **counted)
+    assert (args.max_steps, args.save_steps, args.logging_steps, args.eval_steps) == (60, steps, steps, steps)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 
 import pyarrow.parquet
 import pytest
+from loguru import logger
 
 from arguments import DataArguments, UserError
 from arguments.files import BadRecord, find_files, read_file
@@ -23,8 +24,10 @@ def sharegpt(*turns):
 
 
 QA = chat(("user", "q"), ("assistant", "a"))
+QI = chat(("user", "q\ni"), ("assistant", "a"))
 Q1A1Q2 = chat(("user", "q1"), ("assistant", "a1"), ("user", "q2"))
 SYSTEM = chat(("system", "s"))
+CALL = [*chat(("user", "q")), {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
 
 CONVERSATIONS = {
     "instruction": ({"instruction": "q", "input": "", "output": "a"}, QA),
@@ -32,6 +35,7 @@ CONVERSATIONS = {
         {"instruction": "q", "input": "i", "output": "a"},
         chat(("user", "q\ni"), ("assistant", "a")),
     ),
+    "instruction that ends in a newline": ({"instruction": "q\n", "input": "i\n", "output": "a\n"}, QI),
     "input alone": ({"instruction": "", "input": "q", "output": "a"}, QA),
     "instruction, system, history": (
         {"instruction": "q2", "output": "a2", "system": "s", "history": [["q1", "a1"]]},
@@ -43,6 +47,18 @@ CONVERSATIONS = {
         {"prompt": SYSTEM + chat(("user", "q")), "completion": chat(("assistant", "a"))},
         SYSTEM + QA,
     ),
+    "completion of several turns": (
+        {"prompt": "q", "completion": chat(("assistant", "f()"), ("tool", "1"), ("assistant", "a"))},
+        chat(("user", "q"), ("assistant", "f()"), ("tool", "1"), ("assistant", "a")),
+    ),
+    "system beside messages": ({"system": "s", "messages": QA}, SYSTEM + QA),
+    "system_prompt beside conversations": (
+        {"system_prompt": "s", "conversations": sharegpt(("human", "q"), ("gpt", "a"))},
+        SYSTEM + QA,
+    ),
+    "system beside messages that have one": ({"system": "other", "messages": SYSTEM + QA}, SYSTEM + QA),
+    "system_prompt beside instruction": ({"system_prompt": "s", "instruction": "q", "output": "a"}, SYSTEM + QA),
+    "null tool calls": ({"messages": [message | {"tool_calls": None} for message in QA]}, QA),
     "completion as a list of text": ({"prompt": "q", "completion": ["a"]}, QA),
     "messages": ({"messages": SYSTEM + QA}, SYSTEM + QA),
     "null messages beside instruction": ({"messages": None, "instruction": "q", "output": "a"}, QA),
@@ -110,6 +126,10 @@ PAIRS = {
         {"prompt": Q1A1Q2, "chosen": chat(("assistant", "good")), "rejected": chat(("assistant", "bad"))},
         Q1A1Q2,
     ),
+    "system beside turns": (
+        {"system": "s", "prompt": Q1A1Q2, "chosen": "good", "rejected": "bad"},
+        SYSTEM + Q1A1Q2,
+    ),
     "null conversations": (
         {"conversations": None, "prompt": "q", "chosen": "good", "rejected": "bad"},
         chat(("user", "q")),
@@ -118,6 +138,10 @@ PAIRS = {
     "null chosen": (
         {"question": "q", "chosen": None, "response_chosen": "good", "response_rejected": "bad"},
         chat(("user", "q")),
+    ),
+    "a prompt beside lists that hold it": (
+        {"prompt": "q", "system": "s", "chosen": QA[:1] + chat(("assistant", "good")), "rejected": "bad"},
+        SYSTEM + QA[:1],
     ),
     "lists that share their start": (
         {"chosen": Q1A1Q2 + chat(("assistant", "good")), "rejected": Q1A1Q2 + chat(("assistant", "bad"))},
@@ -169,7 +193,22 @@ def test_prompt_forms(record, expected):
         (to_prompt, {"question": "q"}, "found keys question"),
         (to_pair, {"prompt": "q", "chosen": "same", "rejected": "same\u3000"}, "the same text"),
         (to_pair, {"prompt": "q", "chosen": "good"}, "rejected is empty"),
-        (to_pair, {"chosen": "good", "rejected": "bad"}, "found keys chosen, rejected"),
+        (
+            to_pair,
+            {"chosen": "good", "rejected": "bad"},
+            "texts without the question they answer: put it beside them as",
+        ),
+        (to_pair, {"chosen": None, "rejected": "bad"}, "found keys rejected"),
+        (
+            to_pair,
+            {"chosen": QA, "rejected": chat(("user", "other"), ("assistant", "b"))},
+            "the turns before the answer of rejected differ",
+        ),
+        (
+            to_pair,
+            {"prompt": "other", "chosen": QA, "rejected": "b"},
+            "the turns before the answer of chosen differ",
+        ),
         (to_pair, {"question": "", "response_chosen": "good", "response_rejected": "bad"}, "prompt is empty"),
         (
             to_pair,
@@ -177,6 +216,9 @@ def test_prompt_forms(record, expected):
             "there is no question",
         ),
         (to_pair, {"chosen": Q1A1Q2, "rejected": QA}, "expected an answer, found a turn of user"),
+        (to_conversation, {"messages": CALL + QA}, "tool_calls.*write the call as its content"),
+        (to_conversation, {"prompt": "q", "completion": ["a", "b"]}, "expected a turn like .*found a"),
+        (to_conversation, {"prompt": "q", "completion": QA[:1]}, "expected an answer, found a turn of user"),
         (to_conversation, {"messages": 5}, "expected a list of turns, found 5"),
         (to_conversation, {"instruction": "q", "output": "a", "history": 5}, "expected history as .*found 5"),
         (to_conversation, {"messages": [{"role": ["user"], "content": "q"}]}, r"unknown role \['user'\]"),
@@ -225,6 +267,10 @@ FILES = {
     ),
     "csv, GB18030, gzip": ("a.csv.gz", gzip.compress("text\n高血压。\nAsthma.".encode("gb18030")), [2, 3]),
     "parquet": ("a.parquet", parquet(ROWS), [1, 2]),
+    "parquet, gzip": ("a.parquet.gz", gzip.compress(parquet(ROWS)), [1, 2]),
+    "parquet, upper case, gzip": ("A.PARQUET.GZ", gzip.compress(parquet(ROWS)), [1, 2]),
+    "jsonl, upper case": ("A.JSONL", LINES.encode(), [1, 2]),
+    "csv, upper case, gzip": ("A.CSV.GZ", gzip.compress("text\n高血压。\nAsthma.".encode()), [2, 3]),
     "txt, GB18030, gzip": ("a.txt.gz", gzip.compress("高血压。\nAsthma.".encode("gb18030")), [1, 2]),
 }
 
@@ -281,11 +327,15 @@ def test_documents_of_one_line_stay_apart(tmp_path, text):
 def test_csv_cells_hold_turns_and_history(tmp_path):
     turns = json.dumps(QA).replace('"', '""')
     (tmp_path / "a.csv").write_text(f'messages\n"{turns}"\n')
-    (tmp_path / "b.csv").write_text('instruction,output,history\nq2,a2,"[[""q1"", ""a1""]]"\n[x,y,\n')
-    (_, first), (_, second), (_, third) = [pair for name in "ab" for pair in read_file(tmp_path / f"{name}.csv")]
+    cells = 'instruction,output,history\nq2,a2,"[[""q1"", ""a1""]]"\n[x,y,\nq,a,[]\n'
+    (tmp_path / "b.csv").write_text(cells)
+    (_, first), (_, second), (_, third), (_, fourth) = [
+        pair for name in "ab" for pair in read_file(tmp_path / f"{name}.csv")
+    ]
     assert to_conversation(first) == QA
     assert to_conversation(second) == Q1A1Q2 + chat(("assistant", "a2"))
     assert to_conversation(third) == chat(("user", "[x"), ("assistant", "y"))
+    assert to_conversation(fourth) == QA
 
 
 def test_csv_rows_with_too_many_cells_are_bad(tmp_path):
@@ -293,6 +343,25 @@ def test_csv_rows_with_too_many_cells_are_bad(tmp_path):
     (_, good), (place, bad) = read_file(tmp_path / "a.csv")
     assert good == {"text": "one", "id": "1"} and place.endswith("a.csv:3")
     assert "more cells than the 2 columns" in str(bad)
+
+
+def test_csv_quotes_that_do_not_pair_are_bad_where_they_begin(tmp_path):
+    (tmp_path / "a.csv").write_text('text,id\n"one"s,1\n"two\nlines",2\n"three,3\nfour,4\nfive,5\n')
+    found = list(read_file(tmp_path / "a.csv"))
+    assert [place.rpartition(":")[2] for place, _ in found] == ["2", "4", "5"]
+    assert found[1][1] == {"text": "two\nlines", "id": "2"}
+    assert re.match("its quotes do not come in pairs .*expected after", str(found[0][1]))
+    assert re.match("its quotes do not come in pairs .*; the row reaches to line 7", str(found[2][1]))
+
+
+def test_files_that_are_not_read_are_named(tmp_path, messages):
+    for name in ("b/c.txt", "A.JSONL", "a.md", "b/notes.json.bak", ".DS_Store", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "one"}\n')
+    assert len(load_texts(tmp_path)) == 2
+    (said,) = {message for message in messages if "not read" in message}
+    assert said.startswith("2 files are not read") and f": {tmp_path}/a.md, {tmp_path}/b/notes.json.bak" in said
+    assert ".DS_Store" not in said and "config" not in said
 
 
 def test_folders_are_searched_recursively(tmp_path):
@@ -323,6 +392,15 @@ def test_errors_name_file_and_line(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         DataArguments(train_file_dir=str(tmp_path)).load_pairs()
     assert re.search(message, str(error.value), re.DOTALL)
+
+
+@pytest.fixture
+def messages():
+    """What is logged; loguru's does not come to pytest's caplog."""
+    found = []
+    number = logger.add(lambda message: found.append(message.record["message"]))
+    yield found
+    logger.remove(number)
 
 
 def load_texts(folder, **kwargs):
@@ -359,16 +437,35 @@ def test_folders_have_weights(tmp_path):
     assert 1 <= len([text for text in texts if text[0] == "c"]) <= 7
     with pytest.raises(UserError, match="a.jsonl:x: expected a folder, or folder:weight"):
         DataArguments(f"{a}:x", held_out).load_documents()
+    for weight in ("-1", "0", "nan", "inf"):
+        with pytest.raises(UserError, match=f"a.jsonl:{weight}: the weight is {weight}, expected a number above 0"):
+            DataArguments(f"{b},{a}:{weight}", held_out).load_documents()
     with pytest.raises(UserError, match="no such folder of records: nowhere"):
         DataArguments(f"{a},nowhere", held_out).load_documents()
 
 
-def test_duplicates_and_held_out_records_are_left_out_of_training(tmp_path, caplog):
+def test_duplicates_and_held_out_records_are_left_out_of_training(tmp_path, messages):
     train = write_texts(tmp_path / "train.jsonl", "one", "two", "one ", "three", "four")
     held_out = write_texts(tmp_path / "held_out.jsonl", "three", "five")
     assert DataArguments(train, held_out).load_documents()[0]["text"] == ["one", "two", "four"]
+    told = (
+        "Left out of training: 1 duplicates and 1 records that are held out too (--keep_duplicates keeps them)",
+        "3 training and 2 held-out records",
+    )
+    assert all(message in messages for message in told)
+    messages.clear()
     kept = DataArguments(train, held_out, keep_duplicates=True).load_documents()[0]["text"]
     assert kept == ["one", "two", "one", "three", "four"]
+    assert not any("Left out" in message for message in messages)
+
+
+def test_long_rows_and_all_kinds_of_files_side_by_side(tmp_path):
+    long = "高血压 asthma " * 4000
+    assert len(long) == 44_000
+    write_texts(tmp_path / "a.jsonl", long, "two")
+    (tmp_path / "b.txt").write_text("three\n" + long + "four\n", encoding="utf-8")
+    (tmp_path / "c.csv").write_text(f"text\n{long}five\n", encoding="utf-8")
+    assert load_texts(tmp_path) == [long.strip(), "two", "three", long + "four", long + "five"]
 
 
 def test_the_validation_split_of_a_hub_data_set_is_held_out(tmp_path):
@@ -380,6 +477,35 @@ def test_the_validation_split_of_a_hub_data_set_is_held_out(tmp_path):
     assert (train["text"][:], held["text"][:]) == (["a", "b", "c"], ["d", "e"])
     with pytest.raises(UserError, match="--dataset_name"):
         DataArguments(dataset_name=str(tmp_path / "nowhere")).load_documents()
+
+
+def test_a_hub_data_set_whose_files_disagree(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "n": 1}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "two", "other": ["x"]}\n')
+    with pytest.raises(UserError, match="--dataset_name .*files disagree .*other.*--train_file_dir"):
+        DataArguments(dataset_name=str(tmp_path)).load_documents()
+    assert sorted(load_texts(tmp_path)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_half_of_a_character_is_a_bad_record(tmp_path, array):
+    whole, half = '{"text": "good \\ud83e\\udd27", "kind": "\\ud83d"}', '{"text": "a cold \\ud83e"}'
+    unknown = '{"txt \\ud83e": 1}'
+    text = f"[{whole},\n{half},\n{unknown}]" if array else f"{whole}\n{half}\n{unknown}\n"
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_texts(tmp_path)
+    reason = r"half of a character \(\\ud83e, the other half is missing\) behind '.*a cold '"
+    assert re.search(rf"a.jsonl:2: {reason}", str(error.value))
+    assert re.search(r"a.jsonl:3: expected .*found keys txt \\ud83e", str(error.value))
+    assert load_texts(tmp_path, bad_records="skip") == ["good 🤧"]
+
+
+def test_half_of_a_character_in_a_pair(tmp_path):
+    (tmp_path / "a.jsonl").write_text(GOOD.replace("}", ', "kind": "\\ud83d"}\n') + GOOD.replace('"a"', '"\\udc00"'))
+    args = DataArguments(str(tmp_path), str(tmp_path), keep_duplicates=True, bad_records="skip")
+    (pair,) = args.load_pairs()[0]
+    assert pair["kind"] == "\\ud83d"
 
 
 def test_the_training_folder_as_validation_folder_holds_out_a_share(tmp_path):
@@ -433,7 +559,24 @@ BROKEN = {  # the records read before the break, the place and the words of the 
     "cut.jsonl.gz": (gzip.compress(LINES.encode())[:-12], [], "", "cannot be read: "),
     "damaged.jsonl.gz": (gzip.compress(LINES.encode())[:10] + b"\xff" * 20, [], "", "cannot be read: "),
     "no.jsonl.gz": (LINES.encode(), [], "", "cannot be read: "),
-    "no_encoding.jsonl": (b'{"text": "\xff\xff"}', [], "", "cannot be read: neither UTF-8 nor GB18030 text"),
+    "no_encoding.jsonl": (
+        LINES.encode() + b'{"text": "\xff\xff"}\n',
+        [],
+        "",
+        r"cannot be read: neither UTF-8 nor GB18030 text: line 3 holds b'\\xff'",
+    ),
+    "no_gb.txt": (
+        "高血压。\n".encode("gb18030") * 2 + b"\x81\n",
+        [],
+        "",
+        r"cannot be read: neither UTF-8 nor GB18030 text: line 3 holds b'\\x81'",
+    ),
+    "cut_character.txt": (
+        b"x" * (1 << 20) + b"\n\xe9",
+        [],
+        "",
+        r"cannot be read: neither UTF-8 nor GB18030 text: line 2 holds b'\\xe9'",
+    ),
 }
 
 

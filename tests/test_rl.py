@@ -2,18 +2,42 @@
 
 import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
-from conftest import ADAPTER, ROOT, assert_curves, history, in_process, in_subprocess, merge, results, stage
+import transformers
+from conftest import (
+    ADAPTER,
+    QUESTIONS,
+    ROOT,
+    assert_curves,
+    history,
+    in_process,
+    in_subprocess,
+    merge,
+    results,
+    stage,
+    write_lines,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import save_tiny_bert
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    FalconConfig,
+)
 
 import rl_training
+from arguments.roles import disable_dropout
 
 # --- the roles of PPO
 
@@ -26,6 +50,7 @@ def make_trainer(monkeypatch, *command):
     monkeypatch.setattr(rl_training.PPOTrainer, "train", lambda self, **_: taken.append(self) or sys.exit())
     with pytest.raises(SystemExit):
         rl_training.main()
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")  # empty it would send a run later in the same test to ./runs
     return taken[0]
 
 
@@ -63,6 +88,9 @@ def check_roles(trainer, llama: str, adapter: Path) -> None:
     places = mask.nonzero(as_tuple=True)
     expected = plain(input_ids=ids, attention_mask=mask).logits[places]
     torch.testing.assert_close(trainer.model.logits("reference", ids, *places), expected)
+    states = plain.base_model(input_ids=ids).last_hidden_state
+    assert torch.equal(trainer.model.hidden("reference", ids), states), "the reference is not the base, bit for bit"
+    assert torch.equal(trainer.model.logits("reference", ids, *places), plain.lm_head(states[places]))
     assert not torch.allclose(trainer.model.logits("policy", ids, *places), expected, atol=1e-2)
 
     base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
@@ -103,6 +131,55 @@ def test_first_rollout_is_the_reference(tiny, records, tmp_path):
         assert (asked["do_sample"], asked["top_k"], asked["temperature"]) == (True, 5, 0.2)
 
 
+def copied(model: str, folder: Path, **settings) -> Path:
+    """A copy of a model with other settings in its config."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+@pytest.mark.parametrize(("family", "dropout"), [("gpt2", {}), ("llama", {"attention_dropout": 0.5})])
+def test_nothing_is_dropped_in_an_update(family, dropout, tiny, records, tmp_path):
+    """The first mini-batch is a whole rollout, from the weights that sampled it: the ratio is exactly 1."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    base = copied(tiny(family), tmp_path / family, **dropout)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--precision", "fp32", "--ppo_epochs", 1)
+    in_process(*stage("rl", base, records, tmp_path / "rl", *flags, "--critic", "adapter")).ok()
+    assert history(tmp_path / "rl", "step_kl")[0] == 0.0
+    assert max(w.abs().max() for name, w in load_file(tmp_path / "rl" / ADAPTER).items() if "lora_B" in name) > 0
+
+
+def test_dropout_rates_in_a_config_are_not_saved_as_zero():
+    config = FalconConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, hidden_dropout=0.5)
+    model = AutoModelForCausalLM.from_config(config).train()
+    disable_dropout(model)
+    ids = torch.arange(8).unsqueeze(0)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert model.config.hidden_dropout == model.base_model.config.hidden_dropout == 0.5
+
+
+def test_progress_of_sampling_and_scoring(tiny, records, tmp_path, monkeypatch):
+    """Bars that reach their end, on one process only, and none under --disable_tqdm."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--max_target_length", 8)
+    command = stage("rl", tiny("llama"), records, tmp_path / "rl", *flags, "--micro_batch_size", 1)
+    for disabled, main, shown in ((False, True, True), (True, True, False), (False, False, False)):
+        trainer, bars = make_trainer(monkeypatch, *command, "--disable_tqdm", disabled), []
+
+        class Watched(tqdm):
+            def __init__(self, *args, bars=bars, **kwargs):
+                super().__init__(*args, **kwargs)
+                bars.append((self, self.disable))
+
+        monkeypatch.setattr(rl_training, "tqdm", Watched)
+        monkeypatch.setattr(trainer, "is_world_process_zero", lambda main=main: main)
+        trainer.answer_all("policy", [trainer.eval_dataset[i % 4] for i in range(12)])
+        assert [disabled for _, disabled in bars] == [not shown] * 2
+        if shown:  # two chunks of at most 8 prompts, 8 tokens each; and 12 answers
+            assert [(bar.n, bar.total) for bar, _ in bars] == [(16, 16), (12, 12)]
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_every_role_computes_in_the_precision_asked_for(precision, dtype, tiny, records, tmp_path, monkeypatch):
     """Trainer's own autocast wraps forward(), which PPO does not call; log-probabilities are float32 all the same."""
@@ -122,6 +199,22 @@ def test_every_role_computes_in_the_precision_asked_for(precision, dtype, tiny, 
     assert all(tensor.dtype == torch.float32 for tensor in [*logps, values])
 
 
+def test_modules_saved_in_full_are_float32_in_every_adapter(tiny, records, tmp_path, monkeypatch):
+    """Also in the critic's, which comes after the policy's; what takes them to the base's dtype is there once."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--critic", "adapter", "--precision", "fp32")
+    flags += ("--modules_to_save", "embed_tokens", "--dtype", "bfloat16")
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "made", *flags))
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    embeddings = trainer.model.policy.get_base_model().get_input_embeddings()
+    assert list(embeddings.modules_to_save) == ["default", "value"]
+    for module in embeddings.modules_to_save.values():
+        assert (len(module._forward_pre_hooks), len(module._forward_hooks)) == (1, 1)
+    in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)).ok()
+    for file in (ADAPTER, "value/model.safetensors"):
+        assert {weight.dtype for weight in load_file(tmp_path / "rl" / file).values()} == {torch.float32}
+
+
 def test_external_reward_model(tiny, records, tmp_path):
     """BERT with its own tokenizer and no chat template scores what the policy says, as text."""
     bert = save_tiny_bert(tmp_path / "bert")
@@ -129,12 +222,65 @@ def test_external_reward_model(tiny, records, tmp_path):
     assert "is a whole model: loaded beside the policy" in ended.stderr
     model = AutoModelForSequenceClassification.from_pretrained(bert).eval()
     tokenizer = AutoTokenizer.from_pretrained(bert)
-    samples = [json.loads(line) for line in (tmp_path / "rl" / "samples.jsonl").read_text("utf-8").splitlines()]
-    assert len(samples) == 4
-    for sample in samples:
+    assert len(samples(tmp_path / "rl")) == 4
+    for sample in samples(tmp_path / "rl"):
         pair = tokenizer(sample["prompt"][-1]["content"], sample["answer"], return_tensors="pt")
         assert model(**pair).logits.item() == pytest.approx(sample["score"], abs=1e-4)
     in_process(*merge(tiny("llama"), tmp_path / "rl", tmp_path / "rl-merged")).ok()
+
+
+def moved_copy(model: str, folder: Path) -> Path:
+    """The model with other weights."""
+    shutil.copytree(model, folder)
+    moved = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        moved.model.layers[0].self_attn.q_proj.weight += 0.01
+    moved.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def scored_alone(model, tokenizer, sample: dict) -> float:
+    """A line of samples.jsonl as stage 3 reads it: the conversation, its answer cut to eight tokens, no padding."""
+    turns = [*sample["prompt"], {"role": "assistant", "content": sample["answer"]}]
+    start = len(tokenizer.apply_chat_template(sample["prompt"], add_generation_prompt=True)["input_ids"])
+    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : start + 8]
+    return model.eval()(input_ids=ids).logits.item()
+
+
+def samples(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "samples.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole model", "whole model without a pad token"])
+def test_decoder_reward_model_beside_the_policy(kind, tiny, records, tmp_path):
+    """Scores in padded batches are those one by one, though the base's config pads with eos, or nothing pads."""
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm", "--max_steps", 20)).ok()
+    reward, tokenizer = tmp_path / "rm", AutoTokenizer.from_pretrained(tmp_path / "rm")
+    config = AutoConfig.from_pretrained(tiny("llama"))
+    assert config.pad_token_id == config.eos_token_id != tokenizer.pad_token_id, "this test needs two pad tokens"
+    if kind == "adapter":
+        base = AutoModelForSequenceClassification.from_pretrained(tiny("llama"), num_labels=1)
+        model = PeftModel.from_pretrained(base, reward)
+    else:
+        in_process(*merge(tiny("llama"), reward, tmp_path / "merged")).ok()
+        reward = tmp_path / "merged"
+        model = AutoModelForSequenceClassification.from_pretrained(reward)
+    if "without" in kind:
+        for file, key in (("config.json", "pad_token_id"), ("tokenizer_config.json", "pad_token")):
+            settings = json.loads((reward / file).read_text())
+            (reward / file).write_text(json.dumps(settings | {key: None}))
+    policy = moved_copy(tiny("llama"), tmp_path / "policy")
+    flags = ("--reward_model_name_or_path", reward, "--precision", "fp32")
+    ended = in_process(*stage("rl", policy, records, tmp_path / "rl", *flags)).ok()
+    told = (
+        f"is an adapter on {tiny('llama')}: loaded beside" if kind == "adapter" else "is a whole model: loaded beside"
+    )
+    assert told in ended.stderr
+    alone = [scored_alone(model, tokenizer, sample) for sample in samples(tmp_path / "rl")]
+    assert [sample["score"] for sample in samples(tmp_path / "rl")] == pytest.approx(alone, abs=1e-5)
+    assert len({round(score, 4) for score in alone}) > 1, "this test needs scores that differ"
 
 
 def test_reward_adapter_of_weights_that_are_gone(tiny, records, tmp_path):
@@ -159,6 +305,10 @@ FUNCTIONS = """
 def shorter(prompts, completions, completion_ids, **columns):
     assert prompts[0][-1]["role"] == "user" and completions[0][0]["role"] == "assistant"
     return [-len(ids) for ids in completion_ids]
+
+
+def spread(completion_ids, **columns):
+    return [sum(ids) % 7 * 3 - 8 for ids in completion_ids]
 
 
 def nothing(completions, **columns):
@@ -192,6 +342,154 @@ def test_reward_functions(tiny, records, tmp_path):
         assert ended.code == 2 and message in ended.stderr
 
 
+TRL_FUNCTIONS = """
+import asyncio
+
+
+def wanted_length(completion_ids, wanted, log_extra, log_metric, **columns):
+    log_extra("wanted", wanted)
+    log_metric("longest", max(map(len, completion_ids)))
+    return [-abs(len(ids) - number) for ids, number in zip(completion_ids, wanted)]
+
+
+async def waits(prompts, completions, completion_ids, **columns):
+    await asyncio.sleep(0)
+    return [0.25 * len(ids) for ids in completion_ids]
+
+
+def extra_of_another_length(completions, log_extra, **columns):
+    log_extra("notes", ["a", "b", "c", "d", "e"])
+    return [0.0 for _ in completions]
+"""
+
+
+def test_functions_written_for_trl(tiny, records, tmp_path):
+    """Summed with the model by weight; they see the record's columns, may be async, and may log."""
+    (tmp_path / "rewards.py").write_text(TRL_FUNCTIONS)
+    rows = [{"prompt": q, "wanted": i} for i, (q, _, _) in enumerate(QUESTIONS)]
+    write_lines(tmp_path / "prompts" / "rl", rows)
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--reward_weights", "0.5,2,3")
+    flags += ("--reward_functions", f"{tmp_path / 'rewards.py'}:wanted_length,waits", "--max_steps", 2)
+    in_process(*stage("rl", tiny("llama"), tmp_path / "prompts", tmp_path / "rl", *flags)).ok()
+    found = results(tmp_path / "rl")
+    parts = [found[f"eval_reward_{name}"] for name in ("model", "wanted_length", "waits")]
+    assert found["eval_reward"] == pytest.approx(0.5 * parts[0] + 2 * parts[1] + 3 * parts[2])
+    assert parts[2] == pytest.approx(found["eval_length"] / 4) and parts[0] != 0
+    assert found["eval_longest"] == 8 and history(tmp_path / "rl", "longest") == [8, 8]
+    asked = {row["prompt"]: row["wanted"] for row in rows}
+    for sample in samples(tmp_path / "rl"):
+        assert sample["wanted"] == asked[sample["prompt"][-1]["content"]]
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:extra_of_another_length")
+    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "wrong", *flags))
+    assert ended.code == 2 and "log_extra('notes') got 5 values for 4 completions" in ended.stderr
+
+
+def test_samples_and_win_rate(tiny, records, tmp_path):
+    """Each evaluation's answers are in the log, in TensorBoard and in samples.jsonl; the share of wins is theirs."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = (
+        "--reward_functions",
+        f"{tmp_path / 'rewards.py'}:spread",
+        "--max_steps",
+        2,
+        "--eval_on_start",
+        "--seed",
+        5,
+    )
+    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)).ok()
+    lines = (tmp_path / "rl" / "scores.jsonl").read_text().splitlines()
+    before, after = (json.loads(line)["scores"] for line in lines)
+    wins = [(new > old) + 0.5 * (new == old) for new, old in zip(after, before, strict=True)]
+    assert results(tmp_path / "rl")["eval_win_rate_before"] == 0.5
+    assert results(tmp_path / "rl")["eval_win_rate"] == statistics.fmean(wins) != 0.5
+    shown = samples(tmp_path / "rl")
+    assert [sample["reference_score"] for sample in shown] == before * 2 and len(shown) == 8
+    for sample in shown:
+        assert f"{sample['prompt'][-1]['content']!r} -> {sample['answer']!r}" in ended.stderr
+    texts = {}
+    for file in (tmp_path / "rl" / "runs").rglob("events*"):
+        events = EventAccumulator(str(file), {"tensors": 0}).Reload()
+        for tag in (tag for tag in events.Tags()["tensors"] if tag.startswith("samples/")):
+            for event in events.Tensors(tag):
+                text = event.tensor_proto.string_val[0].decode()
+                texts[event.step, int(tag.split("/")[1])] = text
+    for i, sample in enumerate(shown):
+        text = texts[sample["step"], i % 4]
+        assert sample["prompt"][-1]["content"] in text and sample["answer"] in text
+
+
+def test_best_policy_at_the_end(tiny, records, tmp_path):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--max_steps", 4, "--save_steps", 1)
+    flags += ("--eval_strategy", "steps", "--eval_steps", 1, "--load_best_model_at_end", "--max_eval_samples", 8)
+    output = tmp_path / "rl"
+    flags += ("--metric_for_best_model", "reward")
+    ended = in_process(*stage("rl", tiny("llama"), records, output, *flags)).ok()
+    rewards = history(output, "eval_reward")
+    best = max(range(4), key=lambda i: rewards[i])
+    assert best < 3, f"this test needs a best that is not the last: {rewards}"
+    assert f"checkpoint-{2 * (best + 1)}, best by" in ended.stderr
+    assert same(lora(output), lora(output / f"checkpoint-{2 * (best + 1)}"))
+    assert not same(lora(output), lora(output / "checkpoint-8"))
+    assert results(output)["eval_reward"] == rewards[best]
+
+
+def test_gradient_that_is_not_finite(tiny, records, tmp_path, monkeypatch):
+    """In the second rollout: the policy that sampled it is put back, and the run ends."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--max_steps", 4, "--report_to", "none")
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    (tmp_path / "rl").mkdir(exist_ok=True)
+    update, sampled = trainer.update, []
+
+    def broken(answers):
+        weights = sum(trainer.model.trained(), [])
+        if trainer.state.global_step == 2:
+            sampled.extend(weight.detach().clone() for weight in weights)
+        loss = update(answers)
+        if trainer.state.global_step == 3:
+            weights[0].grad.view(-1)[0] = torch.inf
+        return loss
+
+    monkeypatch.setattr(trainer, "update", broken)
+    transformers.Trainer.train(trainer)
+    assert trainer.state.global_step == 4 and trainer.control.should_training_stop
+    kept = sum(trainer.model.trained(), [])
+    assert all(torch.equal(one, other) for one, other in zip(kept, sampled, strict=True))
+    assert any(weight.abs().max() > 0 for weight in kept)
+    (line,) = [json.loads(line) for line in (tmp_path / "rl" / "guards.jsonl").read_text().splitlines()]
+    assert (line["guard"], line["reason"], line["step"]) == ("not_finite", "a gradient is not finite", 3)
+
+
+def test_logged_kl_is_not_the_one_that_steers(tiny, records, tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--kl_estimator", "k2", "--adap_kl_ctrl")
+    flags += ("--kl_target", 3, "--kl_horizon", 40)
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    moved(trainer)
+    trainer.collect([trainer.train_dataset[i] for i in range(4)], 0)
+    ratios = [answer["logp"] - answer["ref_logp"] for answer in trainer.rollout]
+    k1, k2 = (statistics.fmean(f(r).sum().item() for r in ratios) for f in (lambda r: r, lambda r: r**2 / 2))
+    assert k1 != pytest.approx(k2, rel=0.05)
+    assert trainer.history[-1]["kl"] == pytest.approx(k1)
+    (logged,) = [row["kl"] for row in trainer.stats if "kl" in row]
+    assert logged == pytest.approx(k2)
+    assert trainer.kl_coef == pytest.approx(0.05 * (1 + max(-0.2, min(0.2, k1 / 3 - 1)) * 4 / 40))
+
+
+def test_an_answer_ends_at_the_first_of_several_ends(tiny, records, tmp_path, monkeypatch):
+    """A turn of llama 3 ends with another token than its tokenizer's eos."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter")
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama3"), records, tmp_path / "rl", *flags))
+    eos, turn = trainer.processing_class.convert_tokens_to_ids(["<|end|>", "<|eot_id|>"])
+    assert trainer.eos_ids == sorted([eos, turn]) and eos != turn
+    assert trainer.decoding().eos_token_id == trainer.eos_ids
+    for ids, kept in (([9, turn, 9, eos], 2), ([9, 9, eos, turn], 3), ([9, 9, 9, 9], 4), ([turn], 1)):
+        assert trainer.until_eos(ids) == ids[:kept]
+
+
 def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
     (tmp_path / "rewards.py").write_text(FUNCTIONS)
     flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:nan", "--max_steps", 3)
@@ -217,6 +515,179 @@ def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
     )
     assert all(torch.equal(kept[name], sampled_second[name]) for name in kept)
     assert any(w.abs().max() > 0 for name, w in kept.items() if "lora_B" in name)
+
+
+# --- what each flag does
+
+SETTINGS = {
+    **{"reward_baseline": 0.0, "reward_clip": 10.0, "missing_eos_penalty": 1.0, "init_kl_coef": 0.05, "gamma": 1.0},
+    **{"gae_lambda": 0.95, "whiten_advantages": True, "temperature": 1.0},
+}
+
+
+def advantages_by_hand(answers: list[dict], settings: dict) -> list[float]:
+    """Of all tokens of the answers, from what sampling and scoring found; arithmetic on plain numbers."""
+    found = []
+    for answer in answers:
+        score = answer["score"] - settings["reward_baseline"]
+        score = max(-settings["reward_clip"], min(settings["reward_clip"], score))
+        score -= 0 if answer["finished"] else settings["missing_eos_penalty"]
+        logp, ref_logp, values = (answer[name].tolist() for name in ("logp", "ref_logp", "values"))
+        following, next_value, own = 0.0, 0.0, []
+        for t in reversed(range(len(logp))):
+            reward = -settings["init_kl_coef"] * (logp[t] - ref_logp[t]) + (score if t == len(logp) - 1 else 0)
+            delta = reward + settings["gamma"] * next_value - values[t]
+            following = delta + settings["gamma"] * settings["gae_lambda"] * following
+            own, next_value = [following, *own], values[t]
+        found += own
+    if settings["whiten_advantages"]:
+        mean, deviation = statistics.fmean(found), statistics.stdev(found)
+        found = [(advantage - mean) / deviation for advantage in found]
+    return found
+
+
+def moved(trainer) -> None:
+    """Give all that is trained other weights, as if after some steps."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in sum(trainer.model.trained(), []):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"reward_baseline": 3.0},
+        {"reward_clip": 4.0},
+        {"missing_eos_penalty": 7.0},
+        {"init_kl_coef": 2.0},
+        {"gamma": 0.5},
+        {"gae_lambda": 0.3},
+        {"whiten_advantages": False},
+        {"temperature": 0.5},
+    ],
+    ids=lambda changed: " ".join(changed) or "defaults",
+)
+def test_advantages_of_a_rollout(changed, tiny, records, tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--precision", "fp32")
+    flags += tuple(word for name, value in changed.items() for word in (f"--{name}", value))
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    moved(trainer)
+    trainer.collect([trainer.train_dataset[i] for i in range(4)], 0)
+    answers, settings = trainer.rollout, SETTINGS | changed
+    found = torch.cat([answer["advantages"] for answer in answers]).tolist()
+    assert found == pytest.approx(advantages_by_hand(answers, settings), rel=1e-3, abs=1e-4)
+    if changed:  # the flag makes a difference to this rollout
+        other = {name: SETTINGS[name] for name in changed}
+        assert "temperature" in changed or found != pytest.approx(
+            advantages_by_hand(answers, settings | other), rel=1e-3, abs=1e-4
+        )
+    policy = trainer.model.policy.eval()
+    for answer in answers:
+        ids, before = torch.tensor([answer["prompt"] + answer["ids"]]), len(answer["prompt"]) - 1
+        with torch.no_grad():
+            logp = (policy(input_ids=ids).logits[0, before:-1] / settings["temperature"]).log_softmax(-1)
+        expected = logp.gather(1, ids[0, before + 1 :, None])[:, 0]
+        torch.testing.assert_close(answer["logp"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_least_and_most_tokens(tiny, records, tmp_path, monkeypatch):
+    """Half of all tokens end an answer here: none does so before --min_target_length others."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    functions = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter")
+    for least in (1, 5):
+        flags = (*functions, "--min_target_length", least)
+        trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+        trainer.eos_ids = list(range(0, 400, 2))
+        rows = [trainer.train_dataset[i % 4] for i in range(16)]
+        lengths = [len(answer["ids"]) for answer in trainer.sample("policy", rows, [str(i) for i in range(16)])]
+        assert min(lengths) == least + 1 and max(lengths) <= 8
+
+
+def lora(output: Path) -> dict:
+    return load_file(output / ADAPTER)
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_early_stopping(tiny, records, tmp_path):
+    """The policy rests for the rest of a rollout once it has moved by 1.5 times --target_kl; the critic goes on."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+
+    def run(name, epochs, *flags):
+        common = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--lr_scheduler_type", "constant")
+        flags = (*common, "--ppo_epochs", epochs, "--precision", "fp32", "--seed", 1, *flags)
+        in_process(*stage("rl", tiny("llama"), records, tmp_path / name, *flags)).ok()
+        return tmp_path / name
+
+    two, four = run("two", 2), run("four", 4)
+    moved = 2 * history(two, "step_kl")[0]  # the mean of both epochs; 0 in the first
+    assert moved > 0 and not same(lora(two), lora(four))
+    stopped = run("stopped", 4, "--early_stopping", "--target_kl", moved / 1.6)
+    assert same(lora(stopped), lora(two))
+    heads = [load_file(output / "value" / "head.safetensors") for output in (two, four, stopped)]
+    assert same(heads[2], heads[1]) and not same(heads[2], heads[0])
+    assert not same(lora(run("late", 4, "--early_stopping", "--target_kl", moved / 1.4)), lora(two))
+    assert same(lora(run("unasked", 4, "--target_kl", moved / 1.6)), lora(four))
+
+
+def test_critic_warmup(tiny, records, tmp_path):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    for rollouts, changed in ((1, False), (2, True)):
+        flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--critic_warmup", 1)
+        in_process(
+            *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags, "--max_steps", rollouts, "--fresh")
+        ).ok()
+        assert any(w.abs().max() > 0 for name, w in lora(tmp_path / "rl").items() if "lora_B" in name) == changed
+        assert load_file(tmp_path / "rl" / "value" / "head.safetensors")["weight"].abs().max() > 0
+
+
+# --- learning
+
+RULES = """
+def even(completion_ids, **columns):
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+"""
+
+
+def peaked(model: str, folder: Path) -> Path:
+    """A copy whose logits can grow large: below a random head no LoRA lifts some tokens far above the others."""
+    shutil.copytree(model, folder)
+    changed = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        changed.lm_head.weight *= 20
+    changed.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("critic", "weight"), [("head", 1), ("adapter", 1), ("head", -1)])
+def test_a_rule_with_a_known_answer_is_learned(critic, weight, tiny, records, tmp_path):
+    """The share of even tokens in an answer: half at first, at most 1. With the sign turned it goes the other way."""
+    (tmp_path / "rewards.py").write_text(RULES)
+    base = peaked(tiny("llama"), tmp_path / "base")
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:even", "--reward_weights", weight, "--critic", critic)
+    flags += ("--batch_size", 64, "--mini_batch_size", 16, "--micro_batch_size", 64, "--max_train_samples", 8)
+    flags += (
+        "--missing_eos_penalty",
+        0,
+        "--init_kl_coef",
+        0,
+        "--guards",
+        "off",
+        "--max_steps",
+        16,
+        "--max_target_length",
+        4,
+    )
+    flags += ("--learning_rate", 2e-2, "--max_eval_samples", 8, "--eval_on_start", "--precision", "fp32")
+    in_process(*stage("rl", base, records, tmp_path / "rl", *flags)).ok()
+    before, after = (weight * results(tmp_path / "rl")[name] for name in ("eval_reward_before", "eval_reward"))
+    assert 0.3 < before < 0.7
+    assert after >= 0.9 if weight > 0 else after <= 0.2
 
 
 # --- what must not change a run
@@ -296,6 +767,89 @@ def test_critic_that_is_a_head_alone(tiny, records, tmp_path, monkeypatch):
         torch.testing.assert_close(answer["values"], states[before:-1].sum(-1), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["bloom", "gpt2", "gemma3"])
+def test_all_weights_of_a_tied_model_go_on(family, tiny, records, tmp_path):
+    """One weight with two names, in policy and critic: saved once, and a resumed run ends as one left alone."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    assert AutoConfig.from_pretrained(tiny(family)).tie_word_embeddings
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--use_peft", "False", "--critic", "adapter")
+    flags += ("--max_steps", 2, "--save_steps", 1)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    in_process(*stage("rl", tiny(family), records, whole, *flags)).ok()
+    shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
+    assert "Going on from" in in_process(*stage("rl", tiny(family), records, cut, *flags)).ok().stderr
+    for file in ("model.safetensors", "value/model.safetensors", "value/head.safetensors"):
+        one, other, halfway = (load_file(folder / file) for folder in (whole, cut, whole / "checkpoint-2"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        assert any(not torch.equal(one[key], halfway[key]) for key in one), "nothing happened after the checkpoint"
+    assert results(whole)["eval_reward"] == results(cut)["eval_reward"]
+
+
+# --- quantised bases
+
+
+@pytest.fixture
+def wide(tmp_path, monkeypatch) -> str:
+    """A llama whose rows fill a block of 64 4-bit weights: bitsandbytes' CPU code fails with narrower ones."""
+    config, size, words = tiny_models.FAMILIES["llama"]
+    size = size | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    monkeypatch.setitem(tiny_models.FAMILIES, "llama", (config, size, words))
+    return tiny_models.save_tiny("llama", tmp_path / "wide")
+
+
+@pytest.mark.parametrize("flag", ["--load_in_4bit", "--load_in_8bit"])
+def test_quantised_classifier_keeps_its_head(flag, wide, records, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised model can be tried")
+    bert = tiny_models.save_tiny_bert(tmp_path / "bert")
+    config = AutoConfig.from_pretrained(bert, hidden_size=64, intermediate_size=128)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(bert)
+    flags = (flag, "--reward_model_name_or_path", bert)
+    trainer = make_trainer(monkeypatch, *stage("rl", wide, records, tmp_path / "rl", *flags))
+    model = trainer.reward_model.model
+    assert model.classifier.weight.dtype == torch.float32
+    assert not model.bert.encoder.layer[0].output.dense.weight.is_floating_point()
+    trainer.collect([trainer.train_dataset[i] for i in range(4)], 0)
+    assert len({answer["score"] for answer in trainer.rollout}) == 4
+
+
+@pytest.mark.parametrize("flag", ["--load_in_4bit", "--load_in_8bit"])
+def test_quantised_base(flag, wide, records, tmp_path, monkeypatch):
+    """Reward model, policy and merges on a base in 4 or 8 bits; a reward model beside the policy is in as many."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised base can be tried")
+    in_process(*stage("rm", wide, records, tmp_path / "rm", flag)).ok()
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", flag, "--ppo_epochs", 1, "--eval_on_start")
+    ended = in_process(*stage("rl", wide, records, tmp_path / "rl", *flags)).ok()
+    assert "an adapter on the policy's base" in ended.stderr
+    assert history(tmp_path / "rl", "kl")[0] == 0.0
+    rounding = 0.0 if flag == "--load_in_4bit" else 1e-3  # 8 bits: other products where a gradient is wanted
+    assert abs(history(tmp_path / "rl", "step_kl")[0]) <= rounding
+    in_process(*merge(wide, tmp_path / "rl", tmp_path / "rl-merged")).ok()
+    in_process(*merge(wide, tmp_path / "rm", tmp_path / "rm-merged")).ok()
+
+    flags = ("--reward_model_name_or_path", tmp_path / "rm-merged", flag, "--precision", "fp32")
+    trainer = make_trainer(monkeypatch, *stage("rl", wide, records, tmp_path / "beside", *flags))
+    weights = trainer.reward_model.model.model.layers[0].mlp.up_proj.weight
+    assert weights.dtype == {"--load_in_4bit": torch.uint8, "--load_in_8bit": torch.int8}[flag]
+    assert trainer.reward_model.model.score.weight.dtype == torch.float32
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    answers = written_answers(trainer, ("Fever.", "Rest", "At once", "No"))
+    answers = [answer | {"number": i, "finished": True} for i, answer in enumerate(answers)]
+    trainer.model.train()
+    answers = trainer.judge(answers, rows, critic=True)
+    answers = [answer | {"advantages": answer["logp"], "returns": answer["logp"]} for answer in answers]
+
+    def gradients() -> dict:
+        trainer.model.zero_grad()
+        trainer.model.train()
+        trainer.update(answers)
+        return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+    first, _, then = gradients(), trainer.sample("policy", rows, list("abcd")), gradients()
+    assert any("layers.0" in name and grad.abs().max() > 0 for name, grad in first.items())
+    for name in first:  # sampling must not change what a backward pass reaches
+        assert (first[name] - then[name]).abs().max() <= 0.02 * first[name].abs().max(), name
+
+
 # --- kills
 
 KILLED = """
@@ -332,6 +886,7 @@ def test_killed_run_goes_on(place, call, critic, tiny, records, tmp_path):
     """kill -9, then the same command again: the weights of a run left alone, bit for bit."""
     in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
     flags = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 3, "--save_steps", 1, "--critic", critic)
+    flags += ("--adap_kl_ctrl", "--kl_horizon", 8, "--mini_batch_size", 2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     in_process(*stage("rl", tiny("llama"), records, whole, *flags)).ok()
     (tmp_path / "killed.py").write_text(KILLED)
@@ -342,7 +897,9 @@ def test_killed_run_goes_on(place, call, critic, tiny, records, tmp_path):
     assert "Going on from" in again.stderr
     assert ("its saving was interrupted" in again.stderr) == (place == "_save_rng_state")
     assert largest_difference(whole, killed) == 0.0
-    assert history(whole, "reward") == history(killed, "reward")
+    for name in ("reward", "kl_coef"):
+        assert history(whole, name) == history(killed, name)
+    assert len(set(history(whole, "kl_coef"))) == 3, "this test needs a price that moves"
 
 
 def test_checkpoint_of_another_critic_is_refused(tiny, records, tmp_path):

@@ -2,24 +2,31 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import huggingface_hub
 import pytest
 import torch
 from conftest import ADAPTER, ROOT, SCRIPTS, in_process, in_subprocess, merge, results, stage
+from peft import TaskType
 from safetensors.torch import load_file
 from test_kills import forked, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import arguments.checkpoints
 import arguments.data
 import arguments.run
+from arguments import AdapterArguments
+from arguments.checkpoints import checkpoint_fault
 from arguments.command_line import Fault
-from arguments.run import FiniteGradients, StopAtSignal, checkpoint_fault
+from arguments.stops import FiniteGradients, StopAtSignal
+from arguments.whole import write_whole
 
 
 def flags_of(name, tiny, records, tmp_path):
@@ -93,6 +100,15 @@ def test_numbers_that_run_away_end_the_run_and_are_not_saved(tiny, records, tmp_
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / ADAPTER).values())
 
 
+@pytest.mark.parametrize("flags", [("--save_steps", 1), ("--max_steps", 1), ("--save_strategy", "epoch")])
+def test_a_step_that_is_too_large_is_not_saved(flags, tiny, records, tmp_path):
+    """Its gradients are finite, what it makes of the weights is not."""
+    command = stage("sft", tiny("llama"), records, tmp_path / "out", "--learning_rate", 1e39, "--max_grad_norm", 1e9)
+    ended = in_process(*command, "--do_eval", "False", "--per_device_train_batch_size", 8, *flags)
+    assert ended.code == 1 and "trained weights are not finite behind step 1: they are not saved" in ended.stderr
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 def test_fp16_skips_overflows_until_the_scale_is_spent():
     model = torch.nn.Linear(1, 1)
     model.weight.grad = torch.tensor([[torch.inf]])
@@ -134,6 +150,45 @@ def test_a_full_disk_is_said_in_one_line(tiny, records, tmp_path):
     assert "error: cannot write" in ended.stderr and "Traceback" not in ended.stderr
 
 
+def test_the_last_whole_checkpoint_stays_until_the_next_one_is(tiny, records, tmp_path, monkeypatch):
+    """With one checkpoint to keep, and a disk that is full when the second one is sealed."""
+    thorough = arguments.checkpoints.digest
+
+    def digest(path):
+        if path.parent.name == "checkpoint-2":
+            raise OSError(28, "No space left on device")
+        return thorough(path)
+
+    monkeypatch.setattr(arguments.checkpoints, "digest", digest)
+    command = stage("sft", tiny("llama"), records, tmp_path / "out", "--save_steps", 1, "--save_total_limit", 1)
+    assert in_process(*command).code == 1
+    assert checkpoint_fault(tmp_path / "out" / "checkpoint-1") is None
+    monkeypatch.undo()
+    assert "checkpoint-1 (--fresh" in in_process(*command).ok().stderr
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_results_that_a_kill_cut_short_are_made_again(tiny, records, tmp_path):
+    """transformers writes all_results.json in place, and reads it to add to it."""
+    command = stage("sft", tiny("llama"), records, tmp_path / "out")
+    in_process(*command).ok()
+    path, expected = tmp_path / "out" / "all_results.json", results(tmp_path / "out")
+    path.write_bytes(path.read_bytes()[:40])
+    in_process(*command).ok()
+    assert results(tmp_path / "out").keys() == expected.keys()
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_our_results_are_written_in_one_step(tmp_path, monkeypatch):
+    path = tmp_path / "all_results.json"
+    write_whole(path, "{}")
+    monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    child = os.fork()
+    if child == 0:
+        write_whole(path, '{"eval_loss": 2.5}')
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL and path.read_text() == "{}"
+
+
 def test_a_folder_that_cannot_be_written_is_said_in_one_line(tiny, records, tmp_path):
     with mounted(tmp_path / "disk", "ro") as disk:
         ended = in_process(*stage("sft", tiny("llama"), records, disk / "out", "--report_to", "none"))
@@ -162,17 +217,25 @@ def test_the_output_folder_of_another_run(tiny, records, tmp_path):
     output = tmp_path / "out"
     in_process(*stage("sft", tiny("llama"), records, output, "--save_steps", 2)).ok()
     before = {path: path.read_bytes() for path in output.rglob("*.safetensors")}
+    (output / "run.json").unlink()  # as if it had not ended
     ended = in_process(*stage("pt", tiny("llama"), records, output))
     assert ended.code == 2 and "checkpoints of another stage (FinetuningArguments)" in ended.errors[0]
     ended = in_process(*stage("sft", tiny("llama"), records, output, "--lora_rank", 2, "--max_steps", 5))
     assert ended.code == 2 and "does not fit the model" in ended.errors[0]
     assert {path: path.read_bytes() for path in output.rglob("*.safetensors")} == before
+    in_process(*stage("sft", tiny("llama"), records, output)).ok()
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    ended = in_process(*stage("pt", tiny("llama"), records, output))  # what it made is there still
+    assert ended.code == 2 and "holds what supervised_finetuning.py made" in ended.errors[0]
     in_process(*stage("pt", tiny("llama"), records, output, "--fresh")).ok()
 
 
-def test_a_run_goes_on_from_its_own_base_only_and_says_what_changed(tiny, records, tmp_path):
+@pytest.mark.parametrize("all_weights", [(), ("--use_peft", "False")])
+def test_a_run_goes_on_from_its_own_base_only_and_says_what_changed(all_weights, tiny, records, tmp_path):
     output, moved = tmp_path / "out", tmp_path / "moved"
-    in_process(*stage("sft", tiny("llama"), records, output, "--max_steps", 2, "--save_steps", 1)).ok()
+    flags = ("--max_steps", 2, "--save_steps", 1, "--fresh")
+    in_process(*stage("sft", tiny("llama"), records, output, *flags, *all_weights)).ok()
     AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(moved)
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     with torch.no_grad():
@@ -180,16 +243,20 @@ def test_a_run_goes_on_from_its_own_base_only_and_says_what_changed(tiny, record
             parameter.add_(0.01)
     model.save_pretrained(moved)
     before = {path: path.read_bytes() for path in output.rglob("*.safetensors")}
-    ended = in_process(*stage("sft", moved, records, output, "--max_steps", 3, "--save_steps", 1))
+    again = ("--max_steps", 3, "--save-steps", 1, *all_weights)  # --save_steps in another spelling
+    ended = in_process(*stage("sft", moved, records, output, *again))
     assert ended.code == 2 and f"was not trained on {moved}" in ended.errors[0] and "--fresh" in ended.errors[0]
     assert {path: path.read_bytes() for path in output.rglob("*.safetensors")} == before
-    ended = in_process(*stage("sft", tiny("llama"), records, output, "--max_steps", 3, "--save_steps", 1)).ok()
-    assert "The command has changed since: --max_steps 3 (was 2)." in ended.stderr
+    ended = in_process(*stage("sft", tiny("llama"), records, output, *again)).ok()
+    assert "The command has changed since: --max_steps 3 (was 2). The learning rate, and how far" in ended.stderr
     in_process(*stage("sft", moved, records, output, "--max_steps", 1, "--fresh")).ok()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize(("name", "saved"), [("rm", None), ("sft", "lm_head,embed_tokens")])
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [("rm", None), ("sft", "lm_head,embed_tokens"), ("sft", "norm,down_proj"), ("rm", "score,layers.0.self_attn")],
+)
 def test_what_is_trained_is_in_float32_on_a_base_that_is_not(name, saved, precision, tiny, records, tmp_path):
     """A score head and modules saved in full too: fp16's loss scaling refuses other gradients."""
     flags = ["--dtype", "bfloat16", "--precision", precision, *(["--modules_to_save", saved] if saved else [])]
@@ -198,14 +265,18 @@ def test_what_is_trained_is_in_float32_on_a_base_that_is_not(name, saved, precis
     tensors = load_file(output / ADAPTER)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     full = [name for name in tensors if "lora" not in name]
-    assert len(full) == (2 if saved else 1)
+    assert len(full) == {None: 1, "lm_head,embed_tokens": 2, "norm,down_proj": 7}.get(saved, 5)
     in_process(*merge(tiny("llama"), output, tmp_path / "merged")).ok()
 
 
-def test_no_secret_is_saved_and_no_telemetry_sent(tiny, records, tmp_path):
-    in_process(*stage("sft", tiny("llama"), records, tmp_path / "out", "--hub_token", "hf_secret")).ok()
+@pytest.mark.parametrize(
+    "flags", [("--hub_token", "hf_secret"), ("--hub-token", "hf_secret"), ("--hub-token=hf_secret",)]
+)
+def test_no_secret_is_saved_and_no_telemetry_sent(flags, tiny, records, tmp_path):
+    in_process(*stage("sft", tiny("llama"), records, tmp_path / "out", *flags, "--save_steps", 2)).ok()
+    assert list((tmp_path / "out").rglob("seal.json"))
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
-    assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
+    assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY and not datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
 
 
 @pytest.mark.parametrize("name", ["pt", "sft", "rm", "rl"])
@@ -231,3 +302,13 @@ def test_only_frozen_linear_layers_are_kept_cast(tiny, tmp_path):
     dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
     linear = {name for name in dtypes if "proj" in name}
     assert linear and all((dtypes[name] == torch.bfloat16) == (name in linear) for name in dtypes)
+
+
+def test_a_head_that_is_saved_in_full_stays_as_it_is(tiny):
+    """What peft keeps of it is tied to the frozen embeddings here."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("gemma3"))
+    adapter_args = AdapterArguments(target_modules="q_proj", modules_to_save="lm_head")
+    model = adapter_args.apply(model, TaskType.CAUSAL_LM)
+    arguments.run.RunArguments.keep_casts(SimpleNamespace(bf16=True), model)
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    assert model.get_submodule("base_model.model.lm_head.original_module").weight.dtype == torch.float32

@@ -1,0 +1,114 @@
+"""Checkpoints that are whole or absent: sealed last, thinned out only then, and looked at before a run goes on."""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from loguru import logger
+from transformers import TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
+
+from arguments.base import record_base
+from arguments.command_line import without_secrets
+from arguments.whole import write_whole
+
+SEAL = "seal.json"  # in a checkpoint: which stage made it, size and hash of each of its files
+
+
+class CheckpointSeal(TrainerCallback):
+    """Writes the size and hash of every file of a checkpoint into it once all are there: no seal, not whole.
+
+    Only then are older checkpoints deleted, so that at any moment one is whole.
+    """
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every rank saves its own random state
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / SEAL).unlink(missing_ok=True)
+            record_base(folder, args.base_facts)  # where all weights are trained, nothing else says what they were
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            seal = {"stage": type(args).__name__, "arguments": without_secrets(sys.argv[1:])}
+            seal["files"] = {str(p.relative_to(folder)): digest(p) for p in files}
+            write_whole(folder / SEAL, json.dumps(seal, indent=1))
+            thin_out(folder, args.checkpoints_kept, state.best_model_checkpoint)
+
+
+def digest(path: Path) -> list:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def thin_out(newest: Path, kept: int | None, best: str | None) -> None:
+    """Delete checkpoints older than `newest`, a whole one: those that are not whole, and all whole ones but the last.
+
+    As in transformers the best one stays and counts among the `kept`; None or 0 keeps all.
+    """
+    if not kept or kept < 0:
+        return
+    others = [Path(found) for found in sort_checkpoints(str(newest.parent)) if Path(found) != newest]
+    whole = [folder for folder in others if checkpoint_fault(folder, hashes=False) is None]
+    spare = [folder for folder in whole if best is None or folder.resolve() != Path(best).resolve()]
+    room = max(kept - 1 - (len(whole) - len(spare)), 0)
+    step = int(newest.name.rpartition("-")[2])
+    broken = [f for f in others if f not in whole and int(f.name.rpartition("-")[2]) < step]
+    for folder in broken + spare[: max(len(spare) - room, 0)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def checkpoint_fault(folder: Path, hashes: bool = True) -> str | None:
+    """Why the checkpoint cannot be trusted, or None when it is whole; without `hashes` only sizes are compared."""
+    if not (folder / SEAL).exists():
+        return "its saving was interrupted"
+    files = json.loads((folder / SEAL).read_text()).get("files")
+    if files is None:
+        return "an older version saved it"
+
+    def same(path: Path, size: int, sha256: str) -> bool:
+        return path.is_file() and path.stat().st_size == size and (not hashes or digest(path)[1] == sha256)
+
+    broken = [name for name, known in files.items() if not same(folder / name, *known)]
+    return f"changed since it was saved: {', '.join(broken)}" if broken else None
+
+
+def warn_of_changes(folder: Path) -> None:
+    """Say which flags are not those that the checkpoint was made with."""
+
+    def flags(words: list[str]) -> dict[str, str]:  # of a flag that is given twice the last value counts
+        parts = " ".join(words).removeprefix("--").split(" --")
+        pairs = [part.replace("=", " ", 1).partition(" ")[::2] for part in parts]
+        return {name.replace("-", "_"): value for name, value in pairs if name}
+
+    before = json.loads((folder / SEAL).read_text()).get("arguments")
+    if before is None:  # an older version saved it
+        return
+    before, now = flags(before), flags(without_secrets(sys.argv[1:]))
+    changed = {name for name in before | now if before.get(name) != now.get(name)}
+    names = sorted(changed - {"fresh", "overwrite_output_dir", "resume_from_checkpoint"})  # where to begin, not how
+    if names:
+        changes = [f"--{name} {now.get(name, 'not given')} (was {before.get(name, 'not given')})" for name in names]
+        logger.warning(
+            f"The command has changed since: {', '.join(changes)}. The learning rate, and how far the "
+            "schedule has come, stay the checkpoint's; records are taken from where it stopped"
+        )
+
+
+def clear_output(folder: Path) -> None:
+    """Remove an earlier run's checkpoints, merged weights, lines and name, which would be taken for this run's."""
+    merged = [*folder.glob("model*.safetensors*"), folder / "config.json"] if (folder / "merge.json").exists() else []
+    told = [folder / f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
+    for path in [
+        *folder.glob("checkpoint-*"),
+        *merged,
+        *told,
+        *(folder / name for name in ("adapter", "merge.json", "run.json")),
+    ]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # another rank may have been first
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""What ends a run early, with its last checkpoint whole: a signal, or numbers that are not finite."""
+
+import os
+import signal
+
+import torch
+from loguru import logger
+from transformers import TrainerCallback
+
+from arguments.command_line import Fault
+
+
+class StopAtSignal(TrainerCallback):
+    """SIGTERM or SIGINT: save a checkpoint, end, exit with 128 + the signal's number. A second one exits at once."""
+
+    def __init__(self, steps_between_saves: int):
+        self.signal, self.steps_between_saves = 0, steps_between_saves
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def receive(self, number: int, frame) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        logger.warning(f"{signal.Signals(number).name}: saving a checkpoint, then ending (once more: ending at once)")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = torch.tensor(self.signal, device=args.device)
+        if args.world_size > 1:  # all ranks end behind the same step
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        if received and state.global_step % self.steps_between_saves == 0:
+            self.signal = int(received)
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.signal and state.global_step < state.max_steps:
+            logger.warning(f"Ended behind step {state.global_step}: the same command goes on from there")
+            raise SystemExit(128 + self.signal)
+
+
+class FiniteGradients(TrainerCallback):
+    """Ends the run before a step whose gradients are not finite, so that no such number reaches a weight.
+
+    In fp16 the loss scale is too high at times: the scaler skips such steps and lowers it. Only three in a row at a
+    scale below 1, where nothing is left to lower, end the run.
+    """
+
+    def __init__(self):
+        self.in_a_row = 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if torch.nn.utils.get_total_norm(gradients).isfinite():
+            self.in_a_row = 0
+            return
+        scaler = optimizer.scaler
+        self.in_a_row += scaler is None or scaler.get_scale() < 1
+        if self.in_a_row >= (1 if scaler is None else 3):
+            batch = f"batch {state.global_step + 1} (epoch {state.epoch:.3f})"
+            raise Fault(
+                f"the gradients of {batch} are not finite: nothing of it was learned or saved. Look at its records "
+                "with --preview, lower --learning_rate, or try --precision fp32; the last checkpoint is whole"
+            )
+
+
+class FiniteWeights(TrainerCallback):
+    """Ends the run rather than save a weight that is not finite: a finite gradient may still make a step too large.
+
+    Behind StopAtSignal, which asks for checkpoints, and before CheckpointSeal. Looked at only when something is saved:
+    each step would cost more than it tells, since the next one's gradients are not finite then.
+    """
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_save:
+            self.check(model, state.global_step)
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args, state, control, model=None, **kwargs):  # asked for by an evaluation
+        self.check(model, state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.check(model, state.global_step)
+
+    def check(self, model, step: int) -> None:
+        if not all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
+            raise Fault(
+                f"trained weights are not finite behind step {step}: they are not saved. Lower --learning_rate; the "
+                "last checkpoint is whole"
+            )
