@@ -28,6 +28,7 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
+from arguments.plan import plan_tokens
 
 
 @dataclass
@@ -130,6 +131,9 @@ def main():
         if training_args.streaming:  # it has no end
             train_dataset = Dataset.from_list(list(train_dataset.take(data_args.preview)))
         return data_args.show(train_dataset, tokenizer)
+    if training_args.plan:
+        groups = model_args, adapter_args, training_args
+        return plan_tokens(*groups, train_dataset, eval_dataset, default_data_collator)
 
     model = model_args.load_model(AutoModelForCausalLM)
     if training_args.isolate_documents and not keeps_apart(model):

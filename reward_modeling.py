@@ -30,6 +30,7 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
+from arguments.plan import plan_pairs
 
 
 @dataclass
@@ -147,6 +148,8 @@ def main():
     eval_dataset = build_dataset(eval_rows, tokenizer, data_args).sort("length")  # less padding
     if data_args.preview:
         return data_args.show(train_dataset, tokenizer)
+    if training_args.plan:
+        return plan_pairs(model_args, adapter_args, training_args, train_dataset, eval_dataset, tokenizer)
 
     model = model_args.load_model(AutoModelForSequenceClassification, num_labels=1)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -53,6 +53,7 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
+from arguments.plan import plan_ppo
 from arguments.reward_functions import function_scores, recorders
 from arguments.roles import at_columns, build_actor_critic, last_token
 from arguments.sampling import InverseTransformSampling, Tick, uniforms
@@ -706,6 +707,9 @@ def main():
     eval_dataset = build_dataset(eval_rows, tokenizer, data_args)
     if data_args.preview:
         return data_args.show(train_dataset, tokenizer)
+    if training_args.plan:
+        groups = model_args, adapter_args, training_args
+        return plan_ppo(*groups, train_dataset, eval_dataset, data_args.max_target_length, reward_args)
 
     model, reward_model = build_actor_critic(model_args, adapter_args, data_args, reward_args, training_args.critic)
     training_args.keep_casts(model)

@@ -31,6 +31,7 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
+from arguments.plan import plan_tokens
 
 
 @dataclass
@@ -125,6 +126,10 @@ def main():
         print(packing_told(pack(train_dataset, training_args.packing_length), training_args.packing_length))
     if data_args.preview:
         return data_args.show(train_dataset, tokenizer)
+    if training_args.plan:
+        rows = pack(train_dataset, training_args.packing_length) if training_args.packing else train_dataset
+        groups = model_args, adapter_args, training_args
+        return plan_tokens(*groups, rows, eval_dataset, lambda rows: collate(rows, tokenizer.pad_token_id))
 
     model = model_args.load_model(AutoModelForCausalLM)
     if training_args.packing and keeps_apart(model):

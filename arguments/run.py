@@ -69,6 +69,13 @@ class RunArguments:
         metadata={"help": "Recompute activations: less memory, about 30%% slower.", "nargs": "?", "const": True},
     )
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name of the flag above."})
+    plan: bool = field(
+        default=False,
+        metadata={
+            "help": "Print parameters, memory by role, disk, tokens and steps, and whether it fits; then stop. "
+            "Reads no weights."
+        },
+    )
     report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "tensorboard, wandb, none ..."})
     logging_steps: float = field(default=10, metadata={"help": "Log every that many optimizer steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; older ones are deleted."})

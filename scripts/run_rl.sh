@@ -23,11 +23,11 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --output_dir "$OUTPUT" \
   --max_source_length 256 \
   --max_target_length 64 \
-  --max_steps 10 \
+  --max_steps 14 \
   --batch_size 32 \
   --mini_batch_size 8 \
   --ppo_epochs 1 \
-  --learning_rate 1.5e-3 \
+  --learning_rate 1.2e-3 \
   --init_kl_coef 0.05 \
   --use_score_scaling \
   --gae_lambda 1 \

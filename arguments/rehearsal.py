@@ -1,0 +1,200 @@
+"""A stage's model, loss and optimizer on tensors without storage: the peaks of its phases under a given load."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import PeftConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+)
+
+from arguments.adapter import trained_in_float32
+from arguments.base import weight_files
+from arguments.loss import TokenLoss
+from arguments.shapes import Footprint, without_storage
+
+NF4_BITS = 4.127  # a weight, with its share of the doubly quantised scales (arXiv 2305.14314)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step has to carry: rows at once, the share of their tokens that is kept, and what saves memory."""
+
+    rows: int
+    share: float = 1.0
+    checkpointing: bool = False
+    bits: float = 0  # of frozen linear weights; 0: in their dtype
+
+
+class Rehearsal(TokenLoss):
+    """A model without storage with its optimizer, and the peaks of the phases that are run on it, in bytes by role."""
+
+    def __init__(self, build: Callable[[], nn.Module], model_args, args, load: Load, accumulates: bool):
+        self.model_args, self.args, self.device, self.phases = model_args, args, args.device, {}
+        precision = "no" if args.precision == "fp32" else args.precision
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=args.use_cpu)
+        self.mapped = 0
+        self.model = without_storage(lambda: self.with_casts(build()), self.device)
+        self.footprint = Footprint(self.model.config.get_text_config().vocab_size)
+        if load.checkpointing:
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        self.hold_weights(load.bits)
+        self.hold_optimizer(accumulates)
+
+    def with_casts(self, model: nn.Module) -> nn.Module:
+        """RunArguments.keep_casts; on a CPU the file stays mapped, though what it held is kept in another dtype.
+
+        Its pages count as resident while any weight, such as the embedding, is still a view of it.
+        """
+        before = [(parameter, parameter.nbytes) for parameter in model.parameters() if not parameter.requires_grad]
+        self.args.keep_casts(model)
+        files = weight_files(self.model_args.model_name_or_path)
+        numbers = sum(parameter.numel() for parameter, _ in before)
+        stored = sum(path.stat().st_size for path in files if path.suffix == ".safetensors") / max(numbers, 1)
+        if self.device.type == "cpu" and round(stored) == self.model_args.torch_dtype().itemsize:
+            self.mapped = sum(size for parameter, size in before if parameter.nbytes != size)
+        return model
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def hold_weights(self, bits: float) -> None:
+        lora = any("lora_" in name for name, _ in self.model.named_parameters())
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            of_adapter = lora and (tensor.requires_grad or "lora_" in name)
+            self.footprint.label("adapters" if of_adapter else "weights", [tensor])
+        self.footprint.now["mapped"] = 0 if bits else self.mapped
+        for weight in quantised(self.model) if bits else ():
+            self.footprint.now["weights"] -= weight.nbytes - math.ceil(weight.numel() * bits / 8)
+
+    def hold_optimizer(self, accumulates: bool) -> None:
+        """Take a step, which makes the optimizer's state; gradients stay where micro-batches add to them."""
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(self.args, None)
+        optimizer = kind(self.trained, **kwargs)
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        self.footprint.label("optimizer", filter(torch.is_tensor, state))
+        if accumulates:
+            self.footprint.label("gradients", [parameter.grad for parameter in self.trained])
+        for parameter in self.trained:
+            parameter.grad = parameter.grad if accumulates else None
+            parameter.register_post_accumulate_grad_hook(lambda p: self.footprint.label("gradients", [p.grad]))
+        self.optimizer = optimizer
+
+    def phase(self, name: str, step: Callable[[], None], grad: bool = True) -> None:
+        self.model.train(grad)
+        with torch.set_grad_enabled(grad), self.footprint.phase() as self.phases[name]:
+            step()
+
+    def on_device(self, batch: dict) -> dict:
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+
+# --- models
+
+
+def quantised(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that bitsandbytes would quantise: of frozen linear layers, but for heads."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    heads = {id(head.weight) for part in parts if (head := part.get_output_embeddings()) is not None}
+    linear = [layer.weight for part in parts for layer in part.modules() if type(layer) is nn.Linear]
+    return list({id(w): w for w in linear if not w.requires_grad and id(w) not in heads}.values())
+
+
+def base_model(model_args, auto_class, **settings) -> nn.Module:
+    """The base model as its config describes it, in the dtype that the flags load it in."""
+    config = model_args.load_config()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return auto_class.from_config(
+        config, dtype=model_args.torch_dtype(), trust_remote_code=model_args.trust_remote_code
+    )
+
+
+def adapted(model, adapter_args, task_type: TaskType) -> nn.Module:
+    """AdapterArguments.apply; an adapter to go on with is made anew from its config, for its weights are not read."""
+    if not adapter_args.peft_path:
+        return adapter_args.apply(model, task_type)
+    config = PeftConfig.from_pretrained(adapter_args.peft_path, inference_mode=False)
+    model = get_peft_model(model, config)
+    trained_in_float32(model)
+    return model
+
+
+# --- rows
+
+
+def longest(dataset: Dataset, load: Load, rows: int | None = None) -> list[dict]:
+    """The longest rows of a data set, as many as are in memory at once, their lists cut to the share to keep."""
+    if not isinstance(dataset, Dataset):  # streamed, in blocks of one length
+        found = list(dataset.take(rows or load.rows))
+    else:
+        lengths = dataset["length"] if "length" in dataset.column_names else map(len, dataset["input_ids"])
+        order = sorted(zip(lengths, range(len(dataset)), strict=True), reverse=True)
+        found = [dataset[i] for _, i in order[: rows or load.rows]]
+
+    def kept(value):
+        return value[: math.ceil(load.share * len(value))] if isinstance(value, list) else value
+
+    return [{name: kept(value) for name, value in row.items()} for row in found]
+
+
+# --- stages
+
+
+def rehearse_tokens(model_args, adapter_args, args, load: Load, train, held_out, collate) -> Rehearsal:
+    """Stages 1 and 2: TokenLoss over the longest batch; held-out rows without gradients."""
+
+    def build():
+        return adapted(base_model(model_args, AutoModelForCausalLM), adapter_args, TaskType.CAUSAL_LM)
+
+    found = Rehearsal(build, model_args, args, load, args.gradient_accumulation_steps > 1)
+    model = found.accelerator.prepare_model(found.model, device_placement=False, evaluation_mode=True)
+
+    def loss(rows):
+        return found.compute_loss(model, found.on_device(collate(rows)), num_items_in_batch=1)
+
+    found.phase("train", lambda: loss(longest(train, load)).backward())
+    if evaluates(args):
+        rows = longest(held_out, load, args.per_device_eval_batch_size)
+        found.phase("evaluate", lambda: loss(rows), grad=False)
+    return found
+
+
+def rehearse_pairs(model_args, adapter_args, args, load: Load, train, held_out, tokenizer) -> Rehearsal:
+    """Stage 3: trl.RewardTrainer's loss, chosen and rejected answers in one forward pass."""
+
+    def build():
+        model = base_model(model_args, AutoModelForSequenceClassification, num_labels=1)
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        return adapted(model, adapter_args, TaskType.SEQ_CLS)
+
+    found = Rehearsal(build, model_args, args, load, args.gradient_accumulation_steps > 1)
+    model = found.accelerator.prepare_model(found.model, device_placement=False, evaluation_mode=True)
+
+    def loss(rows):
+        ids = [row[name] for name in ("chosen_ids", "rejected_ids") for row in rows]
+        batch = found.on_device(tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
+        chosen, rejected = model(**batch, use_cache=False).logits.squeeze(-1).chunk(2)
+        return -nn.functional.logsigmoid(chosen - rejected).mean() + (chosen + rejected).square().mean()
+
+    found.phase("train", lambda: loss(longest(train, load)).backward())
+    if evaluates(args):
+        rows = longest(held_out, load, args.per_device_eval_batch_size)
+        found.phase("evaluate", lambda: loss(rows), grad=False)
+    return found
+
+
+def evaluates(args) -> bool:
+    return args.do_eval or args.eval_on_start or args.eval_strategy != "no"

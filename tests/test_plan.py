@@ -1,0 +1,148 @@
+"""--plan: what it counts is what real tensors take, no weight is read, and the real model's peak is as foretold."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ADAPTER, ROOT, SCRIPTS, in_process, results, stage
+from datasets import Dataset
+from transformers import default_data_collator
+
+import arguments.plan
+import arguments.rehearsal
+from arguments import AdapterArguments, ModelArguments, RewardSourceArguments
+from arguments.rehearsal import Load, rehearse_pairs, rehearse_tokens
+from arguments.rehearsal_ppo import rehearse_ppo
+from arguments.shapes import Footprint
+from rl_training import PPOArguments
+from supervised_finetuning import FinetuningArguments
+
+ROW = list(range(3, 43))
+REWARD = "--reward_model_name_or_path"
+
+
+@pytest.fixture
+def unreadable(tiny, records, tmp_path):
+    """A model and a reward adapter on it whose weight files hold nothing that could be read."""
+    model, reward = tmp_path / "model", tmp_path / "rm"
+    shutil.copytree(tiny("llama"), model)
+    in_process(*stage("rm", model, records, reward, "--max_steps", 1)).ok()
+    for path in (model / "model.safetensors", reward / ADAPTER):
+        path.write_bytes(bytes(path.stat().st_size))
+    return model, reward
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_plan_reads_no_weights(name, unreadable, records, tmp_path):
+    model, reward = unreadable
+    flags = ("--plan", *((REWARD, reward) if name == "rl" else ()))
+    said = in_process(*stage(name, model, records, tmp_path / "out", *flags)).ok().stdout
+    assert "it fits" in said and "optimizer steps" in said and "GiB a checkpoint" in said
+    lines = {line[:30].strip(): line[30:].split() for line in said.splitlines()}
+    assert lines["memory, GiB"] == (["sample", "score", "update"] if name == "rl" else ["train", "evaluate"])
+    roles = [label for label in arguments.plan.ROLES.values() if label in lines]
+    for column, total in enumerate(lines["in all"]):
+        assert sum(float(lines[role][column]) for role in roles) == pytest.approx(float(total), abs=0.01 * len(roles))
+    assert not (tmp_path / "out").exists()
+
+
+def rehearsals(model: str, output: Path):
+    """Each stage's rehearsal on a small model."""
+    groups = ModelArguments(model), AdapterArguments()
+    flags = {"output_dir": str(output), "precision": "fp32", "report_to": "none", "gradient_accumulation_steps": 2}
+    args, load = FinetuningArguments(**flags), Load(2)
+    ppo = PPOArguments(output_dir=str(output), precision="fp32", report_to="none", batch_size=4)
+    rows = Dataset.from_list([{"input_ids": ROW, "labels": ROW}] * 8)
+    pairs = Dataset.from_list([{"chosen_ids": ROW, "rejected_ids": ROW, "length": len(ROW)}] * 8)
+    reward = RewardSourceArguments(reward_functions=f"{__file__}:nothing")
+    return {
+        "tokens": partial(rehearse_tokens, *groups, args, load, rows, rows, default_data_collator),
+        "pairs": partial(rehearse_pairs, *groups, args, load, pairs, pairs, groups[0].load_tokenizer()),
+        "ppo": partial(rehearse_ppo, *groups, ppo, load, rows, rows, 8, reward),
+    }
+
+
+def nothing(prompts, completions, **columns):
+    return [0.0] * len(prompts)
+
+
+@pytest.mark.parametrize("name", ["tokens", "pairs", "ppo"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bloom"])
+def test_shapes_take_what_real_tensors_take(name, family, tiny, tmp_path, monkeypatch):
+    rehearse = rehearsals(tiny(family), tmp_path)[name]
+    shapes = rehearse()
+    monkeypatch.setattr(arguments.rehearsal, "without_storage", lambda build, device: build())
+    real = rehearse()
+    for phase, found in shapes.phases.items():
+        expected = {role: size for role, size in real.phases[phase].items() if size}
+        assert {role: size for role, size in found.items() if size} == pytest.approx(expected, rel=0.02)
+    trained = sum(parameter.nbytes for parameter in real.trained)
+    assert found["optimizer"] == pytest.approx(2 * trained, rel=0.05)  # two moments, and the numbers of steps
+    assert found["gradients"] == trained
+
+
+def test_a_footprint_counts_what_is_alive():
+    footprint = Footprint(vocabulary=7)
+    with footprint.phase() as found:
+        kept = torch.zeros(10, 7)  # 280 bytes of logits
+        torch.zeros(100) + 1  # twice 400 bytes, gone at once
+        view = kept[2:]
+    assert view.untyped_storage().nbytes() == 280
+    assert found == {"logits": 280, "activations": 800}
+    assert footprint.now["activations"] == 0
+
+
+def test_advice_until_it_fits(tiny, records, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments.plan, "total_memory", lambda device: 1)
+    said = in_process(*stage("sft", tiny("llama"), records, tmp_path / "out", "--plan")).ok().stdout
+    assert "does not fit" in said and "still does not fit" in said
+    assert "--per_device_train_batch_size 1 --activation_checkpointing --load_in_4bit half the length limits" in said
+
+
+def test_advice_stops_where_it_fits():
+    peaks = iter((50, 30))
+    phases = lambda load: SimpleNamespace(phases={"train": SimpleNamespace(total=lambda: next(peaks))})  # noqa: E731
+    lines = arguments.plan.advice(Load(4), "micro_batch_size", phases, 10, 40, lora=True)
+    assert len(lines) == 4 and lines[2].startswith("  --micro_batch_size 1 --activation_checkpointing:")
+
+
+# --- the real model
+
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+SHORT_RUN = ("--max_steps", "2", "--do_eval", "False", "--eval_on_start", "False")
+
+
+def launch(name: str, output: Path, *flags) -> str:
+    """The script with the flags and the settings of its run script; returns what it prints."""
+    script = (ROOT / f"scripts/run_{name}.sh").read_text().split('"${LAUNCH[@]}"')[1].split('"$@"')[0]
+    data = {"sft": "finetune", "rm": "reward", "rl": "prompts"}[name]
+    values = {"MODEL": MODEL, "OUTPUT": output, "REWARD_MODEL": output.parent / "rm"}
+    values |= {"TRAIN": f"data/{data}/train", "VALIDATION": f"data/{data}/validation"}
+    words = shlex.split(script.replace("\\\n", " "))
+    words = [re.sub(r"\$(\w+)", lambda found: str(values[found[1]]), word) for word in words]
+    command = shlex.join([sys.executable, *words, *SHORT_RUN, *flags])
+    ended = subprocess.run(
+        ["bash", "-c", f"source scripts/env.sh; {command}"], cwd=ROOT, env=os.environ, capture_output=True
+    )
+    assert ended.returncode == 0, ended.stderr.decode()[-3000:]
+    return ended.stdout.decode()
+
+
+@pytest.mark.slow
+def test_the_peak_of_the_real_model_is_within_a_fifth_of_the_plan(tmp_path):
+    figures = {}
+    for name in ("sft", "rm", "rl"):  # the reward adapter of rm serves rl
+        said = launch(name, tmp_path / name, "--plan")
+        launch(name, tmp_path / name)
+        planned = float(re.search(r"peak ([\d.]+) GiB", said)[1])
+        figures[name] = planned, results(tmp_path / name)["peak_rss_gib"]
+    print(figures)
+    assert all(0.8 <= planned / measured <= 1.2 for planned, measured in figures.values()), figures
