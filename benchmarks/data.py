@@ -9,14 +9,13 @@ done; then SFT on data/finetune in three ways, alternating. Prints markdown.
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from measure import ROOT, machine, measure
+from measure import ROOT, as_run_scripts, machine, measure
 
 WAYS = {
     "padded": ["--train_sampling_strategy", "random"],
@@ -96,7 +95,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print(machine(), end="\n\n")
-        environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+        environment = as_run_scripts() | {"HF_DATASETS_CACHE": str(folder / "cache")}
         for wanted, table in ((args.rows, rows_table), (args.steps, training_table)):
             if wanted:
                 print(table(args, folder, environment), end="\n\n", flush=True)

@@ -7,11 +7,30 @@ import subprocess
 import tempfile
 import threading
 import time
+import venv
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).parent.parent
+FACTORY_PACKAGES = ["torch==2.13.0", "llamafactory==0.9.5"]
+
+
+def as_run_scripts() -> dict[str, str]:
+    """The environment in which scripts/env.sh starts a stage: memory and threads as our users have them."""
+    command = ["bash", "-c", "source scripts/env.sh; env -0"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return dict(line.split("=", 1) for line in printed.split("\0") if line)
+
+
+def environment_of(name: str, packages: list[str]) -> Path:
+    """The bin folder of an environment of its own in benchmarks/, made when missing."""
+    home = ROOT / "benchmarks" / name
+    if not (home / "made").exists():
+        venv.create(home, with_pip=True, clear=True)
+        subprocess.run([home / "bin/python", "-m", "pip", "install", "--quiet", *packages], check=True)
+        (home / "made").touch()
+    return home / "bin"
 
 
 def measure(command: list, environment: dict) -> tuple[float, float, str]:

@@ -16,13 +16,11 @@ import os
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
-from measure import ROOT, machine, measure
+from measure import FACTORY_PACKAGES, environment_of, machine, measure
 
 PEFT = """
 import sys, torch
@@ -32,7 +30,6 @@ base, adapter, output = sys.argv[1:]
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
 model.merge_and_unload().save_pretrained(output, max_shard_size="1GB")
 """
-FACTORY_PACKAGES = ["torch==2.13.0", "llamafactory==0.9.5"]
 
 
 def arguments() -> argparse.Namespace:
@@ -90,13 +87,10 @@ def build(args, folder: Path) -> None:
 
 def factory_command(folder: Path, output: Path) -> list:
     """LLaMA-Factory's export, in its own environment, made when missing."""
-    home = ROOT / "benchmarks" / ".llamafactory"
-    if not (home / "bin" / "llamafactory-cli").exists():
-        venv.create(home, with_pip=True)
-        subprocess.run([home / "bin/python", "-m", "pip", "install", "--quiet", *FACTORY_PACKAGES], check=True)
     settings = {"model_name_or_path": folder / "base", "adapter_name_or_path": folder / "adapter", "template": "empty"}
     settings |= {"export_dir": output, "export_size": 1, "export_device": "cpu"}
-    return [home / "bin/llamafactory-cli", "export", *(f"{key}={value}" for key, value in settings.items())]
+    factory = environment_of(".llamafactory", FACTORY_PACKAGES) / "llamafactory-cli"
+    return [factory, "export", *(f"{key}={value}" for key, value in settings.items())]
 
 
 def command(contestant: str, folder: Path, output: Path) -> list:

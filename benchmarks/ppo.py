@@ -17,12 +17,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
-from measure import ROOT, machine, measure
+from measure import ROOT, as_run_scripts, environment_of, machine, measure
 
-KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # what scripts/env.sh sets
 TRL_PACKAGES = ["torch==2.13.0", "trl==1.12.0", "transformers==5.23.0", "peft==0.21.2", "accelerate", "datasets"]
 
 
@@ -38,16 +36,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each contestant")
     parser.add_argument("--contestants", default="ours bf16,ours fp32,TRL 1.12 fp32,TRL 1.12 fp32 kept memory")
     return parser.parse_args()
-
-
-def trl_python() -> str:
-    """Python of the environment with TRL 1.12, made when missing."""
-    folder = ROOT / "benchmarks" / ".trl112"
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *TRL_PACKAGES], check=True)
-    return str(python)
 
 
 def write_prompts(args, folder: Path) -> list[list[int]]:
@@ -94,14 +82,15 @@ def run(contestant: str, args, folder: Path, prompts: Path, reward_model: str, n
     output.mkdir()
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     if contestant.startswith("ours"):
-        environment |= KEPT_MEMORY
+        environment = as_run_scripts()
         seconds, memory, _ = measure(our_command(args, contestant.split()[-1], folder, output), environment)
         training = our_training(output)
     else:
         settings = vars(args) | {"reward_model": reward_model, "prompts": str(prompts), "output": str(output)}
         (output / "settings.json").write_text(json.dumps(settings))
-        environment |= KEPT_MEMORY if "kept memory" in contestant else {}
-        command = [trl_python(), ROOT / "benchmarks" / "ppo_trl.py", output / "settings.json"]
+        environment |= as_run_scripts() if "kept memory" in contestant else {}
+        python = environment_of(".trl112", TRL_PACKAGES) / "python"
+        command = [python, ROOT / "benchmarks" / "ppo_trl.py", output / "settings.json"]
         seconds, memory, _ = measure(command, environment)
         training = json.loads((output / "training.json").read_text())
     rollouts = training["rollouts"]
@@ -130,7 +119,7 @@ def table(results: dict[str, list[dict]]) -> str:
 
 def main():
     args = arguments()
-    trl_python()
+    environment_of(".trl112", TRL_PACKAGES)
     results = {contestant: [] for contestant in args.contestants.split(",")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

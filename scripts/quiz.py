@@ -4,7 +4,7 @@
 
 Reads a folder of {"question", "options", "answer": index} records and the models; prints one JSON object
 {model: {"accuracy", "questions", "language": {"en": accuracy, ...}}}. Of the options the one with the highest
-log-probability a UTF-8 byte counts as the model's, as in lm-evaluation-harness's acc_norm.
+log-probability a UTF-8 byte counts as the model's, as in lm-evaluation-harness's acc_bytes.
 """
 
 import json

@@ -11,5 +11,5 @@ if [ -z "$PYTHON" ]; then
 fi
 bin=$(dirname "$PYTHON")
 "$bin/ruff" check .
-"$bin/shellcheck" scripts/*.sh .ci/run
+"$bin/shellcheck" scripts/*.sh benchmarks/*.sh .ci/run
 "$PYTHON" -m pytest "$@"

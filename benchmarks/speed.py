@@ -1,0 +1,198 @@
+"""PT, SFT and RM here, in TRL and in LLaMA-Factory: same model, records, LoRA, batch and machine, in turn.
+
+    python benchmarks/speed.py --model models/SmolLM2-135M-Instruct
+    python benchmarks/speed.py --model models/SmolLM2-135M-Instruct --stages sft --contestants "ours,TRL"
+
+Every contestant passes once over the same records in a process of its own, with its own defaults but for the LoRA
+(rank 8 on all linear layers, dropout 0.05), 512 tokens and batches of 4 (RM: 4 pairs). Tokens are those of the records
+in the model's chat template, padding not counted, so that a second means the same for all. Prints markdown: medians of
+tokens a second of training, of the seconds before and after it (imports, loading, tokenizing, saving), and the highest
+peak memory; and how many tokens a second the machine's matrix products would allow. LLaMA-Factory gets an environment
+of its own.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measure import FACTORY_PACKAGES, ROOT, as_run_scripts, environment_of, machine, measure
+
+SCRIPTS = {"pt": "pretraining.py", "sft": "supervised_finetuning.py", "rm": "reward_modeling.py"}
+OURS = {
+    "ours": [],
+    "ours fp32": ["--precision", "fp32"],
+    "ours packed": ["--packing", "--packing_length", "1024", "--per_device_train_batch_size", "2"],
+}
+CONTESTANTS = {
+    "pt": ["ours", "ours fp32", "LLaMA-Factory"],
+    "sft": ["ours", "ours packed", "ours fp32", "TRL", "TRL fp32", "LLaMA-Factory"],
+    "rm": ["ours", "ours fp32", "TRL", "TRL fp32", "LLaMA-Factory"],
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a causal language model with a chat template")
+    parser.add_argument("--stages", default="pt,sft,rm")
+    parser.add_argument("--contestants", help="comma list; default: all that know the stage")
+    parser.add_argument("--records", type=int, default=64, help="conversations, pairs; documents: half as many")
+    parser.add_argument("--repeats", type=int, default=3)
+    return parser.parse_args()
+
+
+def read(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "data" / name).read_text("utf-8").splitlines()]
+
+
+def records(stage: str, count: int) -> list[dict]:
+    """Records in the common forms: {"text"}, {"instruction", "output"}, {"instruction", "chosen", "rejected"}."""
+    if stage == "pt":
+        return read("pretrain/train/en.jsonl")[: count // 2]
+    if stage == "sft":
+        rows = [row for row in read("finetune/train/en_instructions.jsonl") if not row["input"]]
+        return [{"instruction": row["instruction"], "output": row["output"]} for row in rows[:count]]
+    rows = [row for row in read("reward/train/en.jsonl") if not row["history"] and not row["system"]]
+    names = {"question": "instruction", "response_chosen": "chosen", "response_rejected": "rejected"}
+    return [{new: row[old] for old, new in names.items()} for row in rows[:count]]
+
+
+def in_form_of(contestant: str, row: dict) -> dict:
+    """A record as that project reads it."""
+    question = row.get("instruction")
+    prompt = [{"role": "user", "content": question}]
+
+    def answer(key):
+        return [{"role": "assistant", "content": row[key]}]
+
+    if contestant.startswith("TRL") and "output" in row:
+        return {"prompt": prompt, "completion": answer("output")}
+    if contestant.startswith("TRL"):
+        return {"prompt": prompt, "chosen": answer("chosen"), "rejected": answer("rejected")}
+    if contestant.startswith("ours") and "chosen" in row:
+        return {"question": question, "response_chosen": row["chosen"], "response_rejected": row["rejected"]}
+    return row
+
+
+def count_tokens(model: str, rows: list[dict]) -> int:
+    """Tokens of the records, an end-of-text behind each document; conversations in the model's chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if "text" in rows[0]:
+        return sum(len(tokenizer(row["text"])["input_ids"]) + 1 for row in rows)
+    keys = [key for key in ("output", "chosen", "rejected") if key in rows[0]]
+    pairs = [(row["instruction"], row[key]) for row in rows for key in keys]
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    return sum(len(tokenizer.apply_chat_template(turn)["input_ids"]) for turn in turns)
+
+
+def our_command(stage: str, contestant: str, args, data: Path, output: Path) -> list:
+    command = [sys.executable, SCRIPTS[stage], "--model_name_or_path", args.model, "--train_file_dir", data]
+    command += ["--output_dir", output, "--do_eval", False, "--num_train_epochs", 1]
+    command += ["--per_device_train_batch_size", 4, "--lora_rank", 8, "--lora_dropout", 0.05, "--report_to", "none"]
+    command += ["--block_size", 512] if stage == "pt" else ["--max_source_length", 256, "--max_target_length", 256]
+    return command + ["--validation_split_percentage", 1, "--save_strategy", "no", *OURS[contestant]]
+
+
+def trl_command(stage: str, contestant: str, args, data: Path, output: Path) -> list:
+    """The script itself: TRL's launcher leaves a CPU one thread."""
+    command = [sys.executable, "-m", f"trl.scripts.{'sft' if stage == 'sft' else 'reward'}", "--use_peft"]
+    command += ["--model_name_or_path", args.model, "--dataset_name", data, "--output_dir", output]
+    command += ["--lora_r", 8, "--lora_alpha", 16, "--lora_dropout", 0.05, "--lora_target_modules", "all-linear"]
+    command += ["--max_length", 512, "--per_device_train_batch_size", 4, "--num_train_epochs", 1]
+    command += ["--save_strategy", "no", "--report_to", "none"]
+    return command + (["--bf16", "False"] if "fp32" in contestant else [])
+
+
+def factory_command(stage: str, args, data: Path, output: Path) -> list:
+    columns = {"pt": {"prompt": "text"}, "sft": {"prompt": "instruction", "response": "output"}}
+    pairs = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    known = {"file_name": "rows.jsonl", "ranking": stage == "rm", "columns": columns.get(stage, pairs)}
+    (data / "dataset_info.json").write_text(json.dumps({"rows": known}))
+    settings = {"stage": stage, "do_train": True, "model_name_or_path": args.model, "dataset": "rows"}
+    settings |= {"dataset_dir": data, "output_dir": output, "template": "chatml", "finetuning_type": "lora"}
+    settings |= {"lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.05, "lora_target": "all", "cutoff_len": 512}
+    settings |= {"per_device_train_batch_size": 4, "num_train_epochs": 1, "save_strategy": "no", "report_to": "none"}
+    factory = environment_of(".llamafactory", FACTORY_PACKAGES) / "llamafactory-cli"
+    return [factory, "train", *(f"{key}={value}" for key, value in settings.items())]
+
+
+def run(stage: str, contestant: str, args, rows: list[dict], folder: Path) -> tuple[float, float, float]:
+    """Seconds of training, of all the rest, and peak GiB."""
+    data, output = folder / "data", folder / "output"
+    data.mkdir(parents=True)
+    text = "".join(json.dumps(in_form_of(contestant, row), ensure_ascii=False) + "\n" for row in rows)
+    (data / "rows.jsonl").write_text(text, "utf-8")
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_CACHE": str(folder / "cache")}
+    if contestant.startswith("ours"):
+        environment |= as_run_scripts()
+        command = our_command(stage, contestant, args, data, output)
+    elif contestant.startswith("TRL"):
+        command = trl_command(stage, contestant, args, data, output)
+    else:
+        command = factory_command(stage, args, data, output)
+    whole, memory, printed = measure(command, environment)
+    return training_seconds(output, printed), whole, memory
+
+
+def training_seconds(output: Path, printed: str) -> float:
+    """transformers.Trainer's train_runtime, from the file of results or the last line that tells it."""
+    found = output / "train_results.json"
+    if found.exists():
+        return json.loads(found.read_text())["train_runtime"]
+    return float(printed.rpartition("train_runtime': ")[2].strip("'").partition("'")[0].partition(",")[0])
+
+
+def limits(model: str) -> str:
+    """Tokens a second if all of it were matrix products: a weight is used once forward and once, frozen, backward."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        weights = sum(
+            w.numel() for w in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).parameters()
+        )
+    lines = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+        seconds = []
+        for _ in range(10):
+            started = time.perf_counter()
+            a @ b
+            seconds.append(time.perf_counter() - started)
+        speed = 2 * 2048**3 / statistics.median(seconds)
+        lines.append(f"{speed / 1e9:.0f} GFLOP/s in {dtype}, so at most {speed / (4 * weights):.0f} tokens/s")
+    return "; ".join(lines)
+
+
+def main():
+    args = arguments()
+    print(f"{machine()}; {limits(args.model)}\n")
+    for stage in args.stages.split(","):
+        rows = records(stage, args.records)
+        tokens = count_tokens(args.model, rows)
+        names = [name for name in CONTESTANTS[stage] if not args.contestants or name in args.contestants.split(",")]
+        found = {name: [] for name in names}
+        for number in range(args.repeats):
+            for name in names:
+                with tempfile.TemporaryDirectory() as folder:
+                    found[name].append(run(stage, name, args, rows, Path(folder)))
+                print(f"{stage}, {number}, {name}: {found[name][-1]}", file=sys.stderr, flush=True)
+        print(f"{stage}: {len(rows)} records, {tokens} tokens\n")
+        print("| | tokens/s, median (lowest-highest) | the rest, s | GiB at the peak |\n|---|---|---|---|")
+        for name, runs in found.items():
+            speeds = [tokens / seconds for seconds, _, _ in runs]
+            rest = statistics.median(whole - seconds for seconds, whole, _ in runs)
+            most = max(memory for _, _, memory in runs)
+            cell = f"{statistics.median(speeds):.0f} ({min(speeds):.0f}-{max(speeds):.0f})"
+            print(f"| {name} | {cell} | {rest:.0f} | {most:.1f} |")
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
