@@ -15,8 +15,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import ROOT, machine
-
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[\u3002\uff01\uff1f]")
 
 
@@ -28,6 +26,8 @@ def one_sentence(completions: list[list[dict]], **columns) -> list[float]:
 
 
 def main():
+    from measure import ROOT, machine  # not where the stage loads the function above: its path has no benchmarks/
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the SFT model")
     parser.add_argument("--rollouts", type=int, default=16)
