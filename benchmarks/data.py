@@ -1,7 +1,7 @@
 """What the data costs: reading and tokenizing a million conversations, and padded, grouped and packed training.
 
     python benchmarks/data.py --model models/SmolLM2-135M-Instruct   # 100,000 and 1,000,000 rows, the latter 1 GB
-    python benchmarks/data.py --model models/SmolLM2-135M-Instruct --rows --steps 8  # training only
+    python benchmarks/data.py --model models/SmolLM2-135M-Instruct --rows --samples 64  # training only
 
 Each measurement is a process of its own: a cold start that reads, checks and tokenizes, and a warm one that finds it
 done; then SFT on data/finetune in three ways, alternating. Prints markdown.
@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal language model")
     parser.add_argument("--rows", type=int, nargs="*", default=[100_000, 1_000_000], help="conversations to generate")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each training; 0: skip that part")
+    parser.add_argument("--samples", type=int, default=96, help="conversations of each training; 0: skip that part")
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
 
@@ -69,18 +69,30 @@ def rows_table(args, folder: Path, environment: dict) -> str:
     return "\n".join(lines)
 
 
+def count_tokens(args, data: Path) -> int:
+    """Tokens that a pass over the conversations trains on or reads, without padding."""
+    sys.path.insert(0, str(ROOT))
+    from arguments import DataArguments, ModelArguments
+    from supervised_finetuning import build_dataset
+
+    folders = {"train_file_dir": str(data / "train"), "validation_file_dir": str(data / "validation")}
+    data_args = DataArguments(max_train_samples=args.samples, **folders)
+    rows, _ = data_args.load_conversations()
+    tokenizer = ModelArguments(model_name_or_path=args.model).load_tokenizer()
+    return sum(build_dataset(rows, tokenizer, data_args)["length"])
+
+
 def training_table(args, folder: Path, environment: dict) -> str:
     data = ROOT / "data/finetune"
-    found = {way: [] for way in WAYS}
+    tokens, found = count_tokens(args, data), {way: [] for way in WAYS}
     for number in range(args.repeats):
         for way, flags in WAYS.items():
             output = folder / f"{way}-{number}".replace(" ", "-")
-            common = ["--max_steps", args.steps, "--per_device_train_batch_size", 8, "--include_num_input_tokens_seen"]
-            command = sft(args, data / "train", data / "validation", output, *common, "non_padding", *flags)
+            common = ["--max_train_samples", args.samples, "--num_train_epochs", 1, "--per_device_train_batch_size", 8]
+            command = sft(args, data / "train", data / "validation", output, *common, *flags)
             _, memory, _ = measure(command, environment)
-            results = json.loads((output / "train_results.json").read_text())
-            state = json.loads((output / "trainer_state.json").read_text())
-            found[way].append((state["num_input_tokens_seen"] / results["train_runtime"], memory))
+            seconds = json.loads((output / "train_results.json").read_text())["train_runtime"]
+            found[way].append((tokens / seconds, memory))
             print(f"{way}: {found[way][-1]}", file=sys.stderr, flush=True)
     lines = ["| rows | tokens/s without padding, median (all) | GiB at the peak |", "|---|---|---|"]
     for way, runs in found.items():
@@ -96,7 +108,7 @@ def main():
         folder = Path(name)
         print(machine(), end="\n\n")
         environment = as_run_scripts() | {"HF_DATASETS_CACHE": str(folder / "cache")}
-        for wanted, table in ((args.rows, rows_table), (args.steps, training_table)):
+        for wanted, table in ((args.rows, rows_table), (args.samples, training_table)):
             if wanted:
                 print(table(args, folder, environment), end="\n\n", flush=True)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # No network, and one thread: models this small only get slower with more. Set before anything imports torch.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -22,6 +23,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 SCRIPTS = {
     "pt": "pretraining.py",
@@ -164,6 +166,15 @@ def assert_curves(output: Path, *names: str) -> None:
 def no_tensorboard_folder_of_an_earlier_test(monkeypatch):
     """A stage's arguments name it in the environment, where a test that makes some leaves it."""
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+
+
+@pytest.fixture(scope="session")
+def default_model() -> str:
+    """The real model's folder, made as run_pipeline.sh makes it, by the first worker that asks."""
+    MODEL.parent.mkdir(exist_ok=True)
+    with FileLock(MODEL.parent / ".lock"):
+        subprocess.run([sys.executable, "scripts/get_default_model.py", str(MODEL)], cwd=ROOT, check=True)
+    return str(MODEL)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import in_process, merge
 from test_merge import save_adapter
-from test_pipeline import default_model  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -47,7 +46,7 @@ def llama_cpp() -> Path:
 
 
 @pytest.fixture(scope="module")
-def merged(llama_cpp, default_model, tmp_path_factory) -> Path:  # noqa: F811
+def merged(llama_cpp, default_model, tmp_path_factory) -> Path:
     """The default model with a random adapter merged into it, and model.gguf beside it."""
     folder = tmp_path_factory.mktemp("gguf")
     adapter = save_adapter(default_model, folder / "adapter", lora_alpha=1)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 from conftest import ROOT
-from test_pipeline import default_model  # noqa: F401 (a fixture)
 
 NOTEBOOK = ROOT / "docs" / "pipeline.ipynb"
 
@@ -22,7 +21,7 @@ def test_its_outputs_are_in_place():
 
 
 @pytest.mark.slow
-def test_it_runs(default_model, tmp_path, monkeypatch):  # noqa: F811
+def test_it_runs(default_model, tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("NOTEBOOK_OUTPUTS", str(tmp_path))
     monkeypatch.setenv("NOTEBOOK_STEPS", "1")

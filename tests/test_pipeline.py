@@ -18,7 +18,6 @@ from scripts.table import ROWS
 
 pytestmark = pytest.mark.slow
 
-MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 STAGES = ("pt", "sft", "rm", "rl")
 # Two steps, for the first is warm-up at rate 0; in RL, two rollouts of 32 short answers.
 FLAGS = shlex.split(
@@ -55,14 +54,6 @@ def pipeline(tmp_path_factory):
     """Its outputs folder and what it printed."""
     outputs = tmp_path_factory.mktemp("pipeline") / "outputs"
     return outputs, run_pipeline(outputs, *FLAGS)
-
-
-@pytest.fixture(scope="module")
-def default_model() -> str:
-    """Its folder, made as run_pipeline.sh makes it."""
-    MODEL.parent.mkdir(exist_ok=True)
-    subprocess.run([sys.executable, "scripts/get_default_model.py", str(MODEL)], cwd=ROOT, check=True)
-    return str(MODEL)
 
 
 def assert_table(printed: str, outputs) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ADAPTER, ROOT, SCRIPTS, in_process, results, stage
+from conftest import ADAPTER, MODEL, ROOT, SCRIPTS, in_process, results, stage
 from datasets import Dataset
 from transformers import default_data_collator
 
@@ -116,7 +116,6 @@ def test_advice_stops_where_it_fits():
 
 # --- the real model
 
-MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 SHORT_RUN = ("--max_steps", "2", "--do_eval", "False", "--eval_on_start", "False")
 
 
@@ -137,7 +136,7 @@ def launch(name: str, output: Path, *flags) -> str:
 
 
 @pytest.mark.slow
-def test_the_peak_of_the_real_model_is_within_a_fifth_of_the_plan(tmp_path):
+def test_the_peak_of_the_real_model_is_within_a_fifth_of_the_plan(default_model, tmp_path):
     figures = {}
     for name in ("sft", "rm", "rl"):  # the reward adapter of rm serves rl
         said = launch(name, tmp_path / name, "--plan")
