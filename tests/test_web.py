@@ -72,6 +72,9 @@ def test_web_without_gradio_says_what_to_install(models, monkeypatch):
 @pytest.fixture
 def page(models, tmp_path):
     """The address of a running page."""
+    pytest.importorskip("gradio"), pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("no Chromium here")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -93,11 +96,9 @@ def page(models, tmp_path):
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(page, models, tmp_path):
-    pytest.importorskip("gradio")
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("no Chromium here")
-    with playwright.sync_playwright() as started:
+    from playwright import sync_api
+
+    with sync_api.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         view, heard, asked = browser.new_page(), [], []
         view.on("console", lambda message: heard.append(message.text) if message.type == "error" else None)
