@@ -69,6 +69,20 @@ def watched(pid: int, together: list[int], ended: threading.Event) -> None:
             continue
 
 
+def llama_factory() -> Path:
+    """Its command line, in an environment of its own.
+
+    The wheels of torchvision and torchaudio want CUDA's libraries. It does without the one, and imports the other for
+    audio alone: an empty module takes its place.
+    """
+    python = environment_of(".llamafactory", FACTORY_PACKAGES) / "python"
+    empty = next((python.parent.parent / "lib").glob("python*/site-packages")) / "torchaudio.py"
+    if not empty.exists():
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"], check=True)
+        empty.touch()
+    return python.parent / "llamafactory-cli"
+
+
 def machine() -> str:
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     name, cores = cpu[1] if cpu else platform.machine(), len(os.sched_getaffinity(0))

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import FACTORY_PACKAGES, environment_of, machine, measure
+from measure import llama_factory, machine, measure
 
 PEFT = """
 import sys, torch
@@ -89,8 +89,7 @@ def factory_command(folder: Path, output: Path) -> list:
     """LLaMA-Factory's export, in its own environment, made when missing."""
     settings = {"model_name_or_path": folder / "base", "adapter_name_or_path": folder / "adapter", "template": "empty"}
     settings |= {"export_dir": output, "export_size": 1, "export_device": "cpu"}
-    factory = environment_of(".llamafactory", FACTORY_PACKAGES) / "llamafactory-cli"
-    return [factory, "export", *(f"{key}={value}" for key, value in settings.items())]
+    return [llama_factory(), "export", *(f"{key}={value}" for key, value in settings.items())]
 
 
 def command(contestant: str, folder: Path, output: Path) -> list:

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import FACTORY_PACKAGES, ROOT, as_run_scripts, environment_of, machine, measure
+from measure import ROOT, as_run_scripts, llama_factory, machine, measure
 
 SCRIPTS = {"pt": "pretraining.py", "sft": "supervised_finetuning.py", "rm": "reward_modeling.py"}
 OURS = {
@@ -104,8 +104,9 @@ def trl_command(stage: str, contestant: str, args, data: Path, output: Path) -> 
     command = [sys.executable, "-m", f"trl.scripts.{'sft' if stage == 'sft' else 'reward'}", "--use_peft"]
     command += ["--model_name_or_path", args.model, "--dataset_name", data, "--output_dir", output]
     command += ["--lora_r", 8, "--lora_alpha", 16, "--lora_dropout", 0.05, "--lora_target_modules", "all-linear"]
+    command += ["--lora_task_type", "CAUSAL_LM" if stage == "sft" else "SEQ_CLS"]
     command += ["--max_length", 512, "--per_device_train_batch_size", 4, "--num_train_epochs", 1]
-    command += ["--save_strategy", "no", "--report_to", "none"]
+    command += ["--save_strategy", "no", "--report_to", "none", "--use_cpu", "True"]
     return command + (["--bf16", "False"] if "fp32" in contestant else [])
 
 
@@ -118,8 +119,8 @@ def factory_command(stage: str, args, data: Path, output: Path) -> list:
     settings |= {"dataset_dir": data, "output_dir": output, "template": "chatml", "finetuning_type": "lora"}
     settings |= {"lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.05, "lora_target": "all", "cutoff_len": 512}
     settings |= {"per_device_train_batch_size": 4, "num_train_epochs": 1, "save_strategy": "no", "report_to": "none"}
-    factory = environment_of(".llamafactory", FACTORY_PACKAGES) / "llamafactory-cli"
-    return [factory, "train", *(f"{key}={value}" for key, value in settings.items())]
+    (data / "settings.yaml").write_text(json.dumps(settings, default=str))  # JSON is YAML
+    return [llama_factory(), "train", data / "settings.yaml"]
 
 
 def run(stage: str, contestant: str, args, rows: list[dict], folder: Path) -> tuple[float, float, float]:
