@@ -89,7 +89,8 @@ def factory_command(folder: Path, output: Path) -> list:
     """LLaMA-Factory's export, in its own environment, made when missing."""
     settings = {"model_name_or_path": folder / "base", "adapter_name_or_path": folder / "adapter", "template": "empty"}
     settings |= {"export_dir": output, "export_size": 1, "export_device": "cpu"}
-    return [llama_factory(), "export", *(f"{key}={value}" for key, value in settings.items())]
+    (folder / "export.yaml").write_text(json.dumps(settings, default=str))  # JSON is YAML
+    return [llama_factory(), "export", folder / "export.yaml"]
 
 
 def command(contestant: str, folder: Path, output: Path) -> list:
