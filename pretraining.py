@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, defau
 from arguments import (
     AdapterArguments,
     DataArguments,
+    LogLine,
     ModelArguments,
     RunArguments,
     SeededOrder,
@@ -112,7 +113,7 @@ def build_blocks(
     return data_args.cached(pack, {"documents": documents} | settings, documents._fingerprint, settings)
 
 
-class PretrainingTrainer(SeededOrder, TokenLoss, Trainer):
+class PretrainingTrainer(LogLine, SeededOrder, TokenLoss, Trainer):
     """transformers.Trainer with a loss that needs little memory, token-weighted held-out loss and perplexity."""
 
 

@@ -23,6 +23,7 @@ from trl import RewardConfig, RewardTrainer
 from arguments import (
     AdapterArguments,
     DataArguments,
+    LogLine,
     ModelArguments,
     RunArguments,
     SeededOrder,
@@ -94,7 +95,7 @@ def accuracies(margins: torch.Tensor, kinds: list[str]) -> dict[str, float]:
     return found
 
 
-class PairTrainer(SeededOrder, RewardTrainer):
+class PairTrainer(LogLine, SeededOrder, RewardTrainer):
     """trl.RewardTrainer with exact held-out figures, also by kind of rejected answer, and the length-only accuracy.
 
     The library's are means over batches of each batch's: pairs of a small last batch weigh more, and over several

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from loguru import logger
 from peft import set_peft_model_state_dict
@@ -46,6 +46,7 @@ from arguments import (
     AdapterArguments,
     DataArguments,
     GuardArguments,
+    LogLine,
     ModelArguments,
     RewardSourceArguments,
     RunArguments,
@@ -56,6 +57,7 @@ from arguments import (
 from arguments.plan import plan_ppo
 from arguments.reward_functions import function_scores, recorders
 from arguments.roles import at_columns, build_actor_critic, last_token
+from arguments.rollout_server import RolloutServer, sampler_difference
 from arguments.sampling import InverseTransformSampling, Tick, uniforms
 
 
@@ -122,6 +124,10 @@ class PPOArguments(RunArguments, TrainingArguments):
     )
     min_target_length: int = field(default=1, metadata={"help": "Tokens an answer has at least, before its end."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the log-probabilities."})
+    vllm_server: str | None = field(
+        default=None,
+        metadata={"help": "Address of a vLLM server of the base, which then samples. Needs LoRA; see docs/rl.md."},
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     gae_lambda: float = field(default=0.95, metadata={"help": "Bias against variance in the advantages."})
     clip_range: float = field(default=0.2, metadata={"help": "Policy ratio clip."})
@@ -159,6 +165,11 @@ class PPOArguments(RunArguments, TrainingArguments):
         for flag in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected a number from 0 to 1")
+
+    def finish(self, trainer) -> None:
+        super().finish(trainer)
+        if trainer.server:
+            trainer.server.close()
 
     def whole_rollouts(self, every: float) -> float:
         """Rollouts, rounded up: below 1 a share of all of them, as transformers means it."""
@@ -289,7 +300,7 @@ def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.T
 # --- the trainer
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(LogLine, Trainer):
     """transformers.Trainer whose training step takes mini-batches from a rollout that it samples itself.
 
     An answer is a dict: prompt and ids (tokens), text, finished, score, and one number a token in the tensors logp,
@@ -297,8 +308,9 @@ class PPOTrainer(Trainer):
     rollouts, so a resumed run samples and learns as the uninterrupted one does.
     """
 
-    def __init__(self, *args, data_args, reward_args, guard_args, reward_model=None, **kwargs):
+    def __init__(self, *args, data_args, reward_args, guard_args, reward_model=None, server=None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.server: RolloutServer | None = server
         if self.args.do_eval and len(self.eval_dataset) < self.args.world_size:
             raise UserError(
                 f"{len(self.eval_dataset)} held-out prompts for {self.args.world_size} processes: add some"
@@ -354,6 +366,18 @@ class PPOTrainer(Trainer):
             bar.close()
             model.generation_config = kept
         return [answers[i] for i in range(len(prompts))]
+
+    def generate_on_server(self, role: str, prompts: list[list[int]], seeds: list[str]) -> list[dict]:
+        """What `generate` does, by the server: {"ids", "sampler_logp"} per prompt."""
+        name = self.server.base
+        if role == "policy":
+            with self.accelerator.main_process_first():
+                if self.is_world_process_zero():
+                    self.server.load(self.model.policy)
+            (name,) = broadcast_object_list([self.server.policy])
+        limits = {"max_tokens": self.data_args.max_target_length, "min_tokens": self.args.min_target_length}
+        limits |= {"temperature": self.args.temperature, "stop_token_ids": sorted(self.eos_ids)}
+        return self.server.sample(name, prompts, [random.Random(seed).getrandbits(31) for seed in seeds], **limits)
 
     def bar(self, what: str, total: int) -> tqdm:
         """Progress and time left of what the trainer's own bar does not count; gone when it is done."""
@@ -431,12 +455,15 @@ class PPOTrainer(Trainer):
     def sample(self, role: str, rows: list[dict], seeds: list[str]) -> list[dict]:
         """This rank's answers to its `rows`, as far as sampling knows them: prompt, ids, text, finished."""
         self.model.eval()
-        generated = self.generate(role, [row["input_ids"] for row in rows], seeds)
-        texts = self.processing_class.batch_decode(generated, skip_special_tokens=True)
-        return [
-            {"number": i, "prompt": row["input_ids"], "ids": ids, "text": text, "finished": ids[-1] in self.eos_ids}
-            for i, (row, ids, text) in enumerate(zip(rows, generated, texts, strict=True))
-        ]
+        prompts = [row["input_ids"] for row in rows]
+        if self.server:
+            found = self.generate_on_server(role, prompts, seeds)
+        else:
+            found = [{"ids": ids} for ids in self.generate(role, prompts, seeds)]
+        for i, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
+            answer |= {"number": i, "prompt": prompt, "finished": answer["ids"][-1] in self.eos_ids}
+            answer["text"] = self.processing_class.decode(answer["ids"], skip_special_tokens=True)
+        return found
 
     @torch.no_grad()
     def judge(self, answers: list[dict], rows: list[dict], critic: bool = False) -> list[dict]:
@@ -499,6 +526,8 @@ class PPOTrainer(Trainer):
             answer |= {"advantages": advantages[i, :n], "returns": returns[i, :n]}
         self.history.append(self.describe(self.rollout))
         seen = {"kl": self.mean_kl(self.rollout, args.kl_estimator), "kl_coef": self.kl_coef}
+        if self.server:
+            seen["sampler_difference"] = sampler_difference(self.rollout)
         seen["explained_variance"] = explained_variance(batch["values"], returns, mask).item()
         self.stats.append(self.take_told() | self.history[-1] | seen)
         if args.adap_kl_ctrl:
@@ -531,6 +560,7 @@ class PPOTrainer(Trainer):
     # update
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        self.count_tokens(0)  # what is sampled and what is learned from take times of their own
         args = self.args
         number, step = divmod(self.state.global_step, args.steps_per_rollout)
         if step == 0:
@@ -699,6 +729,8 @@ def main():
     set_seed(training_args.seed)
     if training_args.min_target_length > data_args.max_target_length:
         raise UserError(f"--min_target_length {training_args.min_target_length} is above --max_target_length")
+    if training_args.vllm_server and not adapter_args.use_peft:
+        raise UserError("--vllm_server takes the policy as an adapter: leave --use_peft False out")
     model_args.check(data_args.longest, trains_all=not adapter_args.use_peft)
 
     tokenizer = model_args.load_tokenizer()
@@ -711,6 +743,9 @@ def main():
         groups = model_args, adapter_args, training_args
         return plan_ppo(*groups, train_dataset, eval_dataset, data_args.max_target_length, reward_args)
 
+    server = (
+        RolloutServer(training_args.vllm_server, Path(training_args.output_dir)) if training_args.vllm_server else None
+    )
     model, reward_model = build_actor_critic(model_args, adapter_args, data_args, reward_args, training_args.critic)
     training_args.keep_casts(model)
 
@@ -725,6 +760,7 @@ def main():
         reward_args=reward_args,
         guard_args=guard_args,
         reward_model=reward_model,
+        server=server,
         callbacks=training_args.callbacks(),
     )
     if training_args.do_train:

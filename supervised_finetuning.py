@@ -22,6 +22,7 @@ from trl import pack_dataset
 from arguments import (
     AdapterArguments,
     DataArguments,
+    LogLine,
     ModelArguments,
     RunArguments,
     SeededOrder,
@@ -102,7 +103,7 @@ def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     return batch
 
 
-class FinetuningTrainer(SeededOrder, TokenLoss, Trainer):
+class FinetuningTrainer(LogLine, SeededOrder, TokenLoss, Trainer):
     """transformers.Trainer with logits of trained tokens alone; trl.SFTTrainer's on a CPU are of the prompt's too."""
 
 

@@ -10,11 +10,13 @@ from arguments.model import ModelArguments, keeps_apart
 from arguments.order import SeededOrder
 from arguments.reward import RewardModel, RewardSourceArguments
 from arguments.run import RunArguments
+from arguments.telemetry import LogLine
 
 __all__ = [
     "AdapterArguments",
     "DataArguments",
     "GuardArguments",
+    "LogLine",
     "ModelArguments",
     "RewardModel",
     "RewardSourceArguments",

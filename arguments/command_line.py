@@ -13,6 +13,7 @@ import huggingface_hub
 import jinja2
 from loguru import logger
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 # Flags of the 2023 scripts and what transformers 5 calls them. None: it does by default what the flag asked for.
@@ -60,8 +61,9 @@ def run_stage(main):
     logger.remove()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    main_process = os.environ.get("RANK", "0") == "0"
-    logger.add(sys.stderr, format="{time:HH:mm:ss} {level: <7} {message}", level="INFO" if main_process else "ERROR")
+    rank, several = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") != "1"
+    line = "{time:HH:mm:ss} {level: <7} " + (f"rank {rank}: " if several else "") + "{message}"
+    logger.add(beside_bars, format=line, level="INFO" if rank == "0" else "ERROR")
     if not sys.warnoptions:  # python -W default shows what libraries say about each other's calls
         warnings.simplefilter("ignore", FutureWarning)
     try:
@@ -76,6 +78,11 @@ def run_stage(main):
         behind_progress_bar = "\n" if said.code == Fault.code else ""
         print(f"{behind_progress_bar}error: {said}", file=sys.stderr)
         sys.exit(said.code)
+
+
+def beside_bars(line: str) -> None:
+    """Write a log line to stderr, where progress bars may stand."""
+    tqdm.write(line, file=sys.stderr, end="")
 
 
 def explained(error: Exception) -> UserError | None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from arguments.base import facts_of, other_base, record_base
 from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, warn_of_changes
 from arguments.command_line import UserError, without_secrets
 from arguments.stops import FiniteGradients, FiniteWeights, StopAtSignal
+from arguments.telemetry import peak_memory
 from arguments.whole import drop_cut, read_whole, write_whole
 
 POSITIVE = (
@@ -226,15 +226,12 @@ class RunArguments:
         write_whole(Path(self.output_dir) / "run.json", json.dumps(run, ensure_ascii=False, indent=1))
         if (Path(self.output_dir) / "adapter_config.json").exists():
             record_base(Path(self.output_dir), self.base_facts)
-        peak = {"peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}  # kiB on Linux
-        if torch.cuda.is_available():
-            peak["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         start = [row for row in trainer.state.log_history if row.get("step") == 0]
         first = next((row for row in start if any(key.startswith("eval_") for key in row)), {})
         before = {f"{key}_before": value for key, value in first.items() if key.startswith("eval_")}
         path = Path(self.output_dir) / "all_results.json"
         results = read_whole(path) or {}
-        write_whole(path, json.dumps(results | before | peak, indent=4, sort_keys=True))
+        write_whole(path, json.dumps(results | before | peak_memory(), indent=4, sort_keys=True))
         plot_curves(trainer.state.log_history, Path(self.output_dir))
 
 
@@ -245,7 +242,7 @@ def plot_curves(log_history: list[dict], folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timings = ("runtime", "per_second", "flos", "epoch", "step", "num_tokens")
+    timings = ("runtime", "per_second", "step_seconds", "_gib", "flos", "epoch", "step", "num_tokens")
     names = {key.removeprefix("eval_") for row in log_history for key in row}
     for name in sorted(
         n for n in names if not n.endswith(timings) and not n.startswith(("train_", "seconds_", "accuracy_"))

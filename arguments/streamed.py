@@ -242,8 +242,10 @@ class MergedWeights(Mapping):
             result = wrapper.get_base_layer()
         for layer in layers(wrapper):
             parameter = getattr(layer, "parameter_name", "weight")
-            expected[parameter] = by_formula(layer, getattr(result, parameter))
-            self.merge(layer, owner)
+            weight = getattr(result, parameter)
+            expected[parameter] = by_formula(layer, weight)
+            weight.data = weight.data.clone()  # peft merges in place, and what lies in the adapter is read again
+            layer.merge()
         tensors = {name: tensor.to(self.dtype, copy=True) for name, tensor in result.state_dict().items()}
         for parameter, tensor in expected.items():
             self.prove(f"{owner}.{parameter}", tensor, tensors[parameter])
@@ -251,12 +253,6 @@ class MergedWeights(Mapping):
             layer.merged_adapters.clear()
         wrapper._hf_hook.post_forward(wrapper, None)  # drops them
         return tensors
-
-    def merge(self, layer: LoraLayer, owner: str) -> None:
-        try:
-            layer.merge(safe_merge=True)  # into a copy: what it merges into may be read again
-        except ValueError as error:
-            raise Fault(f"{owner}: {error}; nothing was kept") from error
 
     def prove(self, name: str, expected: torch.Tensor, found: torch.Tensor) -> None:
         """Hold a merged matrix against what it should be, number by number; in place, `expected` is used up."""

@@ -1,14 +1,15 @@
-"""PT, SFT and RM here, in TRL and in LLaMA-Factory: same model, records, LoRA, batch and machine, in turn.
+"""PT, SFT and RM here, in TRL, LLaMA-Factory and MedicalGPT: same model, records, LoRA, batch and machine, in turn.
 
     python benchmarks/speed.py --model models/SmolLM2-135M-Instruct
     python benchmarks/speed.py --model models/SmolLM2-135M-Instruct --stages sft --contestants "ours,TRL"
+    python benchmarks/speed.py --model models/SmolLM2-135M-Instruct --medicalgpt ../MedicalGPT  # a checkout of it
 
 Every contestant passes once over the same records in a process of its own, with its own defaults but for the LoRA
 (rank 8 on all linear layers, dropout 0.05), 512 tokens and batches of 4 (RM: 4 pairs). Tokens are those of the records
 in the model's chat template, padding not counted, so that a second means the same for all. Prints markdown: medians of
 tokens a second of training, of the seconds before and after it (imports, loading, tokenizing, saving), and the highest
 peak memory; and how many tokens a second the machine's matrix products would allow. LLaMA-Factory gets an environment
-of its own.
+of its own; MedicalGPT's scripts run in ours, of which their requirements ask nothing else.
 """
 
 import argparse
@@ -29,9 +30,9 @@ OURS = {
     "ours packed": ["--packing", "--packing_length", "1024", "--per_device_train_batch_size", "2"],
 }
 CONTESTANTS = {
-    "pt": ["ours", "ours fp32", "LLaMA-Factory"],
-    "sft": ["ours", "ours packed", "ours fp32", "TRL", "TRL fp32", "LLaMA-Factory"],
-    "rm": ["ours", "ours fp32", "TRL", "TRL fp32", "LLaMA-Factory"],
+    "pt": ["ours", "ours fp32", "LLaMA-Factory", "MedicalGPT"],
+    "sft": ["ours", "ours packed", "ours fp32", "TRL", "TRL fp32", "LLaMA-Factory", "MedicalGPT"],
+    "rm": ["ours", "ours fp32", "TRL", "TRL fp32", "LLaMA-Factory", "MedicalGPT"],
 }
 
 
@@ -40,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of a causal language model with a chat template")
     parser.add_argument("--stages", default="pt,sft,rm")
     parser.add_argument("--contestants", help="comma list; default: all that know the stage")
+    parser.add_argument("--medicalgpt", type=Path, help="folder of a checkout; without it that one is left out")
     parser.add_argument("--records", type=int, default=64, help="conversations, pairs; documents: half as many")
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
@@ -73,6 +75,12 @@ def in_form_of(contestant: str, row: dict) -> dict:
         return {"prompt": prompt, "completion": answer("output")}
     if contestant.startswith("TRL"):
         return {"prompt": prompt, "chosen": answer("chosen"), "rejected": answer("rejected")}
+    if contestant == "MedicalGPT" and "output" in row:
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": row["output"]}]
+        return {"conversations": turns}
+    if contestant == "MedicalGPT" and "chosen" in row:
+        turns = [{"from": "human", "value": question}]
+        return {"conversations": turns, "chosen": row["chosen"], "rejected": row["rejected"]}
     if contestant.startswith("ours") and "chosen" in row:
         return {"question": question, "response_chosen": row["chosen"], "response_rejected": row["rejected"]}
     return row
@@ -110,6 +118,18 @@ def trl_command(stage: str, contestant: str, args, data: Path, output: Path) -> 
     return command + (["--bf16", "False"] if "fp32" in contestant else [])
 
 
+def medicalgpt_command(stage: str, args, data: Path, output: Path) -> list:
+    """Its defaults but for float32 in SFT, whose default is float16, which a CPU cannot train."""
+    command = [sys.executable, args.medicalgpt / "training" / SCRIPTS[stage], "--model_name_or_path", args.model]
+    command += ["--train_file_dir", data, "--output_dir", output, "--do_train", "--num_train_epochs", 1]
+    command += ["--validation_split_percentage", 0, "--per_device_train_batch_size", 4, "--target_modules", "all"]
+    command += ["--lora_rank", 8, "--lora_alpha", 16, "--lora_dropout", 0.05, "--torch_dtype", "float32"]
+    command += ["--save_strategy", "no", "--report_to", "none", "--preprocessing_num_workers", 1]
+    lengths = {"pt": ["--block_size", 512], "sft": ["--model_max_length", 512]}
+    pairs = ["--max_source_length", 256, "--max_target_length", 256, "--remove_unused_columns", False]
+    return command + lengths.get(stage, pairs)
+
+
 def factory_command(stage: str, args, data: Path, output: Path) -> list:
     columns = {"pt": {"prompt": "text"}, "sft": {"prompt": "instruction", "response": "output"}}
     pairs = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
@@ -135,6 +155,9 @@ def run(stage: str, contestant: str, args, rows: list[dict], folder: Path) -> tu
         command = our_command(stage, contestant, args, data, output)
     elif contestant.startswith("TRL"):
         command = trl_command(stage, contestant, args, data, output)
+    elif contestant == "MedicalGPT":
+        environment |= {"PYTHONPATH": str(args.medicalgpt)}
+        command = medicalgpt_command(stage, args, data, output)
     else:
         command = factory_command(stage, args, data, output)
     whole, memory, printed = measure(command, environment)
@@ -177,7 +200,8 @@ def main():
     for stage in args.stages.split(","):
         rows = records(stage, args.records)
         tokens = count_tokens(args.model, rows)
-        names = [name for name in CONTESTANTS[stage] if not args.contestants or name in args.contestants.split(",")]
+        names = args.contestants.split(",") if args.contestants else CONTESTANTS[stage]
+        names = [name for name in CONTESTANTS[stage] if name in names and (args.medicalgpt or name != "MedicalGPT")]
         found = {name: [] for name in names}
         for number in range(args.repeats):
             for name in names:

@@ -29,6 +29,7 @@ GROUPS |= {f"run_{name}.sh": GROUPS[script] for name, script in zip(("pt", "sft"
 # Of bash, torchrun, sbatch, python, pip and the benchmarks, and of other projects, where the text says so
 OTHERS = {"--nodes", "--kills", "--help", "--model", "--rows", "--samples", "--gpus", "--only_cpu", "--nproc_per_node"}
 OTHERS |= {"--model_args", "--tasks", "--include_path", "--device", "--batch_size", "--port"}  # of lm_eval
+OTHERS |= {"--enable", "--max", "--logprobs"}  # of vllm serve, up to their first hyphen
 PAGES = [ROOT / "README.md", ROOT / "README_ZH.md", ROOT / "data/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

@@ -1,0 +1,103 @@
+"""Sampling rollouts on a vLLM server, through its HTTP interface alone: nothing of vLLM is imported."""
+
+import shutil
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import requests
+import torch
+
+from arguments.command_line import Fault, UserError
+
+SECONDS = 3600  # a rollout may take long
+AT_ONCE = 256  # requests; the server makes batches of them
+LARGEST_DIFFERENCE = 0.3  # nats a token: 16 bits on both sides leave some 0.01, a 4-bit base here some 0.1
+
+
+class RolloutServer:
+    """A `vllm serve` of the policy's base, which reads the policy's adapter from a folder that both machines see.
+
+    It was started so that adapters may come and go, and with the log-probabilities of what it really sampled from:
+
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve outputs/sft-merged --enable-lora --max-lora-rank 8 \
+            --logprobs-mode processed_logprobs
+
+    An adapter is a hundredth of a model, so it needs no NCCL group and no merge, as sending all weights would.
+    Endpoints: https://docs.vllm.ai/en/latest/features/lora/ and, for /v1/completions with tokens in and out, the
+    client that trl 1.x has for the same server.
+
+    Args:
+        url: where it listens, e.g. http://localhost:8000.
+        folder: where the adapter lies while the server needs it.
+
+    Raises:
+        UserError: when nothing answers there.
+    """
+
+    def __init__(self, url: str, folder: Path):
+        self.url, self.folder = url.rstrip("/"), folder.resolve()
+        try:
+            self.base = self.ask("/v1/models")["data"][0]["id"]
+        except Fault as error:
+            raise UserError(f"--vllm_server {url}: {error}") from error
+        self.policy = self.base  # until an adapter is loaded
+
+    def ask(self, path: str, **payload) -> dict:
+        method = "POST" if payload else "GET"
+        try:
+            answer = requests.request(method, self.url + path, json=payload or None, timeout=SECONDS)
+        except requests.RequestException as error:
+            raise Fault(f"the vLLM server {self.url} does not answer ({type(error).__name__})") from error
+        if not answer.ok:
+            raise Fault(f"the vLLM server answers {answer.status_code} to {path}: {answer.text[:500]}")
+        return answer.json() if "json" in answer.headers.get("content-type", "") else {}
+
+    def load(self, model) -> None:
+        """Let the server sample with the adapter "default" of a PeftModel, and forget the one before."""
+        name = f"policy-{uuid.uuid4().hex}"  # one that no run has used: a server keeps what a killed one loaded
+        for stale in self.folder.glob("policy-*"):
+            shutil.rmtree(stale)
+        model.save_pretrained(self.folder / name, selected_adapters=["default"])
+        self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=str(self.folder / name))
+        if self.policy != self.base:
+            self.ask("/v1/unload_lora_adapter", lora_name=self.policy)
+        self.policy = name
+
+    def close(self) -> None:
+        """Leave neither an adapter on the server nor its files."""
+        if self.policy != self.base:
+            self.ask("/v1/unload_lora_adapter", lora_name=self.policy)
+            shutil.rmtree(self.folder / self.policy)
+            self.policy = self.base
+
+    def sample(self, model: str, prompts: list[list[int]], seeds: list[int], **limits) -> list[dict]:
+        """One answer per prompt: {"ids"} up to and with its end, {"sampler_logp"} [ids] as the server computed them.
+
+        Plain sampling, whatever the model's generation_config asks for.
+        """
+        plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": 0}
+
+        def answer(prompt: list[int], seed: int) -> dict:
+            asked = {"model": model, "prompt": prompt, "seed": seed, "return_token_ids": True}
+            (choice,) = self.ask("/v1/completions", **asked, **plain, **limits)["choices"]
+            return {"ids": choice["token_ids"], "sampler_logp": torch.tensor(choice["logprobs"]["token_logprobs"])}
+
+        with ThreadPoolExecutor(AT_ONCE) as executor:
+            return list(executor.map(answer, prompts, seeds))
+
+
+def sampler_difference(answers: list[dict]) -> float:
+    """Mean over the tokens of |log-probability here - log-probability on the server|, in nats.
+
+    Raises:
+        Fault: when it is no rounding: the server has another model, or another adapter.
+    """
+    pairs = [(answer["logp"], answer["sampler_logp"]) for answer in answers]
+    difference = torch.cat([(here - there).abs() for here, there in pairs]).mean().item()
+    if not difference <= LARGEST_DIFFERENCE:
+        raise Fault(
+            f"the vLLM server samples from another model: its log-probabilities are off by {difference:.2g} nats a "
+            "token. Start it on the base that the policy's adapter has, with --logprobs-mode processed_logprobs"
+        )
+    return difference

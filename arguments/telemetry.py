@@ -1,0 +1,72 @@
+"""What a run says while it goes: one line per logging step, with tokens a second, memory and time left."""
+
+import resource
+import time
+from datetime import timedelta
+
+import torch
+from loguru import logger
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+
+def peak_memory() -> dict[str, float]:
+    """GiB that this process has held at most: {"peak_rss_gib"}, and {"peak_gpu_gib"} where there is a GPU."""
+    peak = {"peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}  # kiB on Linux
+    if torch.cuda.is_available():
+        peak["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return peak
+
+
+class Bars(ProgressCallback):
+    """The library's progress bars, without the dicts that it prints between them."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
+
+
+class LogLine:
+    """Mixed into a Trainer: each log of a training step also has seconds a step, tokens a second (without padding, of
+    all ranks) and this rank's peak memory; and each log is one line of name=value."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(Bars)
+        self.remove_callback(PrinterCallback)
+        self._tokens, self._logged = 0, None  # since the last log: tokens; its time and step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        mask = inputs.get("attention_mask")
+        self.count_tokens(inputs["input_ids"].numel() if mask is None else mask.sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def count_tokens(self, tokens) -> None:
+        """Called when a step begins; the first call starts the clock."""
+        self._logged = self._logged or (time.perf_counter(), self.state.global_step)
+        self._tokens += tokens
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        if "loss" in logs and self._logged:
+            logs |= self.speed()
+        super().log(logs, *args, **kwargs)
+        logger.info(log_line(self.state.log_history[-1], self.state.max_steps))
+
+    def speed(self) -> dict[str, float]:
+        now, (then, step) = time.perf_counter(), self._logged
+        steps = max(1, self.state.global_step - step)
+        found = {"step_seconds": (now - then) / steps}
+        if self._tokens:
+            tokens = self.accelerator.reduce(torch.as_tensor(self._tokens, device=self.args.device))
+            found["tokens_per_second"] = tokens.item() / (now - then)
+        self._tokens, self._logged = 0, (now, self.state.global_step)
+        return found | peak_memory()
+
+
+def log_line(row: dict[str, float], last: int) -> str:
+    """`step 10/60 loss=2.846 ... left=0:01:40` of a row of the log history; numbers have four digits."""
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+    step = shown.pop("step")
+    if "step_seconds" in row:
+        shown["left"] = timedelta(seconds=round((last - step) * row["step_seconds"]))
+    return f"step {step}/{last} " + " ".join(f"{name}={value}" for name, value in shown.items())

@@ -1,0 +1,70 @@
+"""The hot loops against plain ones on the same model, in turn: ratios of one run, which no machine's speed moves."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList, set_seed
+
+from arguments.loss import TokenLoss
+from arguments.sampling import InverseTransformSampling, uniforms
+
+WORDS, ROWS, LENGTH = 49152, 4, 128
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """As many words as the default model has, which is what makes losses and sampling dear, in a smaller body."""
+    set_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, pad_token_id=0, **sizes)).eval()
+
+
+def ratio(first, second, times: int = 5) -> float:
+    """How long `first` takes beside `second`: the shortest of several turns each, the very first not counted."""
+    seconds = {first: [], second: []}
+    for _ in range(times + 1):
+        for function, found in seconds.items():
+            started = time.perf_counter()
+            function()
+            found.append(time.perf_counter() - started)
+    return min(seconds[first][1:]) / min(seconds[second][1:])
+
+
+def steps(model, trained: int):
+    """A training step with our loss, and one with the model's own, of which the last `trained` tokens count."""
+    trainer = TokenLoss()
+    trainer.accelerator = SimpleNamespace(num_processes=1, unwrap_model=lambda model: model)
+    ids = torch.randint(1, WORDS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    labels = ids.where(torch.arange(LENGTH) >= LENGTH - trained, -100)
+
+    def ours():
+        inputs = {"input_ids": ids, "labels": labels.clone()}
+        trainer.compute_loss(model, inputs, num_items_in_batch=ROWS * trained).backward()
+
+    return ours, lambda: model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("trained", "most"), [(LENGTH, 1.15), (LENGTH // 4, 0.6)])
+def test_a_step_is_no_slower_than_the_models_own(trained, most, model):
+    """Seen: 1.00 to 1.02 where all tokens are trained (PT), 0.42 where a quarter is (SFT)."""
+    assert ratio(*steps(model, trained)) < most
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_sampling_is_no_slower_than_the_librarys(model):
+    prompt = torch.randint(1, WORDS, (8, 16), generator=torch.Generator().manual_seed(0))
+    common = {"max_new_tokens": 16, "min_new_tokens": 16, "pad_token_id": 0}
+    numbers = uniforms([str(i) for i in range(8)], 16)
+
+    def ours():
+        processor = LogitsProcessorList([InverseTransformSampling(numbers, 16, 1.0)])
+        model.generate(prompt, generation_config=GenerationConfig(**common), logits_processor=processor)
+
+    def plain():
+        model.generate(prompt, generation_config=GenerationConfig(**common, do_sample=True, top_k=0))
+
+    assert ratio(ours, plain) < 1.1
