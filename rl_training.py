@@ -166,8 +166,8 @@ class PPOArguments(RunArguments, TrainingArguments):
             if not 0 <= getattr(self, flag) <= 1:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected a number from 0 to 1")
 
-    def finish(self, trainer) -> None:
-        super().finish(trainer)
+    def finish(self, trainer, data_args) -> None:
+        super().finish(trainer, data_args)
         if trainer.server:
             trainer.server.close()
 
@@ -772,7 +772,7 @@ def main():
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    training_args.finish(trainer)
+    training_args.finish(trainer, data_args)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def main():
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    training_args.finish(trainer)
+    training_args.finish(trainer, data_args)
 
 
 if __name__ == "__main__":

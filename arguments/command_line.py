@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import os
 import pickle
 import re
@@ -64,6 +65,7 @@ def run_stage(main):
     rank, several = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") != "1"
     line = "{time:HH:mm:ss} {level: <7} " + (f"rank {rank}: " if several else "") + "{message}"
     logger.add(beside_bars, format=line, level="INFO" if rank == "0" else "ERROR")
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # that it took the tokenizer's pad token
     if not sys.warnoptions:  # python -W default shows what libraries say about each other's calls
         warnings.simplefilter("ignore", FutureWarning)
     try:

@@ -29,6 +29,7 @@ from arguments.rows import (
     hub_rows,
     is_bad,
     rows_of,
+    token_lengths,
     tokenizer_key,
 )
 
@@ -91,6 +92,7 @@ class DataArguments:
                 "one (a downloaded data set is a folder like others, and folders may be joined by commas)"
             )
         self._bad_file = None  # where skipped records are listed
+        self.facts = {}  # what the training data looked like, for data.json
         counts = "max_train_samples", "max_eval_samples", "validation_split_count", "preprocessing_num_workers"
         for flag in ("max_source_length", "max_target_length", *counts):
             if (value := getattr(self, flag)) is not None and value < 1:
@@ -184,6 +186,8 @@ class DataArguments:
             encoded = encoded.select(np.flatnonzero(~is_bad(encoded)))
         encoded = encoded.remove_columns("bad")
         self._tell_of_cut_answers(encoded)
+        if "tokens" not in self.facts:  # the training rows come first
+            self.facts["tokens"] = token_lengths(encoded)
         return encoded
 
     def _mapped(self, rows: Dataset, function: Callable, keep: tuple[str, ...], key: str) -> Dataset:
@@ -229,6 +233,7 @@ class DataArguments:
             if PartialState().is_main_process:
                 self._bad_file.unlink(missing_ok=True)  # an earlier run's
         self._judge(bad_rows(rows) + (bad_rows(held_rows) if held_rows else []))
+        self.facts = {"read": len(rows), "bad": len(bad_rows(rows)), "duplicates": 0, "held_out_too": 0}
 
         train, keys = np.flatnonzero(~is_bad(rows)), column(rows, "key")
         held = np.flatnonzero(~is_bad(held_rows)) if held_rows else np.array([], dtype=int)
@@ -241,6 +246,7 @@ class DataArguments:
             if not len(found):
                 raise UserError(f"{self.train_file_dir or self.dataset_name}: no {which} records left")
         train, held = sample(repeated(train, weights), self.max_train_samples), sample(held, self.max_eval_samples)
+        self.facts |= {"training": len(train), "held_out": len(held)}
         logger.info(f"{len(train)} training and {len(held)} held-out records")
         columns = [*FORMS[form][0], "place"]
         return rows.select(train).select_columns(columns), held_rows.select(held).select_columns(columns)
@@ -260,10 +266,12 @@ class DataArguments:
         _, first = np.unique(keys[train], return_index=True)
         once = train[np.sort(first)]
         kept = once[~np.isin(keys[once], held_keys)]
-        if len(kept) < len(train):
+        twice, shared = len(train) - len(once), len(once) - len(kept)
+        self.facts |= {"duplicates": twice, "held_out_too": shared}
+        if twice or shared:
             logger.warning(
-                f"Left out of training: {len(train) - len(once)} duplicates and {len(once) - len(kept)} records that "
-                "are held out too (--keep_duplicates keeps them)"
+                f"Left out of training: {twice} duplicates and {shared} records that are held out too "
+                "(--keep_duplicates keeps them)"
             )
         return kept
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, Features, Value
 
@@ -123,3 +124,13 @@ def tokenizer_key(tokenizer) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return fingerprint([digest(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()])
+
+
+def token_lengths(rows: Dataset) -> dict:
+    """How many tokens the rows have: {"total", "median", "longest", "counts" [20], "edges" [21]} (a histogram)."""
+    names = [name for name in rows.column_names if name.endswith("_ids") and name != "position_ids"]
+    batches = rows.select_columns(names).with_format("arrow").iter(batch_size=10_000)
+    lengths = np.concatenate([pc.list_value_length(batch[name]).to_numpy() for batch in batches for name in names])
+    counts, edges = np.histogram(lengths, bins=20)
+    found = {"total": int(lengths.sum()), "median": int(np.median(lengths)), "longest": int(lengths.max())}
+    return found | {"counts": counts.tolist(), "edges": edges.tolist()}

@@ -11,11 +11,13 @@ import torch
 from loguru import logger
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import sort_checkpoints
 
 from arguments.base import facts_of, other_base, record_base
 from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, warn_of_changes
 from arguments.command_line import UserError, without_secrets
+from arguments.data import DataArguments
 from arguments.stops import FiniteGradients, FiniteWeights, StopAtSignal
 from arguments.telemetry import peak_memory
 from arguments.whole import drop_cut, read_whole, write_whole
@@ -76,7 +78,9 @@ class RunArguments:
             "Reads no weights."
         },
     )
-    report_to: None | str | list[str] = field(default="tensorboard", metadata={"help": "tensorboard, wandb, none ..."})
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "tensorboard, wandb, swanlab, trackio, none ..."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every that many optimizer steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; older ones are deleted."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
@@ -106,12 +110,23 @@ class RunArguments:
             self.use_cpu = True
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))
         super().__post_init__()
+        self._check_reporters()
         if self.n_gpu > 1:  # transformers would wrap the model in DataParallel: slow, and not what is tested
             logger.warning(
                 f"{self.n_gpu} GPUs and one process: the first works alone, unless --device_map spreads the model. "
                 f"scripts/run_*.sh start one process on each, as does torchrun --nproc_per_node {self.n_gpu}"
             )
             self._n_gpu = 1
+
+    def _check_reporters(self) -> None:
+        """Refuse what transformers would find missing when the model is loaded."""
+        for name in self.report_to:
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise UserError(
+                    f"--report_to {name} is unknown: expected {', '.join(INTEGRATION_TO_CALLBACK)} or none"
+                )
+            if name not in get_available_reporting_integrations():
+                raise UserError(f"--report_to {name} is not installed: pip install {name}, or --report_to tensorboard")
 
     def _choose_precision(self):
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
@@ -216,14 +231,15 @@ class RunArguments:
         drop_cut(Path(self.output_dir) / "all_results.json")  # transformers reads it to add to it
         return [StopAtSignal(self.steps_between_saves), FiniteGradients(), FiniteWeights(), CheckpointSeal()]
 
-    def finish(self, trainer) -> None:
-        """Add the evaluation before training and the peak memory to all_results.json; write state and curves."""
+    def finish(self, trainer, data_args: DataArguments) -> None:
+        """Add the evaluation before training and the peak memory to all_results.json; write data, state and curves."""
         if not trainer.is_world_process_zero():
             return
         trainer.save_state()
         run = {"script": Path(sys.argv[0]).name, "arguments": without_secrets(sys.argv[1:])}
         run["versions"] = {name: version(name) for name in PACKAGES}
         write_whole(Path(self.output_dir) / "run.json", json.dumps(run, ensure_ascii=False, indent=1))
+        write_whole(Path(self.output_dir) / "data.json", json.dumps(data_args.facts))
         if (Path(self.output_dir) / "adapter_config.json").exists():
             record_base(Path(self.output_dir), self.base_facts)
         start = [row for row in trainer.state.log_history if row.get("step") == 0]

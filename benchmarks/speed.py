@@ -9,7 +9,7 @@ Every contestant passes once over the same records in a process of its own, with
 in the model's chat template, padding not counted, so that a second means the same for all. Prints markdown: medians of
 tokens a second of training, of the seconds before and after it (imports, loading, tokenizing, saving), and the highest
 peak memory; and how many tokens a second the machine's matrix products would allow. LLaMA-Factory gets an environment
-of its own; MedicalGPT's scripts run in ours, of which their requirements ask nothing else.
+of its own, and so does MedicalGPT: with the packages of ours, which its requirements allow, and what it wants beside.
 """
 
 import argparse
@@ -21,9 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import ROOT, as_run_scripts, llama_factory, machine, measure
+from measure import ROOT, as_run_scripts, environment_of, llama_factory, machine, measure
 
 SCRIPTS = {"pt": "pretraining.py", "sft": "supervised_finetuning.py", "rm": "reward_modeling.py"}
+MEDICALGPT_PACKAGES = ["scikit-learn", "sentencepiece", "tqdm", "latex2sympy2_extended", "math-verify==0.5.2"]
 OURS = {
     "ours": [],
     "ours fp32": ["--precision", "fp32"],
@@ -32,7 +33,8 @@ OURS = {
 CONTESTANTS = {
     "pt": ["ours", "ours fp32", "LLaMA-Factory", "MedicalGPT"],
     "sft": ["ours", "ours packed", "ours fp32", "TRL", "TRL fp32", "LLaMA-Factory", "MedicalGPT"],
-    "rm": ["ours", "ours fp32", "TRL", "TRL fp32", "LLaMA-Factory", "MedicalGPT"],
+    # MedicalGPT's (2f1008c) hands load_in_4bit to a model class, which transformers 5.23 does not accept
+    "rm": ["ours", "ours fp32", "TRL", "TRL fp32", "LLaMA-Factory"],
 }
 
 
@@ -42,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stages", default="pt,sft,rm")
     parser.add_argument("--contestants", help="comma list; default: all that know the stage")
     parser.add_argument("--medicalgpt", type=Path, help="folder of a checkout; without it that one is left out")
-    parser.add_argument("--records", type=int, default=64, help="conversations, pairs; documents: half as many")
+    parser.add_argument("--records", type=int, default=64, help="conversations, pairs, documents")
     parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
 
@@ -54,7 +56,7 @@ def read(name: str) -> list[dict]:
 def records(stage: str, count: int) -> list[dict]:
     """Records in the common forms: {"text"}, {"instruction", "output"}, {"instruction", "chosen", "rejected"}."""
     if stage == "pt":
-        return read("pretrain/train/en.jsonl")[: count // 2]
+        return read("pretrain/train/en.jsonl")[:count]
     if stage == "sft":
         rows = [row for row in read("finetune/train/en_instructions.jsonl") if not row["input"]]
         return [{"instruction": row["instruction"], "output": row["output"]} for row in rows[:count]]
@@ -120,9 +122,13 @@ def trl_command(stage: str, contestant: str, args, data: Path, output: Path) -> 
 
 def medicalgpt_command(stage: str, args, data: Path, output: Path) -> list:
     """Its defaults but for float32 in SFT, whose default is float16, which a CPU cannot train."""
-    command = [sys.executable, args.medicalgpt / "training" / SCRIPTS[stage], "--model_name_or_path", args.model]
+    python = environment_of(".medicalgpt", ["-r", ROOT / "requirements.txt", *MEDICALGPT_PACKAGES]) / "python"
+    command = [python, args.medicalgpt.resolve() / "training" / SCRIPTS[stage], "--model_name_or_path", args.model]
     command += ["--train_file_dir", data, "--output_dir", output, "--do_train", "--num_train_epochs", 1]
-    command += ["--validation_split_percentage", 0, "--per_device_train_batch_size", 4, "--target_modules", "all"]
+    held_out = data.parent / "held-out"  # it wants some, and does not look at them
+    held_out.mkdir()
+    (held_out / "rows.jsonl").write_text((data / "rows.jsonl").read_text("utf-8").partition("\n")[0], "utf-8")
+    command += ["--validation_file_dir", held_out, "--per_device_train_batch_size", 4, "--target_modules", "all"]
     command += ["--lora_rank", 8, "--lora_alpha", 16, "--lora_dropout", 0.05, "--torch_dtype", "float32"]
     command += ["--save_strategy", "no", "--report_to", "none", "--preprocessing_num_workers", 1]
     lengths = {"pt": ["--block_size", 512], "sft": ["--model_max_length", 512]}
@@ -156,7 +162,7 @@ def run(stage: str, contestant: str, args, rows: list[dict], folder: Path) -> tu
     elif contestant.startswith("TRL"):
         command = trl_command(stage, contestant, args, data, output)
     elif contestant == "MedicalGPT":
-        environment |= {"PYTHONPATH": str(args.medicalgpt)}
+        environment |= {"PYTHONPATH": str(args.medicalgpt.resolve())}
         command = medicalgpt_command(stage, args, data, output)
     else:
         command = factory_command(stage, args, data, output)

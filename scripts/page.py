@@ -3,8 +3,8 @@
     python scripts/page.py outputs        # the pipeline
     python scripts/page.py outputs/rl     # one stage
 
-Reads what the stages left: all_results.json, trainer_state.json, run.json, margins.jsonl (RM), scores.jsonl and
-guards.jsonl (RL); of the pipeline also ledger.jsonl, quiz.json and answers.json.
+Reads what the stages left: all_results.json, trainer_state.json, data.json, run.json, margins.jsonl (RM), scores.jsonl
+and guards.jsonl (RL); of the pipeline also ledger.jsonl, quiz.json and answers.json.
 """
 
 import io
@@ -90,6 +90,16 @@ def histogram(title: str, groups: dict[str, list[float]]) -> str:
     return svg(title, draw)
 
 
+def lengths(tokens: dict) -> str:
+    """Histogram of the training rows by tokens, whose counts are known."""
+
+    def draw(axes):
+        axes.stairs(tokens["counts"], tokens["edges"], fill=True)
+        axes.set(xlabel="tokens", ylabel="rows")
+
+    return svg("lengths of the training rows", draw)
+
+
 def calibration(margins: list[float]) -> str:
     """Of pairs whose margin promises a probability, the share in which the chosen answer does win, by fifths."""
     sure = sorted((1 / (1 + math.exp(-abs(margin))), margin > 0) for margin in margins)
@@ -107,6 +117,8 @@ def calibration(margins: list[float]) -> str:
 def plots(name: str, folder: Path) -> list[str]:
     history = read_json(folder / "trainer_state.json", {"log_history": []})["log_history"]
     found = [curve(history, quantity) for quantity in CURVES[name]]
+    if tokens := read_json(folder / "data.json", {}).get("tokens"):
+        found.append(lengths(tokens))
     margins = read_lines(folder / "margins.jsonl")
     if margins:
         groups = {"before": margins[0]["margins"], "after": margins[-1]["margins"]}
@@ -136,6 +148,7 @@ def describe(name: str, folder: Path, known: list[dict]) -> dict:
         "state": "ended" if ended else "begun" if known or folder.exists() else "to come",
         "seconds": f"{seconds / 60:.1f} min" if seconds else "",
         "memory": f"{results['peak_rss_gib']} GiB" if "peak_rss_gib" in results else "",
+        "data": read_json(folder / "data.json", {}),
         "plots": plots(name, folder),
         "flags": " ".join(run["arguments"]),
         "inputs": last.get("inputs", {}),

@@ -141,6 +141,8 @@ EVERY_STAGE = [
     (("--do_train", "False", "--do_eval", "False"), "--do_eval"),
     (("--bad_records", "ignore"), "--bad_records"),
     (("--preview", -1), "--preview"),
+    (("--report_to", "paper"), "--report_to paper is unknown"),
+    (("--report_to", "comet_ml"), "--report_to comet_ml is not installed"),
     (("--validation_split_percentage", 150), "--validation_split_percentage"),
     (("--validation_split_count", 0), "--validation_split_count"),
     (("--resume_from_checkpoint", "{house}/missing"), "--resume_from_checkpoint"),

@@ -1,7 +1,13 @@
 """What makes training fast must not change what is learned: each fast path beside the plain one, on the real model."""
 
 import pytest
+import torch
 from conftest import ROOT, SCRIPTS, history, in_process, results
+from peft import TaskType
+from transformers import AutoModelForCausalLM
+
+from arguments import AdapterArguments
+from arguments.adapter import QuickDropout
 
 DATA = ROOT / "data"
 PLAIN = ("--precision", "fp32", "--train_sampling_strategy", "random")
@@ -53,3 +59,25 @@ def test_rows_grouped_by_length_teach_as_much(run):
     _, held_out = run("sft", "plain", *PLAIN)
     _, fast_held_out = run("sft", "grouped", *PLAIN, "--train_sampling_strategy", "group_by_length")
     assert fast_held_out == pytest.approx(held_out, abs=0.06)  # seen: 0.048, of rows that differ
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_and_scales_the_rest(dtype):
+    dropout, x = QuickDropout(0.05), torch.ones(500, 2001, dtype=dtype, requires_grad=True)
+    torch.manual_seed(0)
+    first = dropout(x)
+    first.float().sum().backward()
+    torch.manual_seed(0)
+    assert torch.equal(first, dropout(x)) and not torch.equal(first, dropout(x)), "torch's seed decides"
+    kept = torch.tensor(1 / 0.95, dtype=dtype)
+    assert set(first.unique().tolist()) == {0.0, kept.item()} and torch.equal(x.grad, first)
+    assert (first == 0).float().mean().item() == pytest.approx(0.05, abs=0.001)  # four deviations of a million draws
+    assert (first == 0).float().mean(0).std().item() == pytest.approx((0.05 * 0.95 / 500) ** 0.5, rel=0.1), "columns"
+    assert torch.equal(dropout.eval()(x), x) and torch.equal(QuickDropout(0.0)(x), x)
+
+
+def test_adapters_drop_that_way(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    model = AdapterArguments(lora_dropout=0.5).apply(model, TaskType.CAUSAL_LM).train()
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p == 0.5]
+    assert dropouts and {type(module) for module in dropouts} == {QuickDropout}

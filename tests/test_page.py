@@ -42,6 +42,7 @@ def test_the_pipeline_on_one_page(outputs):
     assert f">{results['eval_margin']:.3f}</td>" in page
     for title in ("calibration of the reward model", "margins of held-out pairs", "rewards of held-out prompts", "kl"):
         assert f">{title}</text>" in page, f"no plot {title}"
+    assert page.count("lengths of the training rows") == 2 and "8 training and 4 held-out records; of 8 read" in page
     assert "prefers-color-scheme" in page or "color-scheme: light dark" in page
 
 
