@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Every benchmark, one after another, each alone on the machine: bash benchmarks/run.sh > figures.md (about two hours)
-# Reads the models of run_pipeline.sh; makes environments for TRL 1.12 and LLaMA-Factory in benchmarks/.
+# Every benchmark, one after another, each alone on the machine: bash benchmarks/run.sh > figures.md (about three hours)
+# Reads the models of run_pipeline.sh; makes environments for TRL 1.12, LLaMA-Factory and, where MEDICALGPT names a
+# checkout of it, MedicalGPT in benchmarks/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,9 +10,10 @@ cd "$(dirname "$0")/.."
 : "${PYTHON:=.venv/bin/python}"
 
 run() { echo "## $*"; echo; "$PYTHON" "benchmarks/$1.py" "${@:2}"; }
-run speed --model "$MODEL"
+run speed --model "$MODEL" ${MEDICALGPT:+--medicalgpt "$MEDICALGPT"}
 run ppo --model "$SFT_MODEL" --reward_model "$REWARD_MODEL"
 run rule --model "$SFT_MODEL"
 run data --model "$MODEL"
+run scaling --model "$MODEL"
 run merge --tokenizer "$MODEL"
 run faults
