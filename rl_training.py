@@ -743,9 +743,8 @@ def main():
         groups = model_args, adapter_args, training_args
         return plan_ppo(*groups, train_dataset, eval_dataset, data_args.max_target_length, reward_args)
 
-    server = (
-        RolloutServer(training_args.vllm_server, Path(training_args.output_dir)) if training_args.vllm_server else None
-    )
+    url, folder = training_args.vllm_server, Path(training_args.output_dir) / "vllm"
+    server = RolloutServer(url, folder) if url else None
     model, reward_model = build_actor_critic(model_args, adapter_args, data_args, reward_args, training_args.critic)
     training_args.keep_casts(model)
 

@@ -10,7 +10,7 @@ import torch
 
 from arguments.command_line import Fault, UserError
 
-SECONDS = 3600  # a rollout may take long
+SECONDS = 10, 3600  # to be reached; to answer, for a rollout may take long
 AT_ONCE = 256  # requests; the server makes batches of them
 LARGEST_DIFFERENCE = 0.3  # nats a token: 16 bits on both sides leave some 0.01, a 4-bit base here some 0.1
 
@@ -29,7 +29,7 @@ class RolloutServer:
 
     Args:
         url: where it listens, e.g. http://localhost:8000.
-        folder: where the adapter lies while the server needs it.
+        folder: where the adapter lies while the server needs it; nothing else is kept there.
 
     Raises:
         UserError: when nothing answers there.
@@ -56,19 +56,19 @@ class RolloutServer:
     def load(self, model) -> None:
         """Let the server sample with the adapter "default" of a PeftModel, and forget the one before."""
         name = f"policy-{uuid.uuid4().hex}"  # one that no run has used: a server keeps what a killed one loaded
-        for stale in self.folder.glob("policy-*"):
-            shutil.rmtree(stale)
         model.save_pretrained(self.folder / name, selected_adapters=["default"])
         self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=str(self.folder / name))
         if self.policy != self.base:
             self.ask("/v1/unload_lora_adapter", lora_name=self.policy)
+        for old in set(self.folder.iterdir()) - {self.folder / name}:  # a killed run's too
+            shutil.rmtree(old)
         self.policy = name
 
     def close(self) -> None:
         """Leave neither an adapter on the server nor its files."""
         if self.policy != self.base:
             self.ask("/v1/unload_lora_adapter", lora_name=self.policy)
-            shutil.rmtree(self.folder / self.policy)
+            shutil.rmtree(self.folder)
             self.policy = self.base
 
     def sample(self, model: str, prompts: list[list[int]], seeds: list[int], **limits) -> list[dict]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark, one after another, each alone on the machine: bash benchmarks/run.sh > figures.md (about three hours)
+# Every benchmark, one after another, each alone on the machine: bash benchmarks/run.sh > figures.md (hours)
 # Reads the models of run_pipeline.sh; makes environments for TRL 1.12, LLaMA-Factory and, where MEDICALGPT names a
 # checkout of it, MedicalGPT in benchmarks/.
 set -euo pipefail

@@ -1,6 +1,6 @@
 """How cost grows: PT over block size, batch, model size and ranks, in tokens/s and GiB; SFT's start over records.
 
-    python benchmarks/scaling.py --model models/SmolLM2-135M-Instruct --plot docs/scaling.png   # 20 minutes
+    python benchmarks/scaling.py --model models/SmolLM2-135M-Instruct --plot docs/scaling.png
     python benchmarks/scaling.py --model models/SmolLM2-135M-Instruct --axes ranks
 
 Every point is a process of its own, of the script as scripts/env.sh starts it, on data/pretrain; the first step, which

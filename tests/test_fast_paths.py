@@ -34,7 +34,6 @@ def run(default_model, tmp_path_factory):
             limits = ("--max_train_samples", 64, "--max_eval_samples", 4, "--max_steps", 4, "--logging_steps", 1)
             common = ("--model_name_or_path", default_model, "--output_dir", root / f"{stage}-{name}")
             batch = ("--per_device_train_batch_size", 2, "--save_strategy", "no", "--warmup_steps", 2)
-            batch += ("--lora_dropout", 0.0)  # drawn anew in each precision
             in_process(SCRIPTS[stage], *common, *folders, *limits, *batch, *own, *flags).ok()
             output = root / f"{stage}-{name}"
             done[stage, name] = history(output, "loss"), results(output)["eval_loss"]
