@@ -123,6 +123,7 @@ def main():
     )
     set_seed(training_args.seed)
     model_args.check(training_args.block_size, trains_all=not adapter_args.use_peft)
+    model_args.settle_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
 
     tokenizer = model_args.load_tokenizer()
     train_rows, eval_rows = data_args.load_documents(training_args.output_dir)

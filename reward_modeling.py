@@ -142,6 +142,7 @@ def main():
     )
     set_seed(training_args.seed)
     model_args.check(data_args.longest, trains_all=not adapter_args.use_peft)
+    model_args.settle_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
 
     tokenizer = model_args.load_tokenizer()
     train_rows, eval_rows = data_args.load_pairs(training_args.output_dir)

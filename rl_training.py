@@ -141,6 +141,11 @@ class PPOArguments(RunArguments, TrainingArguments):
             if getattr(self, flag) < 1:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected at least 1")
         self._check_ranges()
+        if self.deepspeed or self.fsdp:
+            raise UserError(
+                "--deepspeed and --fsdp: PPO's four roles share one model here, which is not made to be sharded; "
+                "--load_in_4bit makes it smaller"
+            )
         if self.batch_size % self.mini_batch_size:
             raise UserError(
                 f"--batch_size {self.batch_size} is no multiple of --mini_batch_size {self.mini_batch_size}"

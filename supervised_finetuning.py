@@ -113,6 +113,7 @@ def main():
     )
     set_seed(training_args.seed)
     model_args.check(data_args.longest, trains_all=not adapter_args.use_peft)
+    model_args.settle_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
     if training_args.packing and training_args.packing_length < data_args.longest:
         raise UserError(
             f"--packing_length {training_args.packing_length} cannot hold a conversation of {data_args.longest} tokens"

@@ -22,6 +22,8 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
 
+PRODUCTS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 
 @dataclass
 class ModelArguments:
@@ -38,8 +40,8 @@ class ModelArguments:
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Frozen weights in memory: auto (float16 or bfloat16 on a GPU, by what it has; float32 on a CPU), "
-            "bfloat16, float16, float32.",
+            "help": "Frozen weights in memory: auto (what the matrix products of --precision take; PPO on a CPU: "
+            "float32), bfloat16, float16, float32.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -103,6 +105,11 @@ class ModelArguments:
                 f"{self.model_name_or_path} knows {positions} positions, and rows may have {longest} tokens: lower "
                 "--block_size, or --max_source_length and --max_target_length"
             )
+
+    def settle_dtype(self, precision: str, trains_all: bool) -> None:
+        """Of --dtype auto: frozen weights in what the products of `precision` take, weights that train in float32."""
+        if self.dtype in (None, "auto"):
+            self.dtype = "float32" if trains_all else PRODUCTS[precision]
 
     def load_tokenizer(self):
         """The tokenizer, with a chat template and, where its vocabulary has one, a pad token other than eos."""

@@ -5,9 +5,11 @@ import os
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType
 from loguru import logger
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, TrainerCallback
@@ -109,14 +111,26 @@ class RunArguments:
         if not torch.cuda.is_available():
             self.use_cpu = True
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))
+        self._check_deepspeed()
         super().__post_init__()
         self._check_reporters()
+        alone = self.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+        if (self.deepspeed or self.fsdp) and alone and not torch.cuda.is_available():
+            # accelerate would go on with plain DDP, without a word
+            raise UserError("--deepspeed and --fsdp shard over GPUs, and there is none here: leave them out")
         if self.n_gpu > 1:  # transformers would wrap the model in DataParallel: slow, and not what is tested
             logger.warning(
                 f"{self.n_gpu} GPUs and one process: the first works alone, unless --device_map spreads the model. "
                 f"scripts/run_*.sh start one process on each, as does torchrun --nproc_per_node {self.n_gpu}"
             )
             self._n_gpu = 1
+
+    def _check_deepspeed(self) -> None:
+        asked = str(self.deepspeed or "")
+        if asked and not asked.startswith("{") and not Path(asked).is_file():
+            raise UserError(f"--deepspeed {asked} is no file: scripts/ holds zero2.json and zero3.json")
+        if asked and find_spec("deepspeed") is None:
+            raise UserError("--deepspeed needs a package that is not installed: pip install deepspeed")
 
     def _check_reporters(self) -> None:
         """Refuse what transformers would find missing when the model is loaded."""

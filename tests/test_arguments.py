@@ -260,6 +260,23 @@ def test_dtype_of_frozen_weights(flag, expected):
     assert ModelArguments(model_name_or_path="m", dtype=flag).torch_dtype() == expected
 
 
+@needs_no_gpu
+@pytest.mark.parametrize(
+    ("flag", "precision", "trains_all", "expected"),
+    [
+        ("auto", "bf16", False, torch.bfloat16),
+        (None, "fp32", False, torch.float32),
+        (None, "bf16", True, torch.float32),
+        ("float32", "bf16", False, torch.float32),
+        ("bfloat16", "fp32", True, torch.bfloat16),
+    ],
+)
+def test_frozen_weights_follow_the_precision(flag, precision, trains_all, expected):
+    args = ModelArguments(model_name_or_path="m", dtype=flag)
+    args.settle_dtype(precision, trains_all)
+    assert args.torch_dtype() == expected
+
+
 # splits
 
 

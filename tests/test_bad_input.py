@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ADAPTER, SCRIPTS, in_process, in_subprocess, merge, stage, write_lines, write_records
+from conftest import ADAPTER, ROOT, SCRIPTS, in_process, in_subprocess, merge, stage, write_lines, write_records
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -142,6 +142,9 @@ EVERY_STAGE = [
     (("--bad_records", "ignore"), "--bad_records"),
     (("--preview", -1), "--preview"),
     (("--report_to", "paper"), "--report_to paper is unknown"),
+    (("--deepspeed", "{house}/missing"), "--deepspeed"),
+    (("--deepspeed", ROOT / "scripts/zero2.json"), "--deepspeed"),
+    (("--fsdp", "full_shard"), "--fsdp"),
     (("--report_to", "comet_ml"), "--report_to comet_ml is not installed"),
     (("--validation_split_percentage", 150), "--validation_split_percentage"),
     (("--validation_split_count", 0), "--validation_split_count"),

@@ -1,4 +1,4 @@
-"""docs/pipeline.ipynb runs from top to bottom (slow, with one step a stage), and keeps the outputs of a longer run."""
+"""docs/pipeline.ipynb runs from top to bottom (slow; a small model), and keeps the outputs of a longer run."""
 
 import json
 
@@ -21,8 +21,9 @@ def test_its_outputs_are_in_place():
 
 
 @pytest.mark.slow
-def test_it_runs(default_model, tmp_path, monkeypatch):
+def test_it_runs(tiny, tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("MODEL", tiny("llama"))
     monkeypatch.setenv("NOTEBOOK_OUTPUTS", str(tmp_path))
     monkeypatch.setenv("NOTEBOOK_STEPS", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -117,6 +117,8 @@ def test_advice_stops_where_it_fits():
 # --- the real model
 
 SHORT_RUN = ("--max_steps", "2", "--do_eval", "False", "--eval_on_start", "False")
+BRIEF = {"sft": ("--gradient_accumulation_steps", "1"), "rm": ("--gradient_accumulation_steps", "1")}
+BRIEF["rl"] = ("--batch_size", "16")
 
 
 def launch(name: str, output: Path, *flags) -> str:
@@ -127,7 +129,7 @@ def launch(name: str, output: Path, *flags) -> str:
     values |= {"TRAIN": f"data/{data}/train", "VALIDATION": f"data/{data}/validation"}
     words = shlex.split(script.replace("\\\n", " "))
     words = [re.sub(r"\$(\w+)", lambda found: str(values[found[1]]), word) for word in words]
-    command = shlex.join([sys.executable, *words, *SHORT_RUN, *flags])
+    command = shlex.join([sys.executable, *words, *SHORT_RUN, *BRIEF[name], *flags])
     ended = subprocess.run(
         ["bash", "-c", f"source scripts/env.sh; {command}"], cwd=ROOT, env=os.environ, capture_output=True
     )

@@ -282,7 +282,7 @@ def test_no_secret_is_saved_and_no_telemetry_sent(flags, tiny, records, tmp_path
 @pytest.mark.parametrize("name", ["pt", "sft", "rm", "rl"])
 def test_kept_casts_change_no_number(name, tiny, records, tmp_path, monkeypatch):
     """Frozen weights in bfloat16 give the losses and weights of float32 ones that autocast casts at every product."""
-    flags = ("--precision", "bf16", "--seed", 3)
+    flags = ("--precision", "bf16", "--dtype", "float32", "--seed", 3)
     if name == "rl":
         in_process(*stage("rm", tiny("llama"), records, tmp_path / "reward")).ok()
         flags += ("--reward_model_name_or_path", tmp_path / "reward")

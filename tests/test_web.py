@@ -1,4 +1,4 @@
-"""inference.py --web: what a question and a vote do; and the page itself, where gradio and Chromium are installed."""
+"""inference.py --web: what a question and a vote do; the page itself, by its API and in Chromium, if there is one."""
 
 import json
 import shutil
@@ -72,9 +72,7 @@ def test_web_without_gradio_says_what_to_install(models, monkeypatch):
 @pytest.fixture
 def page(models, tmp_path):
     """The address of a running page."""
-    pytest.importorskip("gradio"), pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("no Chromium here")
+    pytest.importorskip("gradio")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,9 +93,24 @@ def page(models, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(page, models, tmp_path):
-    from playwright import sync_api
+def test_the_page_asked_by_gradios_client(page, tmp_path):
+    """What a browser would send: a question, whose answers stream, and a vote."""
+    from gradio_client import Client
 
+    client = Client(page, verbose=False, download_files=False)
+    shown = list(client.submit("高血压要注意什么？", api_name="/ask"))
+    assert len(shown) > 4 and shown[0][0] == "", "the question's box is emptied, then answers come piece by piece"
+    answers = [column[-1]["content"][0]["text"] for column in shown[-1][1:]]
+    client.predict(api_name="/lambda_1")
+    (row,) = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text("utf-8").splitlines()]
+    assert [row["rejected"], row["chosen"]] == answers
+    assert row["prompt"] == [{"role": "user", "content": "高血压要注意什么？"}]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+def test_the_page_in_a_browser(page, models, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         view, heard, asked = browser.new_page(), [], []

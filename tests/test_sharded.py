@@ -1,0 +1,85 @@
+"""scripts/zero2.json, zero3.json, fsdp2.json: two gloo processes on a CPU end as one that shards nothing (slow)."""
+
+import shutil
+
+import pytest
+from conftest import ADAPTER, ROOT, in_process, in_subprocess, merge, results, stage
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+# accelerate shards over accelerators alone, unless it finds a process group of such a kind. DeepSpeed's own sums over
+# shared memory are compiled for a minute, and wait by spinning: gloo's take their place.
+ON_CPUS = """
+import os, runpy, sys, torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+if "--deepspeed" in sys.argv:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+else:
+    torch.distributed.init_process_group("gloo")
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    kind = {"distributed_type": DistributedType.MULTI_GPU, "num_processes": ranks}
+    PartialState(backend="gloo")
+    PartialState._shared_state.update(kind, process_index=rank, local_process_index=rank)
+sys.argv = [*sys.argv[1:], "--accelerator_config", '{"use_configured_state": true}']
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("trained by", AcceleratorState().distributed_type.value)
+"""
+EXACT = ("--precision", "fp32", "--use_cpu", "--max_eval_samples", 7, "--max_steps", 4, "--save_steps", 2)
+BATCH = "--per_device_train_batch_size"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """sharded(config, command): run it on two processes."""
+    (tmp_path / "driver.py").write_text(ON_CPUS)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "driver.py")
+
+    def run(config: str, command: list):
+        if config.startswith("zero"):
+            pytest.importorskip("deepspeed")
+            command += ["--deepspeed", ROOT / "scripts" / config]
+        else:
+            command += ["--fsdp", "--fsdp_config", ROOT / "scripts" / config]
+        said = in_subprocess(*torchrun, *command, DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT)).ok().stdout
+        assert said.count(f"trained by {'DEEPSPEED' if config.startswith('zero') else 'FSDP'}") == 2
+
+    return run
+
+
+# Each of three stages with each of three configurations was seen; these are the ones that differ most.
+CASES = [
+    ("sft", "zero2.json"),
+    ("sft", "zero3.json"),
+    ("sft", "fsdp2.json"),
+    ("pt", "zero3.json"),
+    ("rm", "fsdp2.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_two_processes_that_shard_train_as_one(name, config, sharded, tiny, records, tmp_path):
+    llama, one, two = tiny("llama"), tmp_path / "one", tmp_path / "two"
+    in_process(*stage(name, llama, records, one, *EXACT, BATCH, 4)).ok()
+    sharded(config, stage(name, llama, records, two, *EXACT, BATCH, 2))
+    alone, together = load_file(one / ADAPTER), load_file(two / ADAPTER)
+    assert alone.keys() == together.keys()
+    for key in alone:
+        assert_close(together[key], alone[key], atol=1e-4, rtol=0)
+    assert results(two)["eval_loss"] == pytest.approx(results(one)["eval_loss"], rel=1e-4)
+    in_process(*merge(llama, two, tmp_path / "merged")).ok()
+    if name != "sft":
+        return
+    shutil.rmtree(two / "checkpoint-4")
+    (two / ADAPTER).unlink()
+    sharded(config, stage(name, llama, records, two, *EXACT, BATCH, 2))
+    again = load_file(two / ADAPTER)
+    assert all((again[key] == together[key]).all() for key in together), "it went on from checkpoint-2"
