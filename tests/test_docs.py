@@ -77,7 +77,7 @@ def test_there_are_commands():
 
 
 # What other tests run (the pipeline, several GPUs and machines, the page in the browser) or this test is part of
-ELSEWHERE = ("run_pipeline.sh", "run_tests.sh", "GPUS=", "NNODES=", "--web")
+ELSEWHERE = ("run_pipeline.sh", "run_tests.sh", "GPUS=", "NNODES=", "--web", "--deepspeed", "--fsdp")
 BRIEF = ["--max_steps", "1", "--max_train_samples", "8", "--max_eval_samples", "4", "--report_to", "none"]
 BRIEF_IN = {"pt": ["--block_size", "32"], "rl": ["--max_target_length", "8", "--batch_size", "4"]}
 BRIEF_IN["rl"] += ["--mini_batch_size", "4"]
