@@ -9,13 +9,14 @@
 
 Reads   a model (--base_model), with an adapter on it or not (--lora_model); questions: a .txt with one a line, or
         prompts and conversations in any of the forms of data/README.md.
-Writes  predictions_file: JSON lines {"Input", "Output"}, behind those that an earlier call left there; with --compare
-        {"Input", "Output": {model: answer}, "Score": {model: reward}}.
+Writes  predictions_file: JSON lines {"Input", "Output", "Model"}, behind those that an earlier call left there; with
+        --compare {"Input", "Output": {model: answer}, "Score": {model: reward}}.
         votes_file: of --web, preference pairs for stage 3.
 """
 
 import json
 import os
+import readline  # noqa: F401 - by it input() edits lines, also of Chinese characters
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from arguments import (
     ModelArguments,
     RewardSourceArguments,
     UserError,
+    best_precision,
     check_base,
     parse_arguments,
     run_stage,
@@ -91,7 +93,7 @@ class InferenceArguments:
             os.environ["CUDA_VISIBLE_DEVICES"] = "" if self.only_cpu else self.gpus
 
     def model_args(self, name: str) -> ModelArguments:
-        return ModelArguments(
+        args = ModelArguments(
             model_name_or_path=name,
             tokenizer_name_or_path=self.tokenizer_path,
             dtype=self.dtype,
@@ -99,6 +101,8 @@ class InferenceArguments:
             load_in_4bit=self.load_in_4bit,
             trust_remote_code=self.trust_remote_code,
         )
+        args.settle_dtype(best_precision(), trains_all=False)
+        return args
 
 
 class Answerer:
@@ -262,8 +266,8 @@ def load_questions(args: InferenceArguments) -> list[list[dict]]:
     return source.load_questions()[: args.max_eval_samples]
 
 
-def already_answered(path: Path, questions: list[list[dict]]) -> int:
-    """How many answers an earlier call left; they must be to the first of these questions.
+def already_answered(path: Path, questions: list[list[dict]], model: str) -> int:
+    """How many answers an earlier call left; they must be the model's, to the first of these questions.
 
     What a kill or a full disk left of a last line is taken off the file.
     """
@@ -272,11 +276,14 @@ def already_answered(path: Path, questions: list[list[dict]]) -> int:
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     try:
-        done = [json.loads(line)["Input"] for line in whole.split(b"\n")[:-1]]
+        rows = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+        done, models = [row["Input"] for row in rows], {row.get("Model", model) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path} is not of lines {{"Input", "Output"}}: name another --predictions_file') from error
     if done != [messages[-1]["content"] for messages in questions[: len(done)]]:
         raise UserError(f"{path} holds answers to other questions: name another --predictions_file")
+    if models - {model}:
+        raise UserError(f"{path} holds answers of {models.pop()}, not of {model}: name another --predictions_file")
     if whole != text:
         os.truncate(path, len(whole))
     return len(done)
@@ -284,13 +291,14 @@ def already_answered(path: Path, questions: list[list[dict]]) -> int:
 
 def answer_file(args: InferenceArguments) -> None:
     questions, path = load_questions(args), Path(args.predictions_file)
-    done = already_answered(path, questions)
+    name = args.lora_model or args.base_model
+    done = already_answered(path, questions, name)
     if done:
         logger.info(f"{done} of {len(questions)} answers are in {path}: going on behind them")
     answerer = Answerer(args.base_model, args, args.lora_model)
     with path.open("a", encoding="utf-8") as file:
         for messages, text in zip(questions[done:], answerer.answer_all(questions[done:]), strict=True):
-            row = {"Input": messages[-1]["content"], "Output": text}
+            row = {"Input": messages[-1]["content"], "Output": text, "Model": name}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
     logger.info(f"{len(questions)} answers in {path}")

@@ -9,7 +9,7 @@ from arguments.loss import TokenLoss
 from arguments.model import ModelArguments, keeps_apart
 from arguments.order import SeededOrder
 from arguments.reward import RewardModel, RewardSourceArguments
-from arguments.run import RunArguments
+from arguments.run import RunArguments, best_precision
 from arguments.telemetry import LogLine
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "SeededOrder",
     "TokenLoss",
     "UserError",
+    "best_precision",
     "check_base",
     "keeps_apart",
     "parse_arguments",

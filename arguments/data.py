@@ -255,7 +255,8 @@ class DataArguments:
         """Whether held-out records stand apart, in a folder or split; the 2023 scripts gave one folder for both."""
         if self.dataset_name and not self.validation_file_dir:
             return "validation" in self._hub(get_dataset_split_names)
-        twice = self.validation_file_dir and self.validation_file_dir == self.train_file_dir
+        folders = [folder and os.path.normpath(folder) for folder in (self.train_file_dir, self.validation_file_dir)]
+        twice = folders[1] and folders[0] == folders[1]
         if twice and not self.keep_duplicates:
             logger.warning("The validation folder is the training folder: holding out a share of it instead")
             return False

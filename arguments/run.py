@@ -44,6 +44,11 @@ def native_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def best_precision() -> str:
+    """What this hardware multiplies fastest: bf16 where it is native, fp16 on other GPUs, else fp32."""
+    return "bf16" if native_bf16() else "fp16" if torch.cuda.is_available() else "fp32"
+
+
 @dataclass
 class RunArguments:
     """Mixed into a stage's TrainingArguments: other defaults, precision by hardware, resume, loss curves."""
@@ -150,9 +155,9 @@ class RunArguments:
             logger.warning("fp16 needs a GPU: taking what this CPU does best instead")
             asked = "auto"
         if asked == "auto":
-            asked = (
-                "bf16" if native_bf16() and self.bf16 is not False else "fp16" if torch.cuda.is_available() else "fp32"
-            )
+            asked = best_precision()
+            if asked == "bf16" and self.bf16 is False:
+                asked = "fp16" if torch.cuda.is_available() else "fp32"
         self.precision, self.bf16, self.fp16 = asked, asked == "bf16", asked == "fp16"
         device = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

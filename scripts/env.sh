@@ -1,8 +1,10 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced by the run scripts: how Python is started on this machine, and what a stage's own flags say.
 
-: "${PYTHON:=python}"
-[ -x .venv/bin/python ] && [ "$PYTHON" = python ] && PYTHON=.venv/bin/python
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python
+  [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
+fi
 
 # One process per GPU; one process on a CPU. GPUS=0,1 picks some of them.
 [ -n "${GPUS:-}" ] && export CUDA_VISIBLE_DEVICES="$GPUS"
@@ -42,23 +44,28 @@ flag_value() {
   printf '%s' "$value"
 }
 
-# merge_stage base adapter merged: does nothing where all weights were trained and there is no adapter. Machine 0 merges.
+# merge_stage base adapter merged "$@": does nothing where all weights were trained and there is no adapter, nor where
+# the stage's flags only looked. Machine 0 merges.
 merge_stage() {
+  local base=$1 adapter=$2 merged=$3 code=()
+  shift 3
+  case " $* " in *" --plan"* | *" --preview"* | *" --help "* | *" -h "*) return ;; esac
+  [ "$(flag_value --trust_remote_code False "$@")" = False ] || code=(--trust_remote_code)
   if [ "${NODE_RANK:-0}" -gt 0 ]; then
-    [ ! -f "$2/adapter_config.json" ] || echo "waiting for machine 0 to merge into $3"
-    until [ "$3/merge.json" -nt "$2/all_results.json" ] || [ ! -f "$2/adapter_config.json" ]; do
+    [ ! -f "$adapter/adapter_config.json" ] || echo "waiting for machine 0 to merge into $merged"
+    until [ "$merged/merge.json" -nt "$adapter/all_results.json" ] || [ ! -f "$adapter/adapter_config.json" ]; do
       # one that is older is of an earlier run, and machine 0 has not come to remove it yet
-      [ ! "$2/merge_failed" -nt "$2/all_results.json" ] || { echo "error: the merge failed on machine 0, see its log" >&2; exit 1; }
+      [ ! "$adapter/merge_failed" -nt "$adapter/all_results.json" ] || { echo "error: the merge failed on machine 0, see its log" >&2; exit 1; }
       sleep 2
     done
-  elif [ -f "$2/adapter_config.json" ]; then
-    rm -f "$2/merge_failed"
-    "$PYTHON" merge_peft_adapter.py --base_model_name_or_path "$1" --peft_model_path "$2" --output_dir "$3" || {
-      code=$?
-      [ "${NNODES:-1}" -eq 1 ] || touch "$2/merge_failed"  # for those that wait
-      exit "$code"
+  elif [ -f "$adapter/adapter_config.json" ]; then
+    rm -f "$adapter/merge_failed"
+    "$PYTHON" merge_peft_adapter.py --base_model_name_or_path "$base" --peft_model_path "$adapter" --output_dir "$merged" "${code[@]}" || {
+      ended=$?
+      [ "${NNODES:-1}" -eq 1 ] || touch "$adapter/merge_failed"  # for those that wait
+      exit "$ended"
     }
   else
-    echo "$2 holds a whole model: nothing to merge"
+    echo "$adapter holds a whole model: nothing to merge"
   fi
 }

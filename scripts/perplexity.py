@@ -16,18 +16,24 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments.run import native_bf16  # noqa: E402
+from arguments import ModelArguments, best_precision  # noqa: E402
+
+
+def load_judged(path: str) -> tuple:
+    """A model, on the GPU if there is one and in the precision that suits, and its tokenizer."""
+    model_args = ModelArguments(path)
+    model_args.settle_dtype(best_precision(), trains_all=False)
+    model = model_args.load_model(AutoModelForCausalLM).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(path)
 
 
 @torch.no_grad()
 def perplexity(path: str, texts: list[str]) -> dict:
     """exp of the summed loss over the number of tokens that have one before them."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    dtype = torch.bfloat16 if native_bf16() else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    model, tokenizer = load_judged(path)
     total, tokens = 0.0, 0
     for text in tqdm(texts, f"Perplexity of general text, {path}"):
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
         logits = model(ids[:, :-1]).logits[0].float()
         total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
         tokens += ids.shape[1] - 1

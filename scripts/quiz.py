@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments.run import native_bf16  # noqa: E402
+from scripts.perplexity import load_judged  # noqa: E402
 
 PROMPTS = {"en": "Question: {}\nAnswer: ", "zh": "问题：{}\n答案："}
 
@@ -27,11 +26,11 @@ def choice(model, tokenizer, prompt: str, options: list[str]) -> int:
     """Index of the option that the model finds most likely after the prompt, which it reads once."""
     rows = [tokenizer(prompt + option)["input_ids"] for option in options]
     shared = next(i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1)
-    read = torch.tensor([rows[0][: shared - 1]])
+    read = torch.tensor([rows[0][: shared - 1]], device=model.device)
     cache = model(read, use_cache=True, logits_to_keep=1).past_key_values
     cache.batch_repeat_interleave(len(rows))
     rest = [torch.tensor(row[shared - 1 :]) for row in rows]
-    ids = pad_sequence(rest, batch_first=True)  # what is padded is read by nobody
+    ids = pad_sequence(rest, batch_first=True).to(model.device)  # what is padded is read by nobody
     logp = model(ids[:, :-1], past_key_values=cache).logits.float().log_softmax(-1)
     logp = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)
     totals = [row[: len(tokens) - 1].sum() for row, tokens in zip(logp, rest, strict=True)]
@@ -40,10 +39,7 @@ def choice(model, tokenizer, prompt: str, options: list[str]) -> int:
 
 def accuracy(path: str, quiz: dict[str, list[dict]]) -> dict:
     """A model's share of right answers, over all questions and by language."""
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if native_bf16() else torch.float32).eval(),
-        AutoTokenizer.from_pretrained(path),
-    )
+    model, tokenizer = load_judged(path)
     right = {
         language: [
             choice(model, tokenizer, PROMPTS[language].format(row["question"]), row["options"]) == row["answer"]

@@ -11,12 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments.run import native_bf16  # noqa: E402
+from inference import Answerer, InferenceArguments  # noqa: E402
 from scripts.page import write_page  # noqa: E402
 from scripts.table import table_rows  # noqa: E402
 
@@ -39,28 +35,14 @@ def unseen_prompts(outputs: Path) -> list[list[dict]]:
     return [json.loads(line)["prompt"] for line in lines[:PROMPTS]]
 
 
-@torch.no_grad()
-def answers_to(prompts: list[list[dict]], model, tokenizer) -> list[str]:
-    """The most likely answer to each, at most 64 tokens of it."""
-    inputs = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-    )
-    greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=64, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    ids = model.generate(**inputs, generation_config=greedy)[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-
 def main():
     outputs, base, pt, sft, rl = Path(sys.argv[1]), *sys.argv[2:]
     print_table(outputs)
     prompts = unseen_prompts(outputs)
-    tokenizer = AutoTokenizer.from_pretrained(sft, padding_side="left")  # its template serves a base that has none
     answers = {}
-    for name, path in tqdm([("base", base), ("PT", pt), ("SFT", sft), ("RL", rl)], "Answering"):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if native_bf16() else "auto").eval()
-        answers[name] = answers_to(prompts, model, tokenizer)
+    for name, path in (("base", base), ("PT", pt), ("SFT", sft), ("RL", rl)):
+        settings = InferenceArguments(path, tokenizer_path=sft, max_new_tokens=64)  # its template serves a bare base
+        answers[name] = Answerer(path, settings).answer(prompts)
     shown = [
         (messages[-1]["content"], {name: texts[number] for name, texts in answers.items()})
         for number, messages in enumerate(prompts)

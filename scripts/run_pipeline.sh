@@ -11,16 +11,24 @@ cd "$(dirname "$0")/.."
 : "${PT_DATA:=data/pretrain}" "${SFT_DATA:=data/finetune}"  # with train/ and validation/ inside,
 : "${RM_DATA:=data/reward}" "${RL_DATA:=data/prompts}"                     # or whole: a share is held out
 : "${QUIZ:=data/quiz}" "${GENERAL:=data/general}"  # what is asked after PT and SFT; text that has nothing to do with it
+: "${ROLLOUTS:=}"                            # of RL, 32 answers each; empty: what run_rl.sh says
 : "${PYTHON:=}"                              # an existing environment's python: nothing is installed then
 
 FRESH="" FLAGS=()
 for flag in "$@"; do
-  if [ "$flag" = --fresh ]; then FRESH=yes; else FLAGS+=("$flag"); fi
+  case $flag in
+    --fresh) FRESH=yes ;;
+    --plan* | --preview* | --help | -h)
+      echo "error: $flag is for one stage: bash scripts/run_sft.sh $flag (or run_pt, run_rm, run_rl)" >&2
+      exit 2
+      ;;
+    *) FLAGS+=("$flag") ;;
+  esac
 done
 
 if [ -z "$PYTHON" ]; then
   PYTHON=.venv/bin/python
-  [ -x "$PYTHON" ] || python3 -m venv .venv
+  "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv .venv
   "$PYTHON" -m pip install --quiet -r requirements.txt
 fi
 export MODEL PYTHON
@@ -33,19 +41,24 @@ if [ "$MODEL" = models/SmolLM2-135M-Instruct ]; then
 fi
 
 # stage name model data flags...: unless outputs/ledger.jsonl says that it ended with these same inputs and flags, run it.
-# These flags are for the sample: they keep the whole under 20 minutes on two CPU cores. Own data takes whole epochs.
+# These flags are for the sample: they keep the whole under 20 minutes on two CPU cores. On own data PT, SFT and RM take
+# a whole epoch, and RL its ROLLOUTS.
 stage() {
   local name=$1 model=$2 data=$3 state=new
   local inputs=("scripts/run_$name.sh" "$model" "$data") output=$OUTPUTS/$name
   shift 3
-  [[ $data == data/* ]] || set --
-  [ "$name" != rl ] || inputs+=("$REWARD_MODEL")
+  case $data in data/pretrain | data/finetune | data/reward | data/prompts) ;; *) set -- ;; esac
+  if [ "$name" = rl ]; then
+    inputs+=("$REWARD_MODEL")
+    set -- "$@" ${ROLLOUTS:+--max_steps "$ROLLOUTS"}
+  fi
   if [ -z "$FRESH" ] || [ "$NODE_RANK" = 0 ]; then
     state=$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$name" "${inputs[@]}" -- "$@" "${FLAGS[@]}")
   fi
   [ "$state" = ended ] && echo "$name: done already" && return
   export TRAIN=$data VALIDATION=$data
-  if [ -d "$data/train" ]; then TRAIN+=/train VALIDATION+=/validation; fi
+  [ ! -d "$data/train" ] || TRAIN+=/train
+  if [ -d "$data/validation" ]; then VALIDATION+=/validation; else VALIDATION=$TRAIN; fi
   MODEL=$model OUTPUT=$output MERGED=$output-merged bash "scripts/run_$name.sh" "$@" "${FLAGS[@]}"
   "$PYTHON" scripts/ledger.py finish "$OUTPUTS" "$name"
 }

@@ -5,13 +5,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 : "${MODEL:=models/SmolLM2-135M-Instruct}"  # folder or hub name of the base model
+: "${VALIDATION:=${TRAIN:-data/pretrain/validation}}"  # TRAIN alone given: a share of it is held out
 : "${TRAIN:=data/pretrain/train}"
-: "${VALIDATION:=data/pretrain/validation}"
 : "${OUTPUT:=outputs/pt}"         # adapter, metrics, curves
-: "${MERGED:=outputs/pt-merged}"  # the whole model, for the next stage
 
 source scripts/env.sh  # PYTHON, LAUNCH, flag_value, merge_stage
 OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
+: "${MERGED:=${OUTPUT%/}-merged}"  # the whole model, for the next stage
 MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
 
 "${LAUNCH[@]}" pretraining.py \
@@ -30,4 +30,4 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --save_steps 10 \
   "$@"
 
-merge_stage "$MODEL" "$OUTPUT" "$MERGED"
+merge_stage "$MODEL" "$OUTPUT" "$MERGED" "$@"

@@ -6,13 +6,13 @@ cd "$(dirname "$0")/.."
 
 : "${MODEL:=outputs/sft-merged}"      # folder or hub name of the SFT model
 : "${REWARD_MODEL:=outputs/rm}"       # an adapter on MODEL shares its memory; any other reward model is loaded beside
+: "${VALIDATION:=${TRAIN:-data/prompts/validation}}"  # TRAIN alone given: a share of it is held out
 : "${TRAIN:=data/prompts/train}"
-: "${VALIDATION:=data/prompts/validation}"
 : "${OUTPUT:=outputs/rl}"             # adapter, metrics, curves, sampled answers
-: "${MERGED:=outputs/rl-merged}"      # the whole model
 
 source scripts/env.sh  # PYTHON, LAUNCH, flag_value, merge_stage
 OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
+: "${MERGED:=${OUTPUT%/}-merged}"  # the whole model
 MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
 
 "${LAUNCH[@]}" rl_training.py \
@@ -38,4 +38,4 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --save_steps 1 \
   "$@"
 
-merge_stage "$MODEL" "$OUTPUT" "$MERGED"
+merge_stage "$MODEL" "$OUTPUT" "$MERGED" "$@"

@@ -5,13 +5,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 : "${MODEL:=outputs/sft-merged}"  # folder or hub name of the base model
+: "${VALIDATION:=${TRAIN:-data/reward/validation}}"  # TRAIN alone given: a share of it is held out
 : "${TRAIN:=data/reward/train}"
-: "${VALIDATION:=data/reward/validation}"
 : "${OUTPUT:=outputs/rm}"         # adapter with score head, metrics, curves
-: "${MERGED:=outputs/rm-merged}"  # the whole reward model; stage 4 takes the adapter and needs less memory
 
 source scripts/env.sh  # PYTHON, LAUNCH, flag_value, merge_stage
 OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
+: "${MERGED:=${OUTPUT%/}-merged}"  # the whole reward model; stage 4 takes the adapter and needs less memory
 MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
 
 "${LAUNCH[@]}" reward_modeling.py \
@@ -32,4 +32,4 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --save_steps 20 \
   "$@"
 
-merge_stage "$MODEL" "$OUTPUT" "$MERGED"
+merge_stage "$MODEL" "$OUTPUT" "$MERGED" "$@"

@@ -5,13 +5,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 : "${MODEL:=outputs/pt-merged}"   # folder or hub name of the base model
+: "${VALIDATION:=${TRAIN:-data/finetune/validation}}"  # TRAIN alone given: a share of it is held out
 : "${TRAIN:=data/finetune/train}"
-: "${VALIDATION:=data/finetune/validation}"
 : "${OUTPUT:=outputs/sft}"         # adapter, metrics, curves
-: "${MERGED:=outputs/sft-merged}"  # the whole model, for the next stages
 
 source scripts/env.sh  # PYTHON, LAUNCH, flag_value, merge_stage
 OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
+: "${MERGED:=${OUTPUT%/}-merged}"  # the whole model, for the next stages
 MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
 
 "${LAUNCH[@]}" supervised_finetuning.py \
@@ -32,4 +32,4 @@ MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
   --save_steps 20 \
   "$@"
 
-merge_stage "$MODEL" "$OUTPUT" "$MERGED"
+merge_stage "$MODEL" "$OUTPUT" "$MERGED" "$@"

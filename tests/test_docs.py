@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import reduce
 
 import pytest
 from conftest import ROOT
@@ -100,7 +101,8 @@ def house(tiny, tmp_path):
 def ran(words: list[str], house) -> str | None:
     """Run a command of the documents in `house`, cut short; returns what it said if it failed."""
     mine = "data/reward/" if "run_rm" in " ".join(words) else "data/pretrain/"
-    here = [word.replace("/path/to/base", "models/SmolLM2-135M-Instruct").replace("mine/", mine) for word in words]
+    names = {"/path/to/base": "models/SmolLM2-135M-Instruct", "mine/chat": "data/finetune/train", "mine/": mine}
+    here = [reduce(lambda word, name: word.replace(name, names[name]), names, word) for word in words]
     variables = dict(word.split("=", 1) for word in here if re.match(r"[A-Z_]+=", word))
     command = here[len(variables) :]
     if here != words:  # another base or other records than those of the command before it

@@ -36,7 +36,9 @@ def test_a_file_is_answered_and_gone_on_with(tiny, trained, tmp_path):
     # the adapter on its base answers as the merged model does, also in batches of one
     flags = ("--base_model", tiny("llama"), "--lora_model", trained / "sft", "--batch_size", 1)
     ask(*flags, *common, "--predictions_file", two).ok()
-    assert lines(two) == lines(one)
+    assert [row["Output"] for row in lines(two)] == [row["Output"] for row in lines(one)]
+    other = ask("--base_model", trained / "merged", *common, "--predictions_file", two)
+    assert other.code == 2 and f"holds answers of {trained / 'sft'}, not of {trained / 'merged'}" in other.stderr
 
     whole = one.read_text("utf-8")
     cut = whole.splitlines(keepends=True)[0].encode() + whole.splitlines()[1].encode()[:13]  # within a character

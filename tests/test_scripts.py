@@ -480,3 +480,67 @@ def test_run_scripts_find_the_gpus(gpus, environment, expected, tmp_path):
         ["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, env=kept | environment, capture_output=True, text=True
     )
     assert ended.stdout.splitlines() == [expected, "3"], ended.stderr
+
+
+# --- what the run scripts hand on: a python that tells how it was called, and leaves an adapter
+
+TELLS = """#!/bin/bash
+echo "$@"
+for ((i = 1; i <= $#; i++)); do
+  if [ "${!i}" = --output_dir ]; then
+    j=$((i + 1))
+    mkdir -p "${!j}" && touch "${!j}/adapter_config.json"
+  fi
+done
+"""
+
+
+@pytest.fixture
+def told(tmp_path):
+    """told(command, variables): exit code, the calls of python by script, and errors."""
+    python = tmp_path / "python"
+    python.write_text(TELLS)
+    python.chmod(0o755)
+
+    def run(*command, **variables):
+        kept = {"PATH": os.environ["PATH"], "PYTHON": str(python), "OUTPUTS": str(tmp_path / "outputs")}
+        ended = subprocess.run(
+            ["bash", *map(str, command)], cwd=ROOT, env=kept | variables, capture_output=True, text=True
+        )
+        calls = {line.split()[0]: line for line in ended.stdout.splitlines()}
+        return ended.returncode, calls, ended.stderr
+
+    return run
+
+
+def test_a_run_script_follows_its_flags_and_variables(told, tmp_path):
+    """Own records alone: a share is held out. The merge lies beside the output, and knows what remote code wants."""
+    output = tmp_path / "mine"
+    code, calls, _ = told("scripts/run_sft.sh", "--output_dir", output, "--trust_remote_code", TRAIN="mine/chat")
+    assert code == 0
+    assert "--train_file_dir mine/chat --validation_file_dir mine/chat" in calls["supervised_finetuning.py"]
+    assert f"--output_dir {output}-merged --trust_remote_code" in calls["merge_peft_adapter.py"]
+    _, calls, _ = told("scripts/run_sft.sh", OUTPUT=str(output), MERGED="elsewhere")
+    assert "data/finetune/train --validation_file_dir data/finetune/validation" in calls["supervised_finetuning.py"]
+    assert calls["merge_peft_adapter.py"].endswith("--output_dir elsewhere")
+
+
+@pytest.mark.parametrize("flags", [("--plan",), ("--preview", 3), ("--preview=3",), ("--help",)])
+def test_a_look_merges_nothing(flags, told, tmp_path):
+    code, calls, _ = told("scripts/run_rm.sh", "--output_dir", tmp_path / "rm", *flags)
+    assert code == 0 and list(calls) == ["reward_modeling.py"]
+
+
+def test_the_pipeline_bounds_the_steps_of_the_sample_alone(told, tmp_path):
+    mine = write_lines(tmp_path / "docs" / "train", [{"text": "a"}]).parent
+    _, sample, _ = told("scripts/run_pipeline.sh", MODEL="base")
+    _, own, _ = told("scripts/run_pipeline.sh", MODEL="base", PT_DATA=str(mine), RL_DATA="chat", ROLLOUTS="99")
+    assert "--max_steps 26" in sample["pretraining.py"] and "--max_steps" not in own["pretraining.py"]
+    assert f"--train_file_dir {mine}/train --validation_file_dir {mine}/train" in own["pretraining.py"]
+    assert sample["rl_training.py"].endswith("--max_steps 14 --max_eval_samples 48")
+    assert own["rl_training.py"].endswith("--max_steps 99") and "--max_steps 30" in own["supervised_finetuning.py"]
+
+
+def test_the_pipeline_looks_at_nothing(told):
+    code, calls, errors = told("scripts/run_pipeline.sh", "--plan")
+    assert (code, calls) == (2, {}) and errors.startswith("error: --plan is for one stage") and errors.count("\n") == 1
