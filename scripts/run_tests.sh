@@ -12,4 +12,4 @@ fi
 bin=$(dirname "$PYTHON")
 "$bin/ruff" check .
 "$bin/shellcheck" scripts/*.sh benchmarks/*.sh .ci/run
-"$PYTHON" -m pytest -n 2 --dist loadfile "$@"  # one thread each, tests/conftest.py
+"$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"  # one thread each, tests/conftest.py

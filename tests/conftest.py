@@ -162,6 +162,12 @@ def assert_curves(output: Path, *names: str) -> None:
         assert (output / f"training_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, the pipeline before all: a long one at the end would leave a worker idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name != "test_pipeline.py", item.path not in slow))
+
+
 @pytest.fixture(autouse=True)
 def no_tensorboard_folder_of_an_earlier_test(monkeypatch):
     """A stage's arguments name it in the environment, where a test that makes some leaves it."""

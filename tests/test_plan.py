@@ -129,10 +129,11 @@ def launch(name: str, output: Path, *flags) -> str:
     values |= {"TRAIN": f"data/{data}/train", "VALIDATION": f"data/{data}/validation"}
     words = shlex.split(script.replace("\\\n", " "))
     words = [re.sub(r"\$(\w+)", lambda found: str(values[found[1]]), word) for word in words]
-    command = shlex.join([sys.executable, *words, *SHORT_RUN, *BRIEF[name], *flags])
-    ended = subprocess.run(
-        ["bash", "-c", f"source scripts/env.sh; {command}"], cwd=ROOT, env=os.environ, capture_output=True
-    )
+    words += [*SHORT_RUN, *BRIEF[name], *flags]
+    if "--plan" in flags:
+        return in_process(*words).ok().stdout
+    command = f"source scripts/env.sh; {shlex.join([sys.executable, *words])}"
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, env=os.environ, capture_output=True)
     assert ended.returncode == 0, ended.stderr.decode()[-3000:]
     return ended.stdout.decode()
 

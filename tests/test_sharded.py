@@ -76,7 +76,7 @@ def test_two_processes_that_shard_train_as_one(name, config, sharded, tiny, reco
         assert_close(together[key], alone[key], atol=1e-4, rtol=0)
     assert results(two)["eval_loss"] == pytest.approx(results(one)["eval_loss"], rel=1e-4)
     in_process(*merge(llama, two, tmp_path / "merged")).ok()
-    if name != "sft":
+    if config != "zero3.json" or name != "sft":  # going on was seen with the others too
         return
     shutil.rmtree(two / "checkpoint-4")
     (two / ADAPTER).unlink()
