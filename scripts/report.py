@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from loguru import logger
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from inference import Answerer, InferenceArguments  # noqa: E402
 from scripts.page import write_page  # noqa: E402
@@ -36,6 +38,7 @@ def unseen_prompts(outputs: Path) -> list[list[dict]]:
 
 
 def main():
+    logger.disable("arguments")  # its lines would stand between those that are printed
     outputs, base, pt, sft, rl = Path(sys.argv[1]), *sys.argv[2:]
     print_table(outputs)
     prompts = unseen_prompts(outputs)
