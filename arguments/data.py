@@ -258,7 +258,7 @@ class DataArguments:
         folders = [folder and os.path.normpath(folder) for folder in (self.train_file_dir, self.validation_file_dir)]
         twice = folders[1] and folders[0] == folders[1]
         if twice and not self.keep_duplicates:
-            logger.warning("The validation folder is the training folder: holding out a share of it instead")
+            logger.info("The validation folder is the training folder: holding out a share of it")
             return False
         return self.validation_file_dir is not None
 
