@@ -42,7 +42,7 @@ def perplexity(path: str, texts: list[str]) -> dict:
 
 
 def main():
-    logger.disable("arguments")  # its lines would stand between those that are printed
+    logger.remove()  # lines of arguments would stand between those that are printed
     folder, *models = sys.argv[1:]
     lines = [line for path in sorted(Path(folder).glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
     texts = [json.loads(line)["text"] for line in lines]

@@ -54,7 +54,7 @@ def accuracy(path: str, quiz: dict[str, list[dict]]) -> dict:
 
 
 def main():
-    logger.disable("arguments")  # its lines would stand between the bars
+    logger.remove()  # lines of arguments would stand between the bars
     folder, *models = sys.argv[1:]
     files = {path.stem: path.read_text("utf-8").splitlines() for path in sorted(Path(folder).glob("*.jsonl"))}
     quiz = {language: [json.loads(line) for line in lines] for language, lines in files.items()}

@@ -38,7 +38,7 @@ def unseen_prompts(outputs: Path) -> list[list[dict]]:
 
 
 def main():
-    logger.disable("arguments")  # its lines would stand between those that are printed
+    logger.remove()  # lines of arguments would stand between those that are printed
     outputs, base, pt, sft, rl = Path(sys.argv[1]), *sys.argv[2:]
     print_table(outputs)
     prompts = unseen_prompts(outputs)

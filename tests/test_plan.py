@@ -130,8 +130,6 @@ def launch(name: str, output: Path, *flags) -> str:
     words = shlex.split(script.replace("\\\n", " "))
     words = [re.sub(r"\$(\w+)", lambda found: str(values[found[1]]), word) for word in words]
     words += [*SHORT_RUN, *BRIEF[name], *flags]
-    if "--plan" in flags:
-        return in_process(*words).ok().stdout
     command = f"source scripts/env.sh; {shlex.join([sys.executable, *words])}"
     ended = subprocess.run(["bash", "-c", command], cwd=ROOT, env=os.environ, capture_output=True)
     assert ended.returncode == 0, ended.stderr.decode()[-3000:]
