@@ -520,9 +520,9 @@ def test_a_run_script_follows_its_flags_and_variables(told, tmp_path):
     assert code == 0
     assert "--train_file_dir mine/chat --validation_file_dir mine/chat" in calls["supervised_finetuning.py"]
     assert f"--output_dir {output}-merged --trust_remote_code" in calls["merge_peft_adapter.py"]
-    _, calls, _ = told("scripts/run_sft.sh", OUTPUT=str(output), MERGED="elsewhere")
+    _, calls, _ = told("scripts/run_sft.sh", OUTPUT=str(output), MERGED=f"{tmp_path}/elsewhere")
     assert "data/finetune/train --validation_file_dir data/finetune/validation" in calls["supervised_finetuning.py"]
-    assert calls["merge_peft_adapter.py"].endswith("--output_dir elsewhere")
+    assert calls["merge_peft_adapter.py"].endswith(f"--output_dir {tmp_path}/elsewhere")
 
 
 @pytest.mark.parametrize("flags", [("--plan",), ("--preview", 3), ("--preview=3",), ("--help",)])
