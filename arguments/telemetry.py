@@ -1,8 +1,11 @@
 """What a run says while it goes: one line per logging step, with tokens a second, memory and time left."""
 
+import re
 import resource
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from loguru import logger
@@ -11,7 +14,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 def peak_memory() -> dict[str, float]:
     """GiB that this process has held at most: {"peak_rss_gib"}, and {"peak_gpu_gib"} where there is a GPU."""
-    peak = {"peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}  # kiB on Linux
+    if sys.platform == "linux":  # there ru_maxrss begins with what its parent held, which may be a large notebook
+        peak_rss = 2**10 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+    else:
+        peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    peak = {"peak_rss_gib": round(peak_rss / 2**30, 2)}
     if torch.cuda.is_available():
         peak["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return peak

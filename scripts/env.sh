@@ -28,6 +28,11 @@ fi
 # peaks 10-30% lower, in the same time.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 export GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0
+# tcmalloc, where it is installed, leaves fewer still and is faster; where it is not, the loader says so.
+if [[ "${LD_PRELOAD:-}" != *malloc* ]] && [ -z "$(LD_PRELOAD=libtcmalloc_minimal.so.4 bash -c : 2>&1)" ]; then
+  export LD_PRELOAD="libtcmalloc_minimal.so.4${LD_PRELOAD:+:$LD_PRELOAD}"
+  export TCMALLOC_RELEASE_RATE=0 TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD=1000000000000  # keep freed memory; no reports
+fi
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 HF_UPDATE_DOWNLOAD_COUNTS=0
 
 # flag_value --flag default "$@": the last value that "$@" gives to --flag, else the default.

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,6 +188,14 @@ def test_our_results_are_written_in_one_step(tmp_path, monkeypatch):
     if child == 0:
         write_whole(path, '{"eval_loss": 2.5}')
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL and path.read_text() == "{}"
+
+
+def test_the_peak_is_not_that_of_the_process_that_started_ours():
+    """Linux's ru_maxrss would begin with it."""
+    held = b"1" * 2**30
+    command = "from arguments.telemetry import peak_memory; print(peak_memory()['peak_rss_gib'])"
+    said = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 0.1 < float(said) < 0.9 * len(held) / 2**30
 
 
 def test_a_folder_that_cannot_be_written_is_said_in_one_line(tiny, records, tmp_path):

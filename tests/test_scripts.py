@@ -4,6 +4,7 @@ Most launches run the script's __main__ in this process (conftest.in_process), w
 of 2023, one error and the run on two ranks are processes of their own.
 """
 
+import ctypes
 import json
 import os
 import random
@@ -480,6 +481,30 @@ def test_run_scripts_find_the_gpus(gpus, environment, expected, tmp_path):
         ["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, env=kept | environment, capture_output=True, text=True
     )
     assert ended.stdout.splitlines() == [expected, "3"], ended.stderr
+
+
+def preloaded(**environment: str) -> str:
+    command = ["bash", "-euo", "pipefail", "-c", "source scripts/env.sh; source scripts/env.sh; echo ${LD_PRELOAD:-}"]
+    kept = {"PATH": os.environ["PATH"]} | environment
+    ended = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=True)
+    assert not ended.stderr
+    return ended.stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is of Linux")
+def test_run_scripts_take_tcmalloc_where_it_is_installed(tmp_path):
+    try:
+        ctypes.CDLL("libtcmalloc_minimal.so.4")
+    except OSError:
+        assert preloaded() == ""
+    else:
+        assert preloaded() == "libtcmalloc_minimal.so.4"
+    libraries = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libm.so" in line]
+    (tmp_path / "libtcmalloc_minimal.so.4").symlink_to(libraries[0])  # any library will do
+    assert preloaded(LD_LIBRARY_PATH=str(tmp_path)) == "libtcmalloc_minimal.so.4"
+    (tmp_path / "libjemalloc.so").symlink_to(libraries[0])
+    own = str(tmp_path / "libjemalloc.so")
+    assert preloaded(LD_PRELOAD=own) == own
 
 
 # --- what the run scripts hand on: a python that tells how it was called, and leaves an adapter
