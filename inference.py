@@ -104,6 +104,11 @@ class InferenceArguments:
         args.settle_dtype(best_precision(), trains_all=False)
         return args
 
+    def placed(self, model: torch.nn.Module) -> torch.nn.Module:
+        """On the GPU where there is one; a quantised model was loaded there."""
+        quantised = self.load_in_8bit or self.load_in_4bit
+        return model.to("cuda") if torch.cuda.is_available() and not quantised else model
+
 
 class Answerer:
     """A model that answers conversations: batched or streamed."""
@@ -123,14 +128,16 @@ class Answerer:
             if task != TaskType.CAUSAL_LM:
                 raise UserError(f"--lora_model {adapter} is a {task} adapter: it scores answers, it gives none")
             model = PeftModel.from_pretrained(model, adapter)
-        on_gpu = torch.cuda.is_available() and not (args.load_in_8bit or args.load_in_4bit)
-        self.model = model.to("cuda") if on_gpu else model
-        self.model.eval()
+        self.model = args.placed(model).eval()
         self.settings = GenerationConfig(
             max_new_tokens=args.max_new_tokens,
             do_sample=args.temperature > 0,
             temperature=args.temperature or None,
             top_p=args.top_p if args.temperature > 0 else None,
+            top_k=0,  # no limit and no penalty, as in PPO, whatever the model's own generation_config.json says
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            num_beams=1,
             eos_token_id=self.data_args.eos_ids(self.model, self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
         )
@@ -330,7 +337,7 @@ def score(args: InferenceArguments, questions: list, answers: dict[str, list[str
     """What the reward model says of each answer."""
     data_args = DataArguments(train_file_dir="unused", max_source_length=args.max_source_length)
     source = RewardSourceArguments(reward_model_name_or_path=args.reward_model)
-    model = source.load_model(data_args, args.model_args(args.compare[0]))
+    model = args.placed(source.load_model(data_args, args.model_args(args.compare[0])))
     found = {}
     for name, texts in answers.items():
         rows = [q + [{"role": "assistant", "content": text}] for q, text in zip(questions, texts, strict=True)]

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, defau
 from arguments import (
     AdapterArguments,
     DataArguments,
+    EndsOnce,
     LogLine,
     ModelArguments,
     RunArguments,
@@ -113,7 +114,7 @@ def build_blocks(
     return data_args.cached(pack, {"documents": documents} | settings, documents._fingerprint, settings)
 
 
-class PretrainingTrainer(LogLine, SeededOrder, TokenLoss, Trainer):
+class PretrainingTrainer(LogLine, EndsOnce, SeededOrder, TokenLoss, Trainer):
     """transformers.Trainer with a loss that needs little memory, token-weighted held-out loss and perplexity."""
 
 
@@ -153,7 +154,8 @@ def main():
         callbacks=training_args.callbacks(),
     )
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=training_args.checkpoint(model_args.model_name_or_path))
+        sources = model_args.model_name_or_path, adapter_args.peft_path
+        result = trainer.train(resume_from_checkpoint=training_args.checkpoint(*sources))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_model()

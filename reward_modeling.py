@@ -23,6 +23,7 @@ from trl import RewardConfig, RewardTrainer
 from arguments import (
     AdapterArguments,
     DataArguments,
+    EndsOnce,
     LogLine,
     ModelArguments,
     RunArguments,
@@ -31,6 +32,7 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
+from arguments.adapter import trained_in_float32
 from arguments.plan import plan_pairs
 
 
@@ -95,7 +97,7 @@ def accuracies(margins: torch.Tensor, kinds: list[str]) -> dict[str, float]:
     return found
 
 
-class PairTrainer(LogLine, SeededOrder, RewardTrainer):
+class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
     """trl.RewardTrainer with exact held-out figures, also by kind of rejected answer, and the length-only accuracy.
 
     The library's are means over batches of each batch's: pairs of a small last batch weigh more, and over several
@@ -143,6 +145,7 @@ def main():
     set_seed(training_args.seed)
     model_args.check(data_args.longest, trains_all=not adapter_args.use_peft)
     model_args.settle_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
+    training_args.disable_dropout &= not adapter_args.lora_dropout  # trl's True would take LoRA's away as well
 
     tokenizer = model_args.load_tokenizer()
     train_rows, eval_rows = data_args.load_pairs(training_args.output_dir)
@@ -166,8 +169,10 @@ def main():
         processing_class=tokenizer,
         callbacks=training_args.callbacks(),
     )
+    trained_in_float32(trainer.model)  # trl casts what trains on a quantised base to bfloat16
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=training_args.checkpoint(model_args.model_name_or_path))
+        sources = model_args.model_name_or_path, adapter_args.peft_path
+        result = trainer.train(resume_from_checkpoint=training_args.checkpoint(*sources))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_model()

@@ -45,6 +45,7 @@ from transformers.integrations import TensorBoardCallback
 from arguments import (
     AdapterArguments,
     DataArguments,
+    EndsOnce,
     GuardArguments,
     LogLine,
     ModelArguments,
@@ -305,7 +306,7 @@ def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.T
 # --- the trainer
 
 
-class PPOTrainer(LogLine, Trainer):
+class PPOTrainer(LogLine, EndsOnce, Trainer):
     """transformers.Trainer whose training step takes mini-batches from a rollout that it samples itself.
 
     An answer is a dict: prompt and ids (tokens), text, finished, score, and one number a token in the tensors logp,
@@ -443,7 +444,8 @@ class PPOTrainer(LogLine, Trainer):
         turns = [[{"role": "assistant", "content": answer["text"]}] for answer in answers]
         if self.reward_model is not None:
             conversations = [row["prompt"] + turn for row, turn in zip(rows, turns, strict=True)]
-            found["model"] = self.reward_model(conversations).tolist()  # in the dtype it was loaded in
+            finished = [answer["finished"] for answer in answers]
+            found["model"] = self.reward_model(conversations, finished).tolist()  # in the dtype it was loaded in
         elif self.model.reward_head is not None:
             last = last_token(batch["ids"], self.processing_class.pad_token_id)
             found["model"] = self.model.reward_head(at_columns(frozen, last.unsqueeze(1))).flatten().tolist()
@@ -692,6 +694,8 @@ class PPOTrainer(LogLine, Trainer):
         state = {"kl_coef": self.kl_coef, "score_scale": self.score_scale, "history": self.history}
         (folder / "value" / "state.json").write_text(json.dumps(state))
         self.processing_class.save_pretrained(folder)
+        if self.good and folder != Path(self.args.output_dir):  # in a checkpoint: for a guard that fires after it
+            save_file({str(i): good for i, good in enumerate(self.good)}, folder / "good.safetensors")
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -712,6 +716,9 @@ class PPOTrainer(LogLine, Trainer):
         self.model.value_head.load_state_dict(critic["head"])
         state = json.loads((folder / "value" / "state.json").read_text())
         self.kl_coef, self.score_scale, self.history = (state[k] for k in ("kl_coef", "score_scale", "history"))
+        if (folder / "good.safetensors").exists():
+            good = load_file(folder / "good.safetensors", device=str(self.args.device))
+            self.good = [good[str(i)] for i in range(len(good))]
 
     def _load_best_model(self) -> None:
         logger.info(f"Taking the policy of {self.state.best_model_checkpoint}, best by {self.state.best_metric:.4f}")
@@ -737,6 +744,9 @@ def main():
     if training_args.vllm_server and not adapter_args.use_peft:
         raise UserError("--vllm_server takes the policy as an adapter: leave --use_peft False out")
     model_args.check(data_args.longest, trains_all=not adapter_args.use_peft)
+    # on a CPU also under bf16: logits have to be finer there
+    precision = "fp32" if training_args.device.type == "cpu" else training_args.precision
+    model_args.settle_dtype(precision, trains_all=not adapter_args.use_peft)
 
     tokenizer = model_args.load_tokenizer()
     train_rows, eval_rows = data_args.load_prompts(training_args.output_dir)
@@ -768,7 +778,8 @@ def main():
         callbacks=training_args.callbacks(),
     )
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=training_args.checkpoint(model_args.model_name_or_path))
+        sources = model_args.model_name_or_path, adapter_args.peft_path
+        result = trainer.train(resume_from_checkpoint=training_args.checkpoint(*sources))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_model()

@@ -22,6 +22,7 @@ from trl import pack_dataset
 from arguments import (
     AdapterArguments,
     DataArguments,
+    EndsOnce,
     LogLine,
     ModelArguments,
     RunArguments,
@@ -103,7 +104,7 @@ def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     return batch
 
 
-class FinetuningTrainer(LogLine, SeededOrder, TokenLoss, Trainer):
+class FinetuningTrainer(LogLine, EndsOnce, SeededOrder, TokenLoss, Trainer):
     """transformers.Trainer with logits of trained tokens alone; trl.SFTTrainer's on a CPU are of the prompt's too."""
 
 
@@ -152,7 +153,8 @@ def main():
         callbacks=training_args.callbacks(),
     )
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=training_args.checkpoint(model_args.model_name_or_path))
+        sources = model_args.model_name_or_path, adapter_args.peft_path
+        result = trainer.train(resume_from_checkpoint=training_args.checkpoint(*sources))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_model()

@@ -10,11 +10,13 @@ from arguments.model import ModelArguments, keeps_apart
 from arguments.order import SeededOrder
 from arguments.reward import RewardModel, RewardSourceArguments
 from arguments.run import RunArguments, best_precision
+from arguments.stops import EndsOnce
 from arguments.telemetry import LogLine
 
 __all__ = [
     "AdapterArguments",
     "DataArguments",
+    "EndsOnce",
     "GuardArguments",
     "LogLine",
     "ModelArguments",

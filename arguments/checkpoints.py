@@ -98,16 +98,14 @@ def warn_of_changes(folder: Path) -> None:
         )
 
 
-def clear_output(folder: Path) -> None:
-    """Remove an earlier run's checkpoints, merged weights, lines and name, which would be taken for this run's."""
-    merged = [*folder.glob("model*.safetensors*"), folder / "config.json"] if (folder / "merge.json").exists() else []
-    told = [folder / f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
-    for path in [
-        *folder.glob("checkpoint-*"),
-        *merged,
-        *told,
-        *(folder / name for name in ("adapter", "merge.json", "run.json")),
-    ]:
+def clear_output(folder: Path, sources: list[str]) -> None:
+    """Remove what an earlier run left there and would be taken for this run's, but not the `sources` of this run."""
+    names = ["checkpoint-*", "adapter", "merge.json", "run.json", "*_results.json"]
+    names += [f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
+    of_a_run = any(next(folder.glob(name), None) for name in ("checkpoint-*", "merge.json", "run.json"))
+    if of_a_run and folder.resolve() not in [Path(source).resolve() for source in sources]:
+        names += ["adapter_*", "value", "base.json", "model*.safetensors*", "config.json", "generation_config.json"]
+    for path in [path for name in names for path in folder.glob(name)]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # another rank may have been first
         else:

@@ -127,9 +127,16 @@ class DataArguments:
 
     def load_questions(self) -> list[list[dict]]:
         """All of train_file_dir as conversations that await an answer, in order; a line of a .txt is a question."""
-        rows = self._read(self.train_file_dir, "train", "question")
+        return self._all("question")["prompt"][:]
+
+    def load_texts(self) -> list[str]:
+        """All of train_file_dir as documents, in order."""
+        return self._all("document")["text"][:]
+
+    def _all(self, form: str) -> Dataset:
+        rows = self._read(self.train_file_dir, "train", form)
         self._judge(bad_rows(rows))
-        return rows.select(np.flatnonzero(~is_bad(rows)))["prompt"][:]
+        return rows.select(np.flatnonzero(~is_bad(rows)))
 
     def encode(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
         """Tokens of a conversation that ends with an answer.

@@ -40,14 +40,17 @@ def find_files(folder: str) -> list[Path]:
 
 
 def other_files(folder: str) -> list[Path]:
-    """The files that find_files leaves out, but for hidden ones."""
-    others = [path for path in all_files(folder) if not path.name.lower().endswith(SUFFIXES)]
-    return [path for path in others if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    """The files that find_files leaves out."""
+    return [path for path in all_files(folder) if not path.name.lower().endswith(SUFFIXES)]
 
 
 def all_files(folder: str) -> list[Path]:
+    """Without hidden ones below the folder: old copies of a notebook, what macOS lays beside each file."""
     root = Path(folder)
-    return [path for path in ([root] if root.is_file() else sorted(root.rglob("*"))) if path.is_file()]
+    if root.is_file():
+        return [root]
+    shown = (path for path in sorted(root.rglob("*")) if path.is_file())
+    return [path for path in shown if not any(part.startswith(".") for part in path.relative_to(root).parts)]
 
 
 def read_file(path: Path) -> Iterator[tuple[str, object]]:

@@ -81,9 +81,11 @@ class GuardArguments:
                 f"Guard {guard}: {found[guard]}; " + ("stopping, last good policy kept" if ends else "going on")
             )
             if os.environ.get("RANK", "0") == "0":
-                line = {"step": step, "guard": guard, "reason": found[guard], "stopped": ends}
-                with (Path(output_dir) / "guards.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                line = json.dumps({"step": step, "guard": guard, "reason": found[guard], "stopped": ends}) + "\n"
+                path = Path(output_dir) / "guards.jsonl"
+                if not (path.exists() and line in path.read_text("utf-8")):  # a run that goes on meets it again
+                    with path.open("a", encoding="utf-8") as file:
+                        file.write(line)
         self.fired |= set(found)
         return bool(stopping)
 

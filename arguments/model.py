@@ -1,6 +1,7 @@
 """Which model: base, tokenizer, dtype, quantisation, attention."""
 
 import inspect
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from loguru import logger
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from arguments.command_line import UserError
 from arguments.run import native_bf16
@@ -48,7 +50,7 @@ class ModelArguments:
     load_in_8bit: bool = field(default=False, metadata={"help": "8-bit frozen weights (needs bitsandbytes)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 frozen weights (needs bitsandbytes)."})
     device_map: str | None = field(
-        default=None, metadata={"help": "auto spreads one model over the GPUs of a process."}
+        default=None, metadata={"help": "auto spreads one model over the GPUs of one process."}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where hub downloads are kept."})
     use_fast_tokenizer: bool = field(
@@ -139,7 +141,7 @@ class ModelArguments:
             model = auto_class.from_pretrained(
                 self.model_name_or_path,
                 config=config,
-                device_map=self.device_map if torch.cuda.is_available() else None,
+                device_map=self._placement(),
                 **weights,
                 **self.hub_kwargs,
                 **kwargs,
@@ -153,6 +155,13 @@ class ModelArguments:
             f"{weights['dtype']}"
         )
         return model
+
+    def _placement(self) -> str | None:
+        """--device_map, which is for one process on several GPUs: of several processes each has a GPU of its own."""
+        if self.device_map and os.environ.get("WORLD_SIZE", "1") != "1":
+            logger.warning(f"--device_map {self.device_map} has no effect with a process per GPU")
+            return None
+        return self.device_map if torch.cuda.is_available() else None
 
     def torch_dtype(self) -> torch.dtype:
         """Dtype of the frozen weights in memory."""
@@ -198,7 +207,15 @@ def keeps_apart(model) -> bool:
 
     The model is asked: what stands before a sequence must not move its logits. Models without position_ids (ALiBi,
     recurrent ones) fail.
+
+    Raises:
+        UserError: under ZeRO-3, which has split the weights between the ranks already.
     """
+    if is_deepspeed_zero3_enabled():
+        raise UserError(
+            "--packing and --isolate_documents ask the loaded model a question, and ZeRO-3 has split it: take "
+            "scripts/zero2.json or --fsdp instead"
+        )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
     ids = torch.arange(3, 15, device=model.device).repeat(2, 1)

@@ -19,7 +19,7 @@ def actor_critic(model_args, adapter_args, reward_args, critic: str) -> nn.Modul
     adapter, name = reward_args.find_adapter(), reward_args.reward_model_name_or_path
     shared = bool(adapter) and adapter_args.use_peft and is_base(adapter, model_args.model_name_or_path)
     policy = base_model(model_args, AutoModelForCausalLM)
-    full_precision_head(policy)
+    full_precision_head(policy, frozen=adapter_args.use_peft)
     size = policy.config.get_text_config().hidden_size
     policy = adapted(policy, adapter_args, TaskType.CAUSAL_LM)
     if shared:

@@ -1,6 +1,6 @@
 """Which rewards: a reward model, Python functions, and their weights."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -137,15 +137,24 @@ class RewardModel(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer, data_args: DataArguments):
         super().__init__()
-        self.model, self.tokenizer, self.data_args = model, tokenizer, data_args
+        self.model, self.tokenizer = model, tokenizer
+        # an answer's limit is in the policy's tokens: in another vocabulary a whole answer may have more
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
+        room = max(positions - data_args.max_source_length, data_args.max_target_length)
+        self.data_args = replace(data_args, max_target_length=room)
         tokenizer.padding_side = "right"
         self.requires_grad_(False).eval()
 
-    def forward(self, conversations: list[list[dict]]):
-        """Scores [batch] of conversations that end with an answer, in float32."""
+    def forward(self, conversations: list[list[dict]], finished: list[bool] | None = None):
+        """Scores [batch] of conversations that end with an answer, in float32.
+
+        An answer that was not `finished` has no end to read, as in training one that is cut.
+        """
         device = next(self.model.parameters()).device
         if self.tokenizer.chat_template:
-            rows = [{"input_ids": self.data_args.encode(self.tokenizer, m)["input_ids"]} for m in conversations]
+            rows = [self.data_args.encode(self.tokenizer, messages)["input_ids"] for messages in conversations]
+            ends = finished or [True] * len(rows)
+            rows = [{"input_ids": ids if end else ids[:-1]} for ids, end in zip(rows, ends, strict=True)]
             batch = self.tokenizer.pad(rows, return_tensors="pt")
         else:
             prompts = ["\n".join(m["content"] for m in messages[:-1]) for messages in conversations]

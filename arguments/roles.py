@@ -120,14 +120,19 @@ class ActorCritic(nn.Module):
         return policy, critic
 
 
-def full_precision_head(model) -> None:
-    """Keep the output layer out of autocast: bfloat16 logits near 20 lie 0.125 apart, too coarse for a KL."""
+def full_precision_head(model, frozen: bool) -> None:
+    """Keep the output layer out of autocast: bfloat16 logits near 20 lie 0.125 apart, too coarse for a KL.
+
+    One that is loaded in bfloat16 and stays `frozen` is widened, apart from the embeddings that it may be tied to.
+    """
 
     def forward(head, hidden):
         with torch.autocast(hidden.device.type, enabled=False):
             return type(head).forward(head, hidden.to(head.weight.dtype).contiguous())
 
     head = model.get_output_embeddings()
+    if frozen and head.weight.dtype == torch.bfloat16:
+        head.weight = nn.Parameter(head.weight.float(), requires_grad=False)
     head.forward = MethodType(forward, head)  # a bound method follows its head when a model is copied
 
 
@@ -149,7 +154,7 @@ def build_actor_critic(
         reward_model = reward_args.load_model(data_args, model_args)
 
     policy = model_args.load_model(AutoModelForCausalLM)
-    full_precision_head(policy)
+    full_precision_head(policy, frozen=adapter_args.use_peft)
     hidden_size = policy.config.get_text_config().hidden_size
     policy = adapter_args.apply(policy, TaskType.CAUSAL_LM)
     head_state = None

@@ -183,8 +183,10 @@ class RunArguments:
         """Whether --resume_from_checkpoint names a checkpoint."""
         return str(self.resume_from_checkpoint or "").lower() not in ("", "true", "false")
 
-    def checkpoint(self, base: str) -> str | None:
+    def checkpoint(self, base: str, adapter: str | None = None) -> str | None:
         """The checkpoint to go on from: the one asked for, else the newest whole one in output_dir, else None.
+
+        `base` and `adapter` are what the run starts from, which --fresh leaves alone.
 
         Raises:
             UserError: when another stage made it, or it was trained on another base model than `base`; and when the
@@ -193,7 +195,7 @@ class RunArguments:
         self.base_facts = facts_of(base)
         if not self._asks_for_one() and self.fresh and Path(self.output_dir).is_dir():
             with self.main_process_first(desc="clearing the output folder"):
-                clear_output(Path(self.output_dir))
+                clear_output(Path(self.output_dir), [base, adapter or base])
             return None
         asked = [self.resume_from_checkpoint] if self._asks_for_one() else []
         for found in asked or reversed(sort_checkpoints(self.output_dir)):

@@ -2,12 +2,14 @@
 
 import os
 import signal
+from pathlib import Path
 
 import torch
 from loguru import logger
 from transformers import TrainerCallback
 
 from arguments.command_line import Fault
+from arguments.whole import read_whole
 
 
 class StopAtSignal(TrainerCallback):
@@ -39,6 +41,23 @@ class StopAtSignal(TrainerCallback):
         if self.signal and state.global_step < state.max_steps:
             logger.warning(f"Ended behind step {state.global_step}: the same command goes on from there")
             raise SystemExit(128 + self.signal)
+
+
+class EndsOnce:
+    """Mixed into a Trainer: a run that goes on from its last step trains nothing more and keeps the figures it had.
+
+    transformers 5.23 trains one step more where the end falls inside an epoch.
+    """
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
+
+    def save_metrics(self, split: str, metrics: dict, **kwargs):
+        if split == "train" and self.state.global_step == self._initial_global_step:
+            metrics = read_whole(Path(self.args.output_dir) / "train_results.json") or metrics
+        super().save_metrics(split, metrics, **kwargs)
 
 
 class FiniteGradients(TrainerCallback):

@@ -11,7 +11,7 @@ fi
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # set to nothing: no GPU
   processes=$(awk -F, '{print NF}' <<<"$CUDA_VISIBLE_DEVICES")
 else
-  processes=$(nvidia-smi -L 2>/dev/null | wc -l || true)
+  processes=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
 fi
 # More than one machine: NNODES=2 NODE_RANK=0|1 MASTER_ADDR=host-of-rank-0 on each, with the same folders on both.
 LAUNCH=("$PYTHON")

@@ -2,8 +2,9 @@
 
     python scripts/perplexity.py data/general models/SmolLM2-135M-Instruct outputs/pt-merged outputs/sft-merged
 
-Reads a folder of {"text"} records and the models; prints one JSON object {model: {"perplexity", "tokens"}}: exp of the
-mean loss of a token, of every text by itself, behind its beginning-of-text token where the tokenizer puts one.
+Reads a folder of documents, in any of the forms of data/README.md, and the models; prints one JSON object
+{model: {"perplexity", "tokens"}}: exp of the mean loss of a token, of every text by itself, behind its
+beginning-of-text token where the tokenizer puts one.
 """
 
 import json
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments import ModelArguments, best_precision  # noqa: E402
+from arguments import DataArguments, ModelArguments, best_precision, run_stage  # noqa: E402
 
 
 def load_judged(path: str) -> tuple:
@@ -44,10 +45,9 @@ def perplexity(path: str, texts: list[str]) -> dict:
 def main():
     logger.remove()  # lines of arguments would stand between those that are printed
     folder, *models = sys.argv[1:]
-    lines = [line for path in sorted(Path(folder).glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
-    texts = [json.loads(line)["text"] for line in lines]
+    texts = DataArguments(folder, bad_records="error").load_texts()
     print(json.dumps({path: perplexity(path, texts) for path in models}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

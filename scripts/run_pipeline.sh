@@ -50,6 +50,7 @@ stage() {
   case $data in data/pretrain | data/finetune | data/reward | data/prompts) ;; *) set -- ;; esac
   if [ "$name" = rl ]; then
     inputs+=("$REWARD_MODEL")
+    [ $# -gt 0 ] || set -- --max_eval_samples 48  # a share of much data would take longer than the rollouts
     set -- "$@" ${ROLLOUTS:+--max_steps "$ROLLOUTS"}
   fi
   if [ -z "$FRESH" ] || [ "$NODE_RANK" = 0 ]; then

@@ -277,6 +277,15 @@ def test_frozen_weights_follow_the_precision(flag, precision, trains_all, expect
     assert args.torch_dtype() == expected
 
 
+@pytest.mark.parametrize(("ranks", "placed"), [("1", "auto"), ("2", None)])
+def test_a_model_is_spread_by_one_process_alone(ranks, placed, monkeypatch, logged):
+    """Of several each has a GPU of its own, and accelerate does not train a model that each of them spread."""
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ModelArguments(model_name_or_path="m", device_map="auto")._placement() == placed
+    assert any("--device_map auto has no effect" in line for line in logged) == (placed is None)
+
+
 # splits
 
 
@@ -434,13 +443,20 @@ def test_checkpoint_asked_for_is_a_folder(tmp_path, name):
     assert left(tmp_path) == ["checkpoint-9/x"]
 
 
-def test_fresh_removes_checkpoints_alone(tmp_path):
-    touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x", "adapter_config.json", "config.json", "model.safetensors")
+def test_fresh_removes_what_a_run_left(tmp_path):
+    weights = ("adapter_config.json", "config.json", "model.safetensors")
+    touch(tmp_path, *weights, "notes.txt")
+    run_arguments(tmp_path, fresh=True).checkpoint("base")
+    assert left(tmp_path) == [*weights, "notes.txt"]  # no run of ours left these
+    touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x", "train_results.json")
     (tmp_path / "run.json").write_text('{"script": "another_stage.py"}')
     with pytest.raises(UserError, match="holds what another_stage.py made: .* --fresh"):
         run_arguments(tmp_path)
+    assert run_arguments(tmp_path, fresh=True).checkpoint("base", adapter=str(tmp_path)) is None
+    assert left(tmp_path) == [*weights, "notes.txt"]  # what the run starts from stays
+    touch(tmp_path, "checkpoint-9/x")
     assert run_arguments(tmp_path, fresh=True).checkpoint("base") is None
-    assert left(tmp_path) == ["adapter_config.json", "config.json", "model.safetensors"]
+    assert left(tmp_path) == ["notes.txt"]
     run_arguments(tmp_path)  # killed, that run may go on without --fresh
 
 
@@ -452,7 +468,7 @@ def test_merged_output_needs_fresh(tmp_path):
     assert run_arguments(tmp_path, resume_from_checkpoint="False").fresh
     assert "model.safetensors" in left(tmp_path)
     assert run_arguments(tmp_path, fresh=True).checkpoint("base") is None
-    assert left(tmp_path) == ["all_results.json"]
+    assert left(tmp_path) == []
 
 
 def test_plot_curves(tmp_path):

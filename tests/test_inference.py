@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 from conftest import in_process, merge, stage
@@ -62,6 +63,20 @@ def test_models_are_compared(tiny, trained, records, tmp_path):
     assert "3 questions" in printed
     for row in lines(output):
         assert row["Output"].keys() == row["Score"].keys() == {tiny("llama"), str(trained / "merged")}
+
+
+def test_the_likeliest_token_is_taken_whatever_the_model_came_with(trained, tmp_path):
+    """Its generation_config.json asks for another way to sample, as published chat models do."""
+    (tmp_path / "q.txt").write_text(QUESTIONS, encoding="utf-8")
+    flags = ("--data_file", tmp_path / "q.txt", "--max_new_tokens", 12)
+    ask("--base_model", trained / "merged", *flags, "--predictions_file", tmp_path / "plain.jsonl").ok()
+    shutil.copytree(trained / "merged", tmp_path / "other")
+    path = tmp_path / "other" / "generation_config.json"
+    wishes = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "num_beams": 3, "top_k": 2, "do_sample": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | wishes))
+    ask("--base_model", tmp_path / "other", *flags, "--predictions_file", tmp_path / "other.jsonl").ok()
+    plain, other = ([row["Output"] for row in lines(tmp_path / f"{name}.jsonl")] for name in ("plain", "other"))
+    assert plain == other
 
 
 def test_a_chat_has_history_that_can_be_cleared(trained, monkeypatch):

@@ -28,6 +28,15 @@ def test_perplexity_counts_every_token_once(family, tiny, tmp_path):
     assert found[str(tiny(family))]["perplexity"] == pytest.approx(expected, rel=0.01)  # bfloat16 where it is native
 
 
+def test_general_text_comes_in_any_form(tiny, tmp_path):
+    (tmp_path / "general.txt").write_text("\n".join(TEXTS) + "\n", "utf-8")
+    found = json.loads(in_process("scripts/perplexity.py", tmp_path, tiny("llama")).ok().stdout)
+    write_lines(tmp_path / "general", [{"text": text} for text in TEXTS])
+    assert found == json.loads(in_process("scripts/perplexity.py", tmp_path / "general", tiny("llama")).ok().stdout)
+    ended = in_process("scripts/perplexity.py", tmp_path / "missing", tiny("llama"))
+    assert ended.code == 2 and "missing" in ended.errors[0]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_the_likeliest_option_per_byte_is_chosen(language, tiny):

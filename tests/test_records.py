@@ -10,7 +10,7 @@ import pytest
 from loguru import logger
 
 from arguments import DataArguments, UserError
-from arguments.files import BadRecord, find_files, read_file
+from arguments.files import BadRecord, find_files, other_files, read_file
 from arguments.records import to_conversation, to_document, to_pair, to_prompt
 
 
@@ -362,6 +362,15 @@ def test_files_that_are_not_read_are_named(tmp_path, messages):
     (said,) = {message for message in messages if "not read" in message}
     assert said.startswith("2 files are not read") and f": {tmp_path}/a.md, {tmp_path}/b/notes.json.bak" in said
     assert ".DS_Store" not in said and "config" not in said
+
+
+def test_hidden_files_are_no_data(tmp_path):
+    """Old copies of a notebook's, and what macOS lays beside each file."""
+    folder = tmp_path / ".shelf" / "data"  # a hidden folder above is no reason
+    for name in ("rows.jsonl", ".ipynb_checkpoints/rows-checkpoint.jsonl", "._rows.jsonl", "._notes.md"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\x00\x05\x16\x07")
+    assert find_files(str(folder)) == [folder / "rows.jsonl"] and not other_files(str(folder))
 
 
 def test_folders_are_searched_recursively(tmp_path):

@@ -37,6 +37,7 @@ from transformers import (
 )
 
 import rl_training
+from arguments import DataArguments, ModelArguments, RewardModel
 from arguments.roles import disable_dropout
 
 # --- the roles of PPO
@@ -241,12 +242,10 @@ def moved_copy(model: str, folder: Path) -> Path:
 
 @torch.no_grad()
 def scored_alone(model, tokenizer, sample: dict) -> float:
-    """A line of samples.jsonl as stage 3 reads it: the conversation, its answer cut to eight tokens, no padding."""
+    """A line of samples.jsonl as stage 3 reads it: the conversation, its answer without an end, no padding."""
     turns = [*sample["prompt"], {"role": "assistant", "content": sample["answer"]}]
-    start = len(tokenizer.apply_chat_template(sample["prompt"], add_generation_prompt=True)["input_ids"])
-    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : start + 8]
-    return model.eval()(input_ids=ids).logits.item()
+    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n").removesuffix(tokenizer.eos_token)
+    return model.eval()(**tokenizer(text, return_tensors="pt")).logits.item()
 
 
 def samples(output: Path) -> list[dict]:
@@ -272,12 +271,13 @@ def test_decoder_reward_model_beside_the_policy(kind, tiny, records, tmp_path):
             settings = json.loads((reward / file).read_text())
             (reward / file).write_text(json.dumps(settings | {key: None}))
     policy = moved_copy(tiny("llama"), tmp_path / "policy")
-    flags = ("--reward_model_name_or_path", reward, "--precision", "fp32")
+    flags = ("--reward_model_name_or_path", reward, "--precision", "fp32", "--min_target_length", 8)
     ended = in_process(*stage("rl", policy, records, tmp_path / "rl", *flags)).ok()
     told = (
         f"is an adapter on {tiny('llama')}: loaded beside" if kind == "adapter" else "is a whole model: loaded beside"
     )
     assert told in ended.stderr
+    assert results(tmp_path / "rl")["eval_eos_rate"] == 0.0, "this test needs answers that do not end"
     alone = [scored_alone(model, tokenizer, sample) for sample in samples(tmp_path / "rl")]
     assert [sample["score"] for sample in samples(tmp_path / "rl")] == pytest.approx(alone, abs=1e-5)
     assert len({round(score, 4) for score in alone}) > 1, "this test needs scores that differ"
@@ -515,6 +515,12 @@ def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
     )
     assert all(torch.equal(kept[name], sampled_second[name]) for name in kept)
     assert any(w.abs().max() > 0 for name, w in kept.items() if "lora_B" in name)
+    # the same command again, as after a kill: the newest checkpoint holds the policy that set off the alarm
+    in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl3", *flags)).ok()
+    again = load_file(tmp_path / "rl3" / ADAPTER)
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+    assert len((tmp_path / "rl3" / "guards.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "rl3" / "good.safetensors").exists()  # of checkpoints alone
 
 
 # --- what each flag does
@@ -801,6 +807,34 @@ def test_all_weights_of_a_tied_model_go_on(family, tiny, records, tmp_path):
     assert results(whole)["eval_reward"] == results(cut)["eval_reward"]
 
 
+@pytest.mark.parametrize(("dtype", "head"), [("bfloat16", torch.float32), ("float32", torch.float32)])
+def test_logits_are_finer_than_the_base(dtype, head, tiny, records, tmp_path, monkeypatch):
+    """A head in bfloat16, tied to the embeddings or not, is widened by itself."""
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--dtype", dtype)
+    model = make_trainer(monkeypatch, *stage("rl", tiny("qwen3"), records, tmp_path / "rl", *flags)).model.policy
+    assert model.get_output_embeddings().weight.dtype == head
+    assert model.get_input_embeddings().weight.dtype == getattr(torch, dtype)
+    hidden = torch.randn(2, 3, model.config.hidden_size, dtype=torch.bfloat16)
+    assert model.get_output_embeddings()(hidden).dtype == torch.float32
+
+
+def test_a_reward_model_of_its_own_reads_whole_answers(tiny):
+    """The limit of an answer is in the policy's tokens; here a character is a token."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny("llama"), num_labels=1)
+    tokenizer = ModelArguments(tiny("llama")).load_tokenizer()
+    model.config.pad_token_id = tokenizer.pad_token_id
+    judge = RewardModel(model, tokenizer, DataArguments("unused", max_source_length=64, max_target_length=4))
+    question, answer = "What helps?", "Rest, cold and a bandage, for two days. "
+    asked = [{"role": "user", "content": question}]
+    with torch.no_grad():
+        told = [[*asked, {"role": "assistant", "content": answer * n}] for n in (1, 2)]
+        short, long = (judge([conversation]).item() for conversation in told)
+        cut_off = judge(told, [True, False]).tolist()
+    assert short != long
+    assert cut_off[0] == pytest.approx(short, abs=1e-6) and cut_off[1] != pytest.approx(long, abs=1e-6)
+
+
 # --- quantised bases
 
 
@@ -833,6 +867,7 @@ def test_quantised_base(flag, wide, records, tmp_path, monkeypatch):
     """Reward model, policy and merges on a base in 4 or 8 bits; a reward model beside the policy is in as many."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised base can be tried")
     in_process(*stage("rm", wide, records, tmp_path / "rm", flag)).ok()
+    assert {weight.dtype for weight in load_file(tmp_path / "rm" / ADAPTER).values()} == {torch.float32}
     flags = ("--reward_model_name_or_path", tmp_path / "rm", flag, "--ppo_epochs", 1, "--eval_on_start")
     ended = in_process(*stage("rl", wide, records, tmp_path / "rl", *flags)).ok()
     assert "an adapter on the policy's base" in ended.stderr

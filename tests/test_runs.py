@@ -1,6 +1,7 @@
 """Runs that are told to end, meet numbers that are not finite, or find the disk full."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ import torch
 from conftest import ADAPTER, ROOT, SCRIPTS, in_process, in_subprocess, merge, results, stage
 from peft import TaskType
 from safetensors.torch import load_file
-from test_kills import forked, trained
+from test_kills import differences, forked, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import arguments.checkpoints
@@ -238,6 +239,55 @@ def test_the_output_folder_of_another_run(tiny, records, tmp_path):
     ended = in_process(*stage("pt", tiny("llama"), records, output))  # what it made is there still
     assert ended.code == 2 and "holds what supervised_finetuning.py made" in ended.errors[0]
     in_process(*stage("pt", tiny("llama"), records, output, "--fresh")).ok()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_that_has_ended_trains_nothing_more(name, tiny, records, tmp_path):
+    """Its end falls inside an epoch, at a rate that would still move the weights."""
+    flags = ("--max_steps", 1, "--save_steps", 1, "--lr_scheduler_type", "constant")
+    if name == "rl":
+        in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+        flags += ("--reward_model_name_or_path", tmp_path / "rm")
+    else:
+        flags += ("--per_device_train_batch_size", 2)
+    command = stage(name, tiny("llama"), records, tmp_path / "out", *flags)
+    in_process(*command).ok()
+    before, checkpoints = trained(tmp_path / "out"), sorted(tmp_path.glob("out/checkpoint-*"))
+    figures = (tmp_path / "out" / "train_results.json").read_text()
+    assert "Going on from" in in_process(*command).ok().stderr
+    assert not differences(trained(tmp_path / "out"), before)
+    assert sorted(tmp_path.glob("out/checkpoint-*")) == checkpoints
+    assert (tmp_path / "out" / "train_results.json").read_text() == figures
+    assert results(tmp_path / "out")["train_loss"] == json.loads(figures)["train_loss"]
+
+
+def test_the_dropout_that_is_asked_for_is_of_the_reward_model_too(tiny, records, tmp_path):
+    """trl would turn it off."""
+    for dropout in ("0", "0.5"):
+        flags = ("--lora_dropout", dropout, "--max_steps", 1, "--lr_scheduler_type", "constant", "--warmup_steps", 0)
+        in_process(*stage("rm", tiny("llama"), records, tmp_path / dropout, *flags)).ok()
+    assert differences(trained(tmp_path / "0"), trained(tmp_path / "0.5"))
+
+
+def test_fresh_leaves_nothing_of_another_kind(tiny, records, tmp_path):
+    """An adapter that stays beside whole weights would be put on them, or merged in their place."""
+    output = tmp_path / "out"
+
+    def kinds() -> set[str]:
+        return {path.name for path in output.iterdir()} & {"adapter_config.json", "base.json", "config.json", ADAPTER}
+
+    in_process(*stage("rm", tiny("llama"), records, output)).ok()
+    path = output / "all_results.json"
+    path.write_text(json.dumps(results(output) | {"eval_accuracy_short": 0.5}))
+    in_process(*stage("rm", tiny("llama"), records, output, "--use_peft", "False", "--fresh")).ok()
+    assert kinds() == {"config.json"} and (output / "model.safetensors").exists()
+    assert "eval_accuracy_short" not in results(output)
+    in_process(*stage("rm", tiny("llama"), records, output, "--fresh")).ok()
+    assert kinds() == {"adapter_config.json", "base.json", ADAPTER} and not (output / "model.safetensors").exists()
+    # an adapter to go on with in its own folder is a source of the run
+    flags = ("--fresh", "--peft_path", output)
+    ended = in_process(*stage("rm", tiny("llama"), records, output, *flags, "--learning_rate", "nan"))
+    assert ended.code != 0 and (output / ADAPTER).exists()
 
 
 @pytest.mark.parametrize("all_weights", [(), ("--use_peft", "False")])

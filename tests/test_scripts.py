@@ -468,12 +468,14 @@ def test_a_machine_waits_for_the_merge_of_this_run(tmp_path):
         (4, {"GPUS": "0,2"}, "py -m torch.distributed.run --nproc_per_node 2"),
         (4, {"CUDA_VISIBLE_DEVICES": "1"}, "py"),
         (4, {"CUDA_VISIBLE_DEVICES": ""}, "py"),
+        (-1, {}, "py"),
     ],
 )
 def test_run_scripts_find_the_gpus(gpus, environment, expected, tmp_path):
     """One process per GPU: of all that nvidia-smi lists, or of those named."""
     smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\nfor i in $(seq {gpus}); do echo GPU $i; done\n")
+    listed = f"for i in $(seq {gpus}); do echo \"GPU $i: Tesla T4\"; echo '  MIG 1g.5gb'; done"
+    smi.write_text("#!/bin/sh\n" + (listed if gpus >= 0 else "echo NVIDIA-SMI has failed; echo twice; exit 9"))
     smi.chmod(0o755)
     kept = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "py"}
     script = 'source scripts/env.sh; echo "${LAUNCH[*]}"; flag_value --seed 1 --seed 2 --output_dir=a --seed=3'
