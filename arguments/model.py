@@ -49,6 +49,10 @@ class ModelArguments:
     )
     load_in_8bit: bool = field(default=False, metadata={"help": "8-bit frozen weights (needs bitsandbytes)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 frozen weights (needs bitsandbytes)."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa (what transformers takes where a model has it), eager, flash_attention_2 ..."},
+    )
     device_map: str | None = field(
         default=None, metadata={"help": "auto spreads one model over the GPUs of one process."}
     )
@@ -142,6 +146,7 @@ class ModelArguments:
                 self.model_name_or_path,
                 config=config,
                 device_map=self._placement(),
+                attn_implementation=self.attn_implementation,
                 **weights,
                 **self.hub_kwargs,
                 **kwargs,

@@ -26,6 +26,11 @@ for flag in "$@"; do
   esac
 done
 
+for given in "$PT_DATA" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GENERAL"; do
+  case $given in *[,:]*) continue ;; esac  # folders with weights, for their stage to look at
+  [ -e "$given" ] || { echo "error: there is no $given: expected a folder of records, see Your own data in README.md" >&2; exit 2; }
+done
+
 if [ -z "$PYTHON" ]; then
   PYTHON=.venv/bin/python
   "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv .venv

@@ -509,6 +509,15 @@ def test_run_scripts_take_tcmalloc_where_it_is_installed(tmp_path):
     assert preloaded(LD_PRELOAD=own) == own
 
 
+def test_the_attention_that_is_asked_for(tiny, records, tmp_path):
+    for name in ("sdpa", "eager"):
+        in_process(*stage("sft", tiny("llama"), records, tmp_path / name, "--attn_implementation", name)).ok()
+    sdpa, eager = (results(tmp_path / name)["eval_loss"] for name in ("sdpa", "eager"))
+    assert sdpa == pytest.approx(eager, abs=0.02)
+    ended = in_process(*stage("sft", tiny("llama"), records, tmp_path / "no", "--attn_implementation", "magic"))
+    assert ended.code == 2 and "magic" in ended.errors[0]
+
+
 # --- what the run scripts hand on: a python that tells how it was called, and leaves an adapter
 
 TELLS = """#!/bin/bash
@@ -561,11 +570,19 @@ def test_a_look_merges_nothing(flags, told, tmp_path):
 def test_the_pipeline_bounds_the_steps_of_the_sample_alone(told, tmp_path):
     mine = write_lines(tmp_path / "docs" / "train", [{"text": "a"}]).parent
     _, sample, _ = told("scripts/run_pipeline.sh", MODEL="base")
-    _, own, _ = told("scripts/run_pipeline.sh", MODEL="base", PT_DATA=str(mine), RL_DATA="chat", ROLLOUTS="99")
+    _, own, _ = told("scripts/run_pipeline.sh", MODEL="base", PT_DATA=str(mine), RL_DATA=str(mine), ROLLOUTS="99")
     assert "--max_steps 26" in sample["pretraining.py"] and "--max_steps" not in own["pretraining.py"]
     assert f"--train_file_dir {mine}/train --validation_file_dir {mine}/train" in own["pretraining.py"]
     assert sample["rl_training.py"].endswith("--max_steps 14 --max_eval_samples 48")
-    assert own["rl_training.py"].endswith("--max_steps 99") and "--max_steps 30" in own["supervised_finetuning.py"]
+    assert (
+        own["rl_training.py"].endswith("--max_eval_samples 48 --max_steps 99")
+        and "--max_steps 30" in own["supervised_finetuning.py"]
+    )
+
+
+def test_the_pipeline_misses_a_folder_at_once(told):
+    code, calls, errors = told("scripts/run_pipeline.sh", MODEL="base", RM_DATA="mine/pairs", SFT_DATA="a:2,b")
+    assert (code, calls) == (2, {}) and errors.startswith("error: there is no mine/pairs") and errors.count("\n") == 1
 
 
 def test_the_pipeline_looks_at_nothing(told):
