@@ -104,7 +104,8 @@ def clear_output(folder: Path, sources: list[str]) -> None:
     names += [f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
     of_a_run = any(next(folder.glob(name), None) for name in ("checkpoint-*", "merge.json", "run.json"))
     if of_a_run and folder.resolve() not in [Path(source).resolve() for source in sources]:
-        names += ["adapter_*", "value", "base.json", "model*.safetensors*", "config.json", "generation_config.json"]
+        names += ["adapter_config.json", "adapter_model.*", "value", "base.json"]
+        names += ["model*.safetensors*", "config.json", "generation_config.json"]
     for path in [path for name in names for path in folder.glob(name)]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # another rank may have been first

@@ -445,18 +445,18 @@ def test_checkpoint_asked_for_is_a_folder(tmp_path, name):
 
 def test_fresh_removes_what_a_run_left(tmp_path):
     weights = ("adapter_config.json", "config.json", "model.safetensors")
-    touch(tmp_path, *weights, "notes.txt")
+    touch(tmp_path, *weights, "notes.txt", "adapter_of_mine/x")
     run_arguments(tmp_path, fresh=True).checkpoint("base")
-    assert left(tmp_path) == [*weights, "notes.txt"]  # no run of ours left these
+    assert left(tmp_path) == sorted([*weights, "adapter_of_mine/x", "notes.txt"])  # no run of ours left these
     touch(tmp_path, "checkpoint-9/x", "checkpoint-10/x", "train_results.json")
     (tmp_path / "run.json").write_text('{"script": "another_stage.py"}')
     with pytest.raises(UserError, match="holds what another_stage.py made: .* --fresh"):
         run_arguments(tmp_path)
     assert run_arguments(tmp_path, fresh=True).checkpoint("base", adapter=str(tmp_path)) is None
-    assert left(tmp_path) == [*weights, "notes.txt"]  # what the run starts from stays
+    assert left(tmp_path) == sorted([*weights, "adapter_of_mine/x", "notes.txt"])  # what the run starts from stays
     touch(tmp_path, "checkpoint-9/x")
     assert run_arguments(tmp_path, fresh=True).checkpoint("base") is None
-    assert left(tmp_path) == ["notes.txt"]
+    assert left(tmp_path) == ["adapter_of_mine/x", "notes.txt"]
     run_arguments(tmp_path)  # killed, that run may go on without --fresh
 
 
