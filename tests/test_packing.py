@@ -13,7 +13,7 @@ from tiny_models import FAMILIES
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from arguments import DataArguments, keeps_apart
+from arguments import DataArguments, UserError, keeps_apart
 from pretraining import PretrainingArguments, build_blocks
 from pretraining import pack as pack_documents
 from supervised_finetuning import FinetuningTrainer, collate, pack
@@ -57,6 +57,12 @@ def test_packed_loss_and_gradients_equal_separate_ones(tiny, family):
 def test_the_model_is_asked_whether_it_keeps_sequences_apart(tiny, family):
     model = AutoModelForCausalLM.from_pretrained(tiny(family))
     assert keeps_apart(model) == (family in KEEP_APART)
+
+
+def test_a_model_that_zero3_has_split_cannot_be_asked(tiny, monkeypatch):
+    monkeypatch.setattr("arguments.model.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(UserError, match="ZeRO-3 has split it: take scripts/zero2.json"):
+        keeps_apart(AutoModelForCausalLM.from_pretrained(tiny("llama")))
 
 
 def test_bloom_is_not_packed_but_batched_by_length(tiny, records, tmp_path):
