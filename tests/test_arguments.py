@@ -189,6 +189,14 @@ def test_run_stage_ends_with_one_line_and_code_2(capsys):
     assert capsys.readouterr().err == "error: no such thing\n"
 
 
+def test_run_stage_leaves_the_other_processes(tmp_path):
+    """Python would abort if a thread of the group still held tensors when it ends."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    run_stage(lambda: dist.all_reduce(torch.ones(1)))
+    assert not dist.is_initialized()
+
+
 def test_run_stage_says_ctrl_c_in_one_line(capsys):
     def main():
         raise KeyboardInterrupt

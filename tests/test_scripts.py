@@ -342,6 +342,7 @@ def train_and_show(self, *args, **kwargs):
 
 
 Trainer.train = train_and_show
+torch.distributed.destroy_process_group = lambda: None  # at each script's end: the next one needs it
 for command in commands:
     sys.argv = command
     os.environ.pop("TENSORBOARD_LOGGING_DIR", None)  # the first script's
