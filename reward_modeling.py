@@ -11,11 +11,12 @@ Writes  the adapter with its head, tokenizer, metrics (held-out accuracy, margin
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import TaskType
+from peft import PeftModel, TaskType
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForSequenceClassification, set_seed
 from trl import RewardConfig, RewardTrainer
@@ -33,6 +34,7 @@ from arguments import (
     run_stage,
 )
 from arguments.adapter import trained_in_float32
+from arguments.pairs import collate_pairs, score_pairs, shared_tokens, shares_prompts
 from arguments.plan import plan_pairs
 
 
@@ -78,7 +80,8 @@ def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset
         lengths = {name: chosen[name] for name in ("source_tokens", "source_kept")}
         lengths |= {"chosen_tokens": chosen["target_tokens"], "rejected_tokens": rejected["target_tokens"]}
         lengths |= {f"{name}_characters": len(row[name]) for name in ("chosen", "rejected")}
-        return ids | lengths | {"length": max(map(len, ids.values()))}
+        together = sum(map(len, ids.values())) - shared_tokens(*ids.values())  # in one row behind their prompt
+        return ids | lengths | {"length": together}
 
     return data_args.tokenize(rows, encode, tokenizer, keep=("kind",))
 
@@ -112,7 +115,11 @@ class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
         return super().evaluate(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        scored = model
+        if "spans" in inputs:
+            inner = self.accelerator.unwrap_model(model)
+            scored = partial(score_pairs, model, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
+        loss, outputs = super().compute_loss(scored, inputs, return_outputs=True, **kwargs)
         if not model.training:
             pairs = torch.stack(outputs.logits.float().flatten().chunk(2), dim=1)  # [pairs, chosen and rejected]
             self.scores.append(self.accelerator.gather_for_metrics(pairs).cpu())
@@ -158,6 +165,9 @@ def main():
 
     model = model_args.load_model(AutoModelForSequenceClassification, num_labels=1)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    collate = None  # trl's: each answer behind its own copy of the prompt
+    if not training_args.torch_compile and shares_prompts(model, data_args.longest):
+        collate = partial(collate_pairs, pad_token_id=tokenizer.pad_token_id)
     model = adapter_args.apply(model, TaskType.SEQ_CLS)
     training_args.keep_casts(model)
 
@@ -167,6 +177,7 @@ def main():
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
+        data_collator=collate,
         callbacks=training_args.callbacks(),
     )
     trained_in_float32(trainer.model)  # trl casts what trains on a quantised base to bfloat16

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from peft import PeftConfig, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +19,7 @@ from transformers import (
 from arguments.adapter import trained_in_float32
 from arguments.base import weight_files
 from arguments.loss import TokenLoss
+from arguments.pairs import collate_pairs, may_share, score_pairs
 from arguments.shapes import Footprint, without_storage
 
 NF4_BITS = 4.127  # a weight, with its share of the doubly quantised scales (arXiv 2305.14314)
@@ -173,7 +174,7 @@ def rehearse_tokens(model_args, adapter_args, args, load: Load, train, held_out,
 
 
 def rehearse_pairs(model_args, adapter_args, args, load: Load, train, held_out, tokenizer) -> Rehearsal:
-    """Stage 3: trl.RewardTrainer's loss, chosen and rejected answers in one forward pass."""
+    """Stage 3: trl.RewardTrainer's loss, chosen and rejected answers in one forward pass and, if they may, one row."""
 
     def build():
         model = base_model(model_args, AutoModelForSequenceClassification, num_labels=1)
@@ -181,12 +182,18 @@ def rehearse_pairs(model_args, adapter_args, args, load: Load, train, held_out, 
         return adapted(model, adapter_args, TaskType.SEQ_CLS)
 
     found = Rehearsal(build, model_args, args, load, args.gradient_accumulation_steps > 1)
+    inner = found.model.get_base_model() if isinstance(found.model, PeftModel) else found.model
+    shared = may_share(inner, max(train["length"]))
     model = found.accelerator.prepare_model(found.model, device_placement=False, evaluation_mode=True)
 
     def loss(rows):
-        ids = [row[name] for name in ("chosen_ids", "rejected_ids") for row in rows]
-        batch = found.on_device(tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
-        chosen, rejected = model(**batch, use_cache=False).logits.squeeze(-1).chunk(2)
+        if shared:
+            batch = found.on_device(collate_pairs(rows, tokenizer.pad_token_id))
+            outputs = score_pairs(model, inner, **batch, use_cache=False)
+        else:
+            ids = [row[name] for name in ("chosen_ids", "rejected_ids") for row in rows]
+            outputs = model(**found.on_device(tokenizer.pad({"input_ids": ids}, return_tensors="pt")), use_cache=False)
+        chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
         return -nn.functional.logsigmoid(chosen - rejected).mean() + (chosen + rejected).square().mean()
 
     found.phase("train", lambda: loss(longest(train, load)).backward())
