@@ -34,7 +34,7 @@ from arguments import (
     run_stage,
 )
 from arguments.adapter import trained_in_float32
-from arguments.pairs import collate_pairs, score_pairs, shared_tokens, shares_prompts
+from arguments.pairs import collate_pairs, score_pairs, shared_tokens, shares_prompts, with_length
 from arguments.plan import plan_pairs
 
 
@@ -64,7 +64,8 @@ class RewardArguments(RunArguments, RewardConfig):
 
 
 def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
-    """Rows {"chosen_ids", "rejected_ids", "length"}: the conversation with that answer up to its end token.
+    """Rows {"chosen_ids", "rejected_ids", "length", "together"}: the conversation with each answer up to its end,
+    the longer one's length, and that of both behind one prompt.
 
     A pair whose answers differ behind max_target_length alone is a bad record: nothing can be learned from it.
     """
@@ -80,8 +81,8 @@ def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset
         lengths = {name: chosen[name] for name in ("source_tokens", "source_kept")}
         lengths |= {"chosen_tokens": chosen["target_tokens"], "rejected_tokens": rejected["target_tokens"]}
         lengths |= {f"{name}_characters": len(row[name]) for name in ("chosen", "rejected")}
-        together = sum(map(len, ids.values())) - shared_tokens(*ids.values())  # in one row behind their prompt
-        return ids | lengths | {"length": together}
+        together = sum(map(len, ids.values())) - shared_tokens(*ids.values())
+        return ids | lengths | {"length": max(map(len, ids.values())), "together": together}
 
     return data_args.tokenize(rows, encode, tokenizer, keep=("kind",))
 
@@ -157,17 +158,18 @@ def main():
     tokenizer = model_args.load_tokenizer()
     train_rows, eval_rows = data_args.load_pairs(training_args.output_dir)
     train_dataset = build_dataset(train_rows, tokenizer, data_args)
-    eval_dataset = build_dataset(eval_rows, tokenizer, data_args).sort("length")  # less padding
+    eval_dataset = build_dataset(eval_rows, tokenizer, data_args)
     if data_args.preview:
         return data_args.show(train_dataset, tokenizer)
     if training_args.plan:
-        return plan_pairs(model_args, adapter_args, training_args, train_dataset, eval_dataset, tokenizer)
+        groups = model_args, adapter_args, training_args
+        return plan_pairs(*groups, train_dataset, eval_dataset, tokenizer, data_args.longest)
 
     model = model_args.load_model(AutoModelForSequenceClassification, num_labels=1)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    collate = None  # trl's: each answer behind its own copy of the prompt
-    if not training_args.torch_compile and shares_prompts(model, data_args.longest):
-        collate = partial(collate_pairs, pad_token_id=tokenizer.pad_token_id)
+    shared = shares_prompts(model, training_args, train_dataset, data_args.longest)
+    train_dataset = with_length(train_dataset, shared)
+    eval_dataset = with_length(eval_dataset, shared).sort("length")  # less padding
     model = adapter_args.apply(model, TaskType.SEQ_CLS)
     training_args.keep_casts(model)
 
@@ -177,7 +179,7 @@ def main():
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        data_collator=collate,
+        data_collator=partial(collate_pairs, pad_token_id=tokenizer.pad_token_id) if shared else None,
         callbacks=training_args.callbacks(),
     )
     trained_in_float32(trainer.model)  # trl casts what trains on a quantised base to bfloat16

@@ -4,13 +4,19 @@ import inspect
 from contextlib import contextmanager
 
 import torch
+from datasets import Dataset
 from loguru import logger
 from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from arguments.rows import token_lengths
+
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that take a mask
+WORTH = 0.15  # share of tokens to be saved: a row of two answers has more attention to compute than two rows
+
 
 def shared_tokens(chosen: list[int], rejected: list[int]) -> int:
-    """How many tokens two answers share at the start, but for at least one that each keeps of its own."""
+    """Length of what both begin with, at most one less than the shorter of them: each keeps a token of its own."""
     shortest = min(len(chosen), len(rejected)) - 1
     return next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest)
 
@@ -18,7 +24,7 @@ def shared_tokens(chosen: list[int], rejected: list[int]) -> int:
 def collate_pairs(pairs: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Batch of rows {"chosen_ids", "rejected_ids"}, padded on the right.
 
-    An end that is the padding's token is left out: wherever else the model is used, it takes its score before that.
+    Padding tokens at the end of an answer are dropped: transformers, too, reads a score at the last other token.
 
     Returns:
         "input_ids" and "attention_mask" [pairs, length], and "spans" [pairs, 3]: where the shared prompt ends, where
@@ -43,8 +49,8 @@ def without_end(ids: list[int], token: int) -> list[int]:
 def places(spans: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Position of each token [pairs, length], and which tokens each one sees [pairs, 1, length, length].
 
-    A rejected answer stands at the positions behind its prompt and does not see the chosen one. Nothing sees the
-    padding at the end, which sees something, for a softmax over nothing is not a number.
+    A rejected answer stands at the positions behind its prompt and does not see the chosen one. No answer sees the
+    padding at the end; that sees something, since a softmax over nothing is not a number.
     """
     shared, chosen, end = spans.unsqueeze(-1).unbind(1)  # [pairs, 1] each
     at = torch.arange(length, device=spans.device).unsqueeze(0)
@@ -68,7 +74,8 @@ def scores_at_ends(model, spans: torch.Tensor):
 
     def choose(_, inputs, outputs):
         scores = kept.pop()
-        outputs.logits = scores[rows.to(scores.device), ends.to(scores.device)]
+        # where and as what a device map and autocast have put what is returned
+        outputs.logits = scores[rows.to(scores.device), ends.to(scores.device)].to(outputs.logits)
         return outputs
 
     # before a wrapper's own hooks, which look at the gradients of what the model returns
@@ -83,17 +90,23 @@ def scores_at_ends(model, spans: torch.Tensor):
 def score_pairs(model, inner, spans, input_ids, attention_mask, **kwargs):
     """Outputs of `model`, which is `inner` or wraps it, with logits [2 * pairs, labels], for a batch of collate_pairs.
 
-    The mask of the padding is for those who count tokens: nothing looks ahead to it.
+    `attention_mask` is there for those who count tokens; the model gets the mask of `places`.
     """
     positions, seen = places(spans, input_ids.shape[1])
     with scores_at_ends(inner, spans):
         return model(input_ids=input_ids, attention_mask=seen, position_ids=positions, **kwargs)
 
 
-def may_share(model, longest: int) -> bool:
-    """Whether by its settings a model takes pairs of up to `longest` tokens in one row.
+def shared_share(pairs: Dataset) -> float:
+    """The share of all tokens of rows {"chosen_ids", "rejected_ids", "together"} that one prompt for both saves."""
+    return 1 - sum(pairs["together"]) / token_lengths(pairs)["total"]
 
-    The mask needs SDPA, the positions a parameter; layers that look back a part of the way would forget it.
+
+def may_share(model, args, pairs: Dataset, longest: int) -> bool:
+    """Whether, before it is asked, a model may take pairs of up to `longest` tokens an answer in one row.
+
+    The mask needs SDPA, the positions a parameter, and layers that look back to some tokens only would forget it.
+    ZeRO-3 has split the weights, so that there is nobody to ask.
     """
     config = model.config.get_text_config()
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
@@ -102,40 +115,54 @@ def may_share(model, longest: int) -> bool:
         and "position_ids" in inspect.signature(model.forward).parameters
         and hasattr(model, "score")
         and all(window is None or window >= longest for window in windows)
+        and set(getattr(config, "layer_types", None) or ()) <= ATTENTION
+        and not (args.torch_compile or args.pad_to_multiple_of or is_deepspeed_zero3_enabled())
+        and shared_share(pairs) >= WORTH
     )
 
 
 @torch.no_grad()
-def shares_prompts(model, longest: int) -> bool:
-    """Whether the pairs of a model may share rows: it is asked, where its settings allow it.
+def keeps_answers_apart(model) -> bool:
+    """Whether two answers in one row, by mask and position ids alone, are to a model what they are in two rows.
 
-    What the chosen answer says must not move the rejected one's score, and both scores have to be those of two rows,
-    to within what bfloat16 rounds.
+    It is asked: what one answer says must not move the other's last state, and both states have to be those of two
+    rows, to within what bfloat16 rounds.
     """
-    if is_deepspeed_zero3_enabled() or not may_share(model, longest):  # ZeRO-3 has split the weights already
-        return False
-    config = model.config.get_text_config()
-    ids = (1 + config.pad_token_id + torch.arange(64)) % config.vocab_size  # a score is taken before the padding's id
-    prompts, answers, others = ids[:8].repeat(8, 1), ids[8:48].view(8, 5), ids[48:].view(8, 2)
-    chosen, changed = (torch.cat([prompts, behind], dim=1).tolist() for behind in (answers[:, :2], others))
-    rejected = torch.cat([prompts, answers.flip(0)], dim=1).tolist()
+    prompt, chosen, changed, rejected = [3, 4, 5, 6], [7, 8], [9, 10], [11, 12, 13]
 
-    def scores(rows):
-        return model(torch.tensor(rows, device=model.device), use_cache=False).logits
+    def states(answer):
+        """Of the ends of `answer` and of the rejected one, in a row together."""
+        batch = collate_pairs([{"chosen_ids": prompt + answer, "rejected_ids": prompt + rejected}], pad_token_id=-1)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        found = score_pairs(model, model, **batch, use_cache=False, output_hidden_states=True)
+        return found.hidden_states[-1][0, batch["spans"][0, 1:].to(found.hidden_states[-1].device) - 1].float()
 
-    def shared(rows):
-        pairs = [{"chosen_ids": a, "rejected_ids": b} for a, b in zip(rows, rejected, strict=True)]
-        batch = {name: tensor.to(model.device) for name, tensor in collate_pairs(pairs, 0).items()}
-        return score_pairs(model, model, **batch, use_cache=False).logits
+    def alone(answer):
+        ids = torch.tensor([prompt + answer], device=model.device)
+        return model(ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1].float()
 
     training = model.training
     model.eval()
     try:
-        alone, together, moved = torch.cat([scores(chosen), scores(rejected)]), shared(chosen), shared(changed)
+        together, moved = states(chosen), states(changed)
+        apart = torch.stack([alone(chosen), alone(rejected)])
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        logger.info(f"{model.config.model_type} refuses a mask of its own: chosen and rejected in two rows ({error})")
+        logger.info(f"{model.config.model_type} refuses a mask of its own ({error})")
         return False
     finally:
         model.train(training)
-    near = (together - alone).norm() <= 0.05 * alone.norm()
-    return bool(near) and torch.equal(together[8:], moved[8:])
+    return torch.equal(together[1], moved[1]) and bool((together - apart).norm() <= 0.05 * apart.norm())
+
+
+def shares_prompts(model, args, pairs: Dataset, longest: int) -> bool:
+    """Whether the answers of a pair share a row: where settings and rows allow it, the model is asked."""
+    shared = may_share(model, args, pairs, longest) and keeps_answers_apart(model)
+    logger.info(f"Chosen and rejected answers in {'one row' if shared else 'two rows'}")
+    return shared
+
+
+def with_length(pairs: Dataset, shared: bool) -> Dataset:
+    """`pairs` whose "length", by which batches are made, is that of the rows they become."""
+    if not shared:
+        return pairs
+    return pairs.remove_columns("length").rename_column("together", "length")

@@ -45,11 +45,11 @@ def plan_tokens(model_args, adapter_args, args, train: Dataset, held_out: Datase
     show(model_args, adapter_args, args, train, rehearse)
 
 
-def plan_pairs(model_args, adapter_args, args, train: Dataset, held_out: Dataset, tokenizer) -> None:
-    """Print the plan of stage 3."""
+def plan_pairs(model_args, adapter_args, args, train: Dataset, held_out: Dataset, tokenizer, longest: int) -> None:
+    """Print the plan of stage 3, with answers and their prompts of up to `longest` tokens."""
 
     def rehearse(load):
-        return rehearse_pairs(model_args, adapter_args, args, load, train, held_out, tokenizer)
+        return rehearse_pairs(model_args, adapter_args, args, load, train, held_out, tokenizer, longest)
 
     show(model_args, adapter_args, args, train, rehearse)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +19,7 @@ from transformers import (
 from arguments.adapter import trained_in_float32
 from arguments.base import weight_files
 from arguments.loss import TokenLoss
-from arguments.pairs import collate_pairs, may_share, score_pairs
+from arguments.pairs import collate_pairs, may_share, score_pairs, shared_tokens, with_length
 from arguments.shapes import Footprint, without_storage
 
 NF4_BITS = 4.127  # a weight, with its share of the doubly quantised scales (arXiv 2305.14314)
@@ -173,7 +173,17 @@ def rehearse_tokens(model_args, adapter_args, args, load: Load, train, held_out,
     return found
 
 
-def rehearse_pairs(model_args, adapter_args, args, load: Load, train, held_out, tokenizer) -> Rehearsal:
+def cut_pair(pair: dict, share: float) -> dict:
+    """A pair with that share of its prompt, and of each answer."""
+    prompt = shared_tokens(pair["chosen_ids"], pair["rejected_ids"])
+
+    def cut(ids):
+        return ids[: math.ceil(share * prompt)] + ids[prompt:][: math.ceil(share * (len(ids) - prompt))]
+
+    return {name: cut(pair[name]) for name in ("chosen_ids", "rejected_ids")}
+
+
+def rehearse_pairs(model_args, adapter_args, args, load: Load, train, held_out, tokenizer, limit: int) -> Rehearsal:
     """Stage 3: trl.RewardTrainer's loss, chosen and rejected answers in one forward pass and, if they may, one row."""
 
     def build():
@@ -183,10 +193,12 @@ def rehearse_pairs(model_args, adapter_args, args, load: Load, train, held_out, 
 
     found = Rehearsal(build, model_args, args, load, args.gradient_accumulation_steps > 1)
     inner = found.model.get_base_model() if isinstance(found.model, PeftModel) else found.model
-    shared = may_share(inner, max(train["length"]))
+    shared = model_args.attn_implementation in (None, "sdpa") and may_share(inner, args, train, limit)
+    train, held_out = with_length(train, shared), with_length(held_out, shared)
     model = found.accelerator.prepare_model(found.model, device_placement=False, evaluation_mode=True)
 
     def loss(rows):
+        rows = [cut_pair(row, load.share) for row in rows]
         if shared:
             batch = found.on_device(collate_pairs(rows, tokenizer.pad_token_id))
             outputs = score_pairs(model, inner, **batch, use_cache=False)
@@ -196,9 +208,9 @@ def rehearse_pairs(model_args, adapter_args, args, load: Load, train, held_out, 
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
         return -nn.functional.logsigmoid(chosen - rejected).mean() + (chosen + rejected).square().mean()
 
-    found.phase("train", lambda: loss(longest(train, load)).backward())
+    found.phase("train", lambda: loss(longest(train, replace(load, share=1))).backward())
     if evaluates(args):
-        rows = longest(held_out, load, args.per_device_eval_batch_size)
+        rows = longest(held_out, replace(load, share=1), args.per_device_eval_batch_size)
         found.phase("evaluate", lambda: loss(rows), grad=False)
     return found
 

@@ -22,6 +22,7 @@ from arguments import AdapterArguments, ModelArguments, RewardSourceArguments
 from arguments.rehearsal import Load, rehearse_pairs, rehearse_tokens
 from arguments.rehearsal_ppo import rehearse_ppo
 from arguments.shapes import Footprint
+from reward_modeling import RewardArguments
 from rl_training import PPOArguments
 from supervised_finetuning import FinetuningArguments
 
@@ -61,11 +62,13 @@ def rehearsals(model: str, output: Path):
     args, load = FinetuningArguments(**flags), Load(2)
     ppo = PPOArguments(output_dir=str(output), precision="fp32", report_to="none", batch_size=4)
     rows = Dataset.from_list([{"input_ids": ROW, "labels": ROW}] * 8)
-    pairs = Dataset.from_list([{"chosen_ids": ROW, "rejected_ids": ROW, "length": len(ROW)}] * 8)
+    pair = {"chosen_ids": [*ROW, 7], "rejected_ids": [*ROW, 8, 9], "length": len(ROW) + 2, "together": len(ROW) + 3}
+    pairs = Dataset.from_list([pair] * 8)
+    reward_args = RewardArguments(**flags)
     reward = RewardSourceArguments(reward_functions=f"{__file__}:nothing")
     return {
         "tokens": partial(rehearse_tokens, *groups, args, load, rows, rows, default_data_collator),
-        "pairs": partial(rehearse_pairs, *groups, args, load, pairs, pairs, groups[0].load_tokenizer()),
+        "pairs": partial(rehearse_pairs, *groups, reward_args, load, pairs, pairs, groups[0].load_tokenizer(), 64),
         "ppo": partial(rehearse_ppo, *groups, ppo, load, rows, rows, 8, reward),
     }
 
