@@ -30,13 +30,15 @@ MEDICALGPT_PACKAGES = ["scikit-learn", "sentencepiece", "tqdm", "latex2sympy2_ex
 OURS = {
     "ours": [],
     "ours fp32": ["--precision", "fp32"],
+    "ours fp32 recomputed": ["--precision", "fp32", "--activation_checkpointing"],  # as LLaMA-Factory has it
     "ours packed": ["--packing", "--packing_length", "1024", "--per_device_train_batch_size", "2"],
 }
+FLOAT32 = ["ours fp32", "ours fp32 recomputed"]
 CONTESTANTS = {
-    "pt": ["ours", "ours fp32", "LLaMA-Factory", "MedicalGPT"],
-    "sft": ["ours", "ours packed", "ours fp32", "TRL", "TRL fp32", "LLaMA-Factory", "MedicalGPT"],
+    "pt": ["ours", *FLOAT32, "LLaMA-Factory", "MedicalGPT"],
+    "sft": ["ours", "ours packed", *FLOAT32, "TRL", "TRL fp32", "LLaMA-Factory", "MedicalGPT"],
     # MedicalGPT's (2f1008c) hands load_in_4bit to a model class, which transformers 5.23 does not accept
-    "rm": ["ours", "ours fp32", "TRL", "TRL fp32", "LLaMA-Factory"],
+    "rm": ["ours", *FLOAT32, "TRL", "TRL fp32", "LLaMA-Factory"],
 }
 
 
