@@ -99,7 +99,7 @@ def score_pairs(model, inner, spans, input_ids, attention_mask, **kwargs):
 
 def shared_share(pairs: Dataset) -> float:
     """The share of all tokens of rows {"chosen_ids", "rejected_ids", "together"} that one prompt for both saves."""
-    return 1 - sum(pairs["together"]) / token_lengths(pairs)["total"]
+    return 1 - sum(pairs["together"][:]) / token_lengths(pairs)["total"]
 
 
 def may_share(model, args, pairs: Dataset, longest: int) -> bool:

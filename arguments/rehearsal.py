@@ -141,7 +141,7 @@ def longest(dataset: Dataset, load: Load, rows: int | None = None) -> list[dict]
     if not isinstance(dataset, Dataset):  # streamed, in blocks of one length
         found = list(dataset.take(rows or load.rows))
     else:
-        lengths = dataset["length"] if "length" in dataset.column_names else map(len, dataset["input_ids"])
+        lengths = dataset["length"][:] if "length" in dataset.column_names else map(len, dataset["input_ids"])
         order = sorted(zip(lengths, range(len(dataset)), strict=True), reverse=True)
         found = [dataset[i] for _, i in order[: rows or load.rows]]
 
