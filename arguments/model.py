@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from arguments.attention import attend_in_blocks
 from arguments.command_line import UserError
 from arguments.run import native_bf16
 
@@ -141,6 +142,8 @@ class ModelArguments:
         if "num_labels" in kwargs:
             config.num_labels = kwargs.pop("num_labels")
         weights = self.weights_in_memory()
+        if native_bf16():
+            attend_in_blocks()
         try:
             model = auto_class.from_pretrained(
                 self.model_name_or_path,

@@ -1,0 +1,118 @@
+"""Attention in blocks of rows, for bfloat16 on a CPU: PyTorch's own kernel takes up to twice as long there."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.amp import custom_bwd, custom_fwd
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+ROWS = 64  # whose scores are computed at once; 16, 32 and 128 took longer, with 9 to 32 heads
+LOWEST = torch.finfo(torch.float32).min  # not -inf: a row that sees nothing, as padding may, is then no NaN
+
+
+def by_group(heads, key):
+    """[batch, heads, length, d] as [batch * groups, heads / groups, length, d], with the groups of `key`."""
+    batch, count, length, size = heads.shape
+    return heads.reshape(batch * key.shape[1], count // key.shape[1], length, size)
+
+
+def blocks(query, key, visible, scale: float) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Of BlockwiseAttention's arguments: some rows, the columns that they see, and their attention to these.
+
+    That is softmax(scale * query key^T) in float32, [batch * groups, heads / groups * rows, columns].
+    """
+    (batch, groups), length = key.shape[:2], query.shape[2]
+    queries, keys = by_group(query, key).float() * scale, key.float().flatten(0, 1)
+    for start in range(0, length, ROWS):
+        rows = slice(start, min(start + ROWS, length))
+        if visible is None:
+            columns, masked = slice(0, rows.stop), slice(start, rows.stop)
+            hidden = torch.ones(rows.stop - start, rows.stop - start).triu(1)
+        else:
+            some = visible[:, 0, rows].flatten(0, 1).amax(0).nonzero()
+            columns = slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0, 1)
+            masked, hidden = slice(None), (~visible[:, :, None, rows, columns]).float()
+        scores = torch.bmm(queries[:, :, rows].flatten(1, 2), keys[:, columns].transpose(1, 2))
+        of_heads = scores.view(batch, groups, -1, rows.stop - start, columns.stop - columns.start)
+        of_heads[..., masked] += hidden.mul_(LOWEST)  # masked_fill_ takes longer than the product
+        yield rows, columns, torch.softmax(scores, -1, out=scores)
+        del scores, of_heads  # before the next ones are made
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """softmax(scale * query key^T) value: query [batch, heads, length, d], key and value [batch, groups, length, d].
+
+    `visible` [batch or 1, 1, length, length] says which columns (keys) a row (query) sees; None: those up to its own.
+    Scores and their softmax are in float32, the other products in bfloat16, as in PyTorch's kernel, and as there the
+    backward pass computes the scores again, so that no table of them is kept. Returns [batch, length, heads, d].
+    """
+
+    @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx, query, key, value, visible, scale):
+        ctx.save_for_backward(query, key, value, visible)
+        ctx.scale = scale
+        (batch, heads, length, _), groups, values = query.shape, key.shape[1], value.flatten(0, 1)
+        out = values.new_empty(batch, length, groups, heads // groups, values.shape[-1])
+        for rows, columns, attention in blocks(query, key, visible, scale):
+            part = out[:, rows].movedim(1, 3)
+            part.copy_(torch.bmm(attention.to(out.dtype), values[:, columns]).view(part.shape))
+            del attention
+        return out.flatten(2, 3)
+
+    @staticmethod
+    @custom_bwd(device_type="cpu")
+    def backward(ctx, gradient):
+        """With attention A: dA = dO value^T, and of the scores A * (dA - sum over columns(A * dA))."""
+        query, key, value, visible = ctx.saved_tensors
+        queries, gradients = by_group(query, key), by_group(gradient.transpose(1, 2), key)
+        keys, values = key.flatten(0, 1), value.flatten(0, 1)
+        of_queries = queries.new_empty(queries.shape)
+        of_keys, of_values = keys.new_zeros(keys.shape, dtype=torch.float32), values.new_zeros(values.shape).float()
+        for rows, columns, attention in blocks(query, key, visible, ctx.scale):
+            attention, part = attention.to(keys.dtype), gradients[:, :, rows].flatten(1, 2)
+            of_values[:, columns] += torch.bmm(attention.transpose(1, 2), part)
+            of_attention = torch.bmm(part, values[:, columns].transpose(1, 2))
+            of_scores = torch._softmax_backward_data(of_attention, attention, -1, attention.dtype)
+            of_queries[:, :, rows] = torch.bmm(of_scores, keys[:, columns]).view_as(of_queries[:, :, rows])
+            of_keys[:, columns] += torch.bmm(of_scores.transpose(1, 2), queries[:, :, rows].flatten(1, 2))
+            del attention, of_attention, of_scores
+        made = (of_queries, query), (of_keys, key), (of_values, value)
+        of_query, of_key, of_value = (part.to(whole.dtype).view(whole.shape) for part, whole in made)
+        return of_query * ctx.scale, of_key * ctx.scale, of_value, None, None
+
+
+def takes_blocks(module, query, key, attention_mask, is_causal=None, dropout=0.0, **settings) -> bool:
+    """Whether a call of sdpa_attention_forward is one for blocks: causal, or by a mask alike for all heads."""
+    if torch.compiler.is_compiling() or type(query) is not torch.Tensor or query.device.type != "cpu":
+        return False  # shards, and stand-ins without storage, are other types
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    if (
+        dtype != torch.bfloat16
+        or dropout
+        or any(settings.get(name) is not None for name in ("position_bias", "softcap"))
+    ):
+        return False
+    rows, columns = query.shape[2], key.shape[2]
+    if rows == 1 or rows != columns:  # behind what a cache holds
+        return False
+    if attention_mask is None:
+        return getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return attention_mask.dtype == torch.bool and attention_mask.shape[1:] == (1, rows, columns)
+
+
+def blockwise_attention(module, query, key, value, attention_mask, scaling=None, **settings):
+    """transformers' attention interface: in blocks where they are for it, else by sdpa_attention_forward."""
+    if not takes_blocks(module, query, key, attention_mask, **settings):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return BlockwiseAttention.apply(query, key, value, attention_mask, scale), None
+
+
+def attend_in_blocks() -> None:
+    """From now on what models call "sdpa" is blockwise_attention.
+
+    By that name, since models and libraries go by it: which masks they make, and what they leave to a kernel.
+    """
+    AttentionInterface.register("sdpa", blockwise_attention)
