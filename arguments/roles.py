@@ -91,7 +91,7 @@ class ActorCritic(nn.Module):
         No attention mask: a causal model sees nothing of the padding behind a token.
         """
         with self.role(name) as model, logits_at(model, rows, columns):
-            return model(input_ids=ids, use_cache=False).logits[0].float()
+            return model(input_ids=ids, use_cache=False).logits.squeeze(0).float()
 
     def hidden(self, name: str, ids):
         """Last hidden states [batch, time, size] of right-padded ids in float32."""

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM
 
@@ -63,6 +65,33 @@ def test_loss_and_gradients_are_the_models_own(family, tiny):
     for name, parameter in model.named_parameters():
         if name in found:
             torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_autocasts_logits_are_not_copied(tiny, monkeypatch):
+    """As a Trainer prepares a model; the second call finds it without accelerate's wrapper."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests' runs
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare_model(AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32))
+    assert model(IDS).logits.dtype == torch.float32
+    trainer, dtypes = TokenLoss(), []
+    trainer.accelerator = accelerator
+    summed = SummedCrossEntropy.apply
+    monkeypatch.setattr(
+        SummedCrossEntropy, "apply", lambda logits, *more: dtypes.append(logits.dtype) or summed(logits, *more)
+    )
+    for _ in range(2):
+        loss, outputs = trainer.compute_loss(model, {"input_ids": IDS, "labels": LABELS.clone()}, True, 9)
+        loss.backward()
+    assert dtypes == [torch.bfloat16] * 2 and loss.dtype == torch.float32
+    assert model(IDS).logits.dtype == torch.bfloat16, "autocast still comes with the model"
+
+
+def test_logits_that_became_a_gradient_are_not_used_again():
+    logits = torch.randn(3, 5, requires_grad=True)
+    loss = SummedCrossEntropy.apply(logits * 1, torch.tensor([0, 1, 2]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_a_model_that_passes_its_output_layer_by_is_refused():
