@@ -19,7 +19,7 @@ from arguments.attention import ROWS, BlockwiseAttention, blockwise_attention
 MASKED = sorted(set(FAMILIES) - {"bloom"})  # ALiBi is a mask of numbers, in a model with attention of its own
 
 
-def test_shares_by_hand():
+def test_attention_by_hand():
     """Two rows, scores 0 and ln 3: the second takes a quarter of the first value and three quarters of its own."""
     query, key = torch.tensor([[[[1.0], [2.0]]]]), torch.tensor([[[[0.0], [math.log(3) / 4]]]])
     value = torch.tensor([[[[10.0, 0.0], [20.0, 4.0]]]])
@@ -43,8 +43,7 @@ def tensors(length: int, heads: int, groups: int, dtype: torch.dtype) -> list[to
     """Query, key and value as a model hands them on (transposed views), and a gradient of what comes of them."""
     torch.manual_seed(length)
     sizes = (heads, 16), (groups, 16), (groups, 24), (heads, 24)
-    made = [torch.randn(2, length, *size).to(dtype).transpose(1, 2) for size in sizes]
-    return made
+    return [torch.randn(2, length, *size).to(dtype).transpose(1, 2) for size in sizes]
 
 
 def in_blocks(*inputs):
