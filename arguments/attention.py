@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from torch.amp import custom_bwd, custom_fwd
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -18,7 +17,7 @@ def by_group(heads, key):
 
 
 def blocks(query, key, visible, scale: float) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Of BlockwiseAttention's arguments: some rows, the columns that they see, and their attention to these.
+    """Of `attend`'s arguments: some rows, the columns that they see, and their attention to these.
 
     That is softmax(scale * query key^T) in float32, [batch * groups, heads / groups * rows, columns].
     """
@@ -40,52 +39,82 @@ def blocks(query, key, visible, scale: float) -> Iterator[tuple[slice, slice, to
         del scores, of_heads  # before the next ones are made
 
 
-class BlockwiseAttention(torch.autograd.Function):
+@torch.library.custom_op("blockwise::attend", mutates_args=())
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scale: float
+) -> torch.Tensor:
     """softmax(scale * query key^T) value: query [batch, heads, length, d], key and value [batch, groups, length, d].
 
     `visible` [batch or 1, 1, length, length] says which columns (keys) a row (query) sees; None: those up to its own.
     Scores and their softmax are in float32, the other products in bfloat16, as in PyTorch's kernel, and as there the
     backward pass computes the scores again, so that no table of them is kept. Returns [batch, length, heads, d].
+
+    An operator, not an autograd.Function: torch.compile calls it as it is, where it would trace the loop.
     """
+    (batch, heads, length, _), groups, values = query.shape, key.shape[1], value.flatten(0, 1)
+    out = values.new_empty(batch, length, groups, heads // groups, values.shape[-1])
+    for rows, columns, attention in blocks(query, key, visible, scale):
+        part = out[:, rows].movedim(1, 3)
+        part.copy_(torch.bmm(attention.to(out.dtype), values[:, columns]).view(part.shape))
+        del attention
+    return out.flatten(2, 3)
 
-    @staticmethod
-    @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
-    def forward(ctx, query, key, value, visible, scale):
-        ctx.save_for_backward(query, key, value, visible)
-        ctx.scale = scale
-        (batch, heads, length, _), groups, values = query.shape, key.shape[1], value.flatten(0, 1)
-        out = values.new_empty(batch, length, groups, heads // groups, values.shape[-1])
-        for rows, columns, attention in blocks(query, key, visible, scale):
-            part = out[:, rows].movedim(1, 3)
-            part.copy_(torch.bmm(attention.to(out.dtype), values[:, columns]).view(part.shape))
-            del attention
-        return out.flatten(2, 3)
 
-    @staticmethod
-    @custom_bwd(device_type="cpu")
-    def backward(ctx, gradient):
-        """With attention A: dA = dO value^T, and of the scores A * (dA - sum over columns(A * dA))."""
-        query, key, value, visible = ctx.saved_tensors
-        queries, gradients = by_group(query, key), by_group(gradient.transpose(1, 2), key)
-        keys, values = key.flatten(0, 1), value.flatten(0, 1)
-        of_queries = queries.new_empty(queries.shape)
-        of_keys, of_values = keys.new_zeros(keys.shape, dtype=torch.float32), values.new_zeros(values.shape).float()
-        for rows, columns, attention in blocks(query, key, visible, ctx.scale):
-            attention, part = attention.to(keys.dtype), gradients[:, :, rows].flatten(1, 2)
-            of_values[:, columns] += torch.bmm(attention.transpose(1, 2), part)
-            of_attention = torch.bmm(part, values[:, columns].transpose(1, 2))
-            of_scores = torch._softmax_backward_data(of_attention, attention, -1, attention.dtype)
-            of_queries[:, :, rows] = torch.bmm(of_scores, keys[:, columns]).view_as(of_queries[:, :, rows])
-            of_keys[:, columns] += torch.bmm(of_scores.transpose(1, 2), queries[:, :, rows].flatten(1, 2))
-            del attention, of_attention, of_scores
-        made = (of_queries, query), (of_keys, key), (of_values, value)
-        of_query, of_key, of_value = (part.to(whole.dtype).view(whole.shape) for part, whole in made)
-        return of_query * ctx.scale, of_key * ctx.scale, of_value, None, None
+@torch.library.custom_op("blockwise::attend_backward", mutates_args=())
+def attend_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value; with attention A: dA = dO value^T, of the scores A * (dA - sum(A * dA))."""
+    queries, gradients = by_group(query, key), by_group(gradient.transpose(1, 2), key)
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    of_queries = queries.new_empty(queries.shape)
+    of_keys, of_values = keys.new_zeros(keys.shape, dtype=torch.float32), values.new_zeros(values.shape).float()
+    for rows, columns, attention in blocks(query, key, visible, scale):
+        attention, part = attention.to(keys.dtype), gradients[:, :, rows].flatten(1, 2)
+        of_values[:, columns] += torch.bmm(attention.transpose(1, 2), part)
+        of_attention = torch.bmm(part, values[:, columns].transpose(1, 2))
+        of_scores = torch._softmax_backward_data(of_attention, attention, -1, attention.dtype)
+        of_queries[:, :, rows] = torch.bmm(of_scores, keys[:, columns]).view_as(of_queries[:, :, rows])
+        of_keys[:, columns] += torch.bmm(of_scores.transpose(1, 2), queries[:, :, rows].flatten(1, 2))
+        del attention, of_attention, of_scores
+    made = (of_queries, query), (of_keys, key), (of_values, value)
+    of_query, of_key, of_value = (part.to(whole.dtype).view(whole.shape) for part, whole in made)
+    return of_query * scale, of_key * scale, of_value
+
+
+@attend.register_fake
+def _(query, key, value, visible, scale):
+    batch, heads, length, _ = query.shape
+    return value.new_empty(batch, length, heads, value.shape[-1])
+
+
+@attend_backward.register_fake
+def _(gradient, query, key, value, visible, scale):
+    return tuple(part.new_empty(part.shape) for part in (query, key, value))
+
+
+def keep(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def differentiate(ctx, gradient):
+    return *attend_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None
+
+
+attend.register_autograd(differentiate, setup_context=keep)
+for operator in (attend, attend_backward):
+    operator.register_autocast("cpu", torch.bfloat16)
 
 
 def takes_blocks(module, query, key, attention_mask, is_causal=None, dropout=0.0, **settings) -> bool:
     """Whether a call of sdpa_attention_forward is one for blocks: causal, or by a mask alike for all heads."""
-    if torch.compiler.is_compiling() or type(query) is not torch.Tensor or query.device.type != "cpu":
+    if type(query) is not torch.Tensor or query.device.type != "cpu":
         return False  # shards, and stand-ins without storage, are other types
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     if (
@@ -107,7 +136,7 @@ def blockwise_attention(module, query, key, value, attention_mask, scaling=None,
     if not takes_blocks(module, query, key, attention_mask, **settings):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return BlockwiseAttention.apply(query, key, value, attention_mask, scale), None
+    return attend(query, key, value, attention_mask, scale), None
 
 
 def attend_in_blocks() -> None:

@@ -12,9 +12,10 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import arguments.attention
 import arguments.model
 from arguments import ModelArguments
-from arguments.attention import ROWS, BlockwiseAttention, blockwise_attention
+from arguments.attention import ROWS, attend, blockwise_attention
 
 MASKED = sorted(set(FAMILIES) - {"bloom"})  # ALiBi is a mask of numbers, in a model with attention of its own
 
@@ -23,7 +24,7 @@ def test_attention_by_hand():
     """Two rows, scores 0 and ln 3: the second takes a quarter of the first value and three quarters of its own."""
     query, key = torch.tensor([[[[1.0], [2.0]]]]), torch.tensor([[[[0.0], [math.log(3) / 4]]]])
     value = torch.tensor([[[[10.0, 0.0], [20.0, 4.0]]]])
-    found = BlockwiseAttention.apply(query, key, value, None, 2.0)
+    found = attend(query, key, value, None, 2.0)
     assert_close(found, torch.tensor([[[[10.0, 0.0]], [[17.5, 3.0]]]]))
 
 
@@ -47,7 +48,7 @@ def tensors(length: int, heads: int, groups: int, dtype: torch.dtype) -> list[to
 
 
 def in_blocks(*inputs):
-    return BlockwiseAttention.apply(*inputs).transpose(1, 2)
+    return attend(*inputs).transpose(1, 2)
 
 
 def of_pytorch(query, key, value, mask, scale):
@@ -128,10 +129,17 @@ PAST = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
 )
 def test_what_the_blocks_are_not_for_is_left_to_pytorch(settings, blocks, monkeypatch):
     taken = []
-    original = BlockwiseAttention.apply
-    monkeypatch.setattr(BlockwiseAttention, "apply", lambda *inputs: taken.append(1) or original(*inputs))
+    monkeypatch.setattr(arguments.attention, "attend", lambda *inputs: taken.append(1) or attend(*inputs))
     assert call(**settings).shape == (2, settings.get("rows", 8), 4, 24)
     assert bool(taken) == blocks
+
+
+@pytest.mark.parametrize("mask", [None, PAST])
+def test_an_operator_as_torch_compile_wants_it(mask):
+    """Schema, shapes without storage, autograd: torch's own check of a registered operator."""
+    query, key, value, _ = (part.requires_grad_() for part in tensors(8, 4, 2, torch.float32))
+    checked = torch.library.opcheck(attend, (query, key, value, mask, 0.3))
+    assert set(checked.values()) == {"SUCCESS"}
 
 
 @pytest.fixture
