@@ -143,6 +143,7 @@ def main():
         raise UserError(f"--isolate_documents: {model.config.model_type} does not go by position_ids, leave it out")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)
     training_args.keep_casts(model)
+    training_args.compile_layers(model)
 
     trainer = PretrainingTrainer(
         model=model,

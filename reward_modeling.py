@@ -172,6 +172,7 @@ def main():
     eval_dataset = with_length(eval_dataset, shared).sort("length")  # less padding
     model = adapter_args.apply(model, TaskType.SEQ_CLS)
     training_args.keep_casts(model)
+    training_args.compile_layers(model)
 
     trainer = PairTrainer(
         model=model,

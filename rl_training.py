@@ -163,6 +163,8 @@ class PPOArguments(RunArguments, TrainingArguments):
                 "micro_batch_size what is in memory at once"
             )
         self.gradient_accumulation_steps, self.remove_unused_columns = 1, False
+        if self.compiled_by:
+            logger.warning("--torch_compile has no effect in RL: its roles change the adapters of one model")
 
     def _check_ranges(self):
         for flag in ("temperature", "clip_range", "value_clip_range", "kl_horizon", "reward_clip"):

@@ -142,6 +142,7 @@ def main():
         logger.warning(f"{model.config.model_type} does not go by position_ids: batches of like length, not packing")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)
     training_args.keep_casts(model)
+    training_args.compile_layers(model)
 
     trainer = FinetuningTrainer(
         model=model,

@@ -116,7 +116,7 @@ def may_share(model, args, pairs: Dataset, longest: int) -> bool:
         and hasattr(model, "score")
         and all(window is None or window >= longest for window in windows)
         and set(getattr(config, "layer_types", None) or ()) <= ATTENTION
-        and not (args.torch_compile or args.pad_to_multiple_of or is_deepspeed_zero3_enabled())
+        and not (args.pad_to_multiple_of or is_deepspeed_zero3_enabled())
         and shared_share(pairs) >= WORTH
     )
 
@@ -133,13 +133,17 @@ def keeps_answers_apart(model) -> bool:
     def states(answer):
         """Of the ends of `answer` and of the rejected one, in a row together."""
         batch = collate_pairs([{"chosen_ids": prompt + answer, "rejected_ids": prompt + rejected}], pad_token_id=-1)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        found = score_pairs(model, model, **batch, use_cache=False, output_hidden_states=True)
-        return found.hidden_states[-1][0, batch["spans"][0, 1:].to(found.hidden_states[-1].device) - 1].float()
+        ids, spans = batch["input_ids"].to(model.device), batch["spans"].to(model.device)
+        positions, seen = places(spans, ids.shape[1])
+        return last(ids, spans[0, 1:] - 1, attention_mask=seen, position_ids=positions)
 
     def alone(answer):
-        ids = torch.tensor([prompt + answer], device=model.device)
-        return model(ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1].float()
+        return last(torch.tensor([prompt + answer], device=model.device), torch.tensor(-1))
+
+    def last(ids, at, **inputs):
+        # not by output_hidden_states: what transformers puts around layers for that stays, and breaks a compiled graph
+        found = model.base_model(ids, use_cache=False, **inputs).last_hidden_state
+        return found[0, at.to(found.device)].float()
 
     training = model.training
     model.eval()

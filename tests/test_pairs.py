@@ -82,7 +82,7 @@ def test_a_model_that_refuses_the_mask_is_no_error(tiny, monkeypatch):
 
 
 ROWS = Dataset.from_list([{"chosen_ids": [5, 6, 7, 8], "rejected_ids": [5, 6, 9], "length": 4, "together": 5}])
-PLAIN = {"torch_compile": False, "pad_to_multiple_of": None}
+PLAIN = {"pad_to_multiple_of": None}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,6 @@ PLAIN = {"torch_compile": False, "pad_to_multiple_of": None}
         ({"attention_chunk_size": 63}, {}),
         ({"layer_types": ["full_attention", "linear_attention"]}, {}),
         ({"_attn_implementation": "eager"}, {}),
-        ({}, {"torch_compile": True}),
         ({}, {"pad_to_multiple_of": 8}),
     ],
 )
