@@ -163,7 +163,7 @@ class PPOArguments(RunArguments, TrainingArguments):
                 "micro_batch_size what is in memory at once"
             )
         self.gradient_accumulation_steps, self.remove_unused_columns = 1, False
-        if self.compiled_by:
+        if self.compile_settings:
             logger.warning("--torch_compile has no effect in RL: its roles change the adapters of one model")
 
     def _check_ranges(self):

@@ -98,18 +98,18 @@ def _(gradient, query, key, value, visible, scale):
     return tuple(part.new_empty(part.shape) for part in (query, key, value))
 
 
-def keep(ctx, inputs, output):
+def setup_context(ctx, inputs, output):
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
 
 
-def differentiate(ctx, gradient):
+def backward(ctx, gradient):
     return *attend_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None
 
 
-attend.register_autograd(differentiate, setup_context=keep)
-for operator in (attend, attend_backward):
-    operator.register_autocast("cpu", torch.bfloat16)
+attend.register_autograd(backward, setup_context=setup_context)
+attend.register_autocast("cpu", torch.bfloat16)
+attend_backward.register_autocast("cpu", torch.bfloat16)
 
 
 def takes_blocks(module, query, key, attention_mask, is_causal=None, dropout=0.0, **settings) -> bool:

@@ -130,20 +130,20 @@ def keeps_answers_apart(model) -> bool:
     """
     prompt, chosen, changed, rejected = [3, 4, 5, 6], [7, 8], [9, 10], [11, 12, 13]
 
+    def last_states(ids, at, **inputs):
+        # output_hidden_states would put hooks around the layers that stay, and that break a compiled layer in two
+        found = model.base_model(ids.to(model.device), use_cache=False, **inputs).last_hidden_state
+        return found[0, at.to(found.device)].float()
+
     def states(answer):
         """Of the ends of `answer` and of the rejected one, in a row together."""
         batch = collate_pairs([{"chosen_ids": prompt + answer, "rejected_ids": prompt + rejected}], pad_token_id=-1)
-        ids, spans = batch["input_ids"].to(model.device), batch["spans"].to(model.device)
+        ids, spans = batch["input_ids"], batch["spans"].to(model.device)
         positions, seen = places(spans, ids.shape[1])
-        return last(ids, spans[0, 1:] - 1, attention_mask=seen, position_ids=positions)
+        return last_states(ids, spans[0, 1:] - 1, attention_mask=seen, position_ids=positions)
 
     def alone(answer):
-        return last(torch.tensor([prompt + answer], device=model.device), torch.tensor(-1))
-
-    def last(ids, at, **inputs):
-        # not by output_hidden_states: what transformers puts around layers for that stays, and breaks a compiled graph
-        found = model.base_model(ids, use_cache=False, **inputs).last_hidden_state
-        return found[0, at.to(found.device)].float()
+        return last_states(torch.tensor([prompt + answer]), torch.tensor(-1))
 
     training = model.training
     model.eval()

@@ -14,6 +14,7 @@ from loguru import logger
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import sort_checkpoints
 
 from arguments.base import facts_of, other_base, record_base
@@ -81,8 +82,8 @@ class RunArguments:
     torch_compile: bool = field(
         default=False,
         metadata={
-            "help": "Compile the model's layers: a tenth faster on a CPU, behind a first step of a minute (once "
-            "compiled: ten seconds). Needs a C++ compiler. No effect in RL."
+            "help": "Compile the model's layers: a tenth faster on a CPU; the first step takes a minute, or ten "
+            "seconds from the cache. Needs a C++ compiler. No effect in RL."
         },
     )
     plan: bool = field(
@@ -120,10 +121,7 @@ class RunArguments:
         self.checkpoints_kept, self.save_total_limit = self.save_total_limit, None
         self.base_facts = None  # name and fingerprint of what is trained, once it is loaded
         self._choose_precision()
-        # accelerate would compile the whole model, and anew for other lengths of rows: see compile_layers
-        asked = {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
-        self.compiled_by = asked if self.torch_compile or any(asked.values()) else None
-        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        self._take_over_compiling()
         if not torch.cuda.is_available():
             self.use_cpu = True
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))
@@ -174,6 +172,31 @@ class RunArguments:
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
         )
         logger.info(f"Device {device}; training in {asked}, trained weights in float32")
+
+    def _take_over_compiling(self) -> None:
+        """Keep what --torch_compile asks for to compile_layers: accelerate would compile the model as a whole."""
+        backend, mode = (self.torch_compile_backend or "").lower(), self.torch_compile_mode
+        everywhere = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no").lower()  # of accelerate launch
+        asked = self.torch_compile or mode or {backend, everywhere} - {"", "no"}
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        self.compile_settings = (
+            {"backend": backend or "inductor"} | ({"mode": mode} if mode else {}) if asked else None
+        )
+        if asked and (self.deepspeed or self.fsdp):
+            logger.warning("--torch_compile has no effect with --deepspeed and --fsdp")
+            self.compile_settings = None
+        elif asked:
+            from torch._dynamo import list_backends  # a second and a half
+            from torch._inductor import list_mode_options
+
+            if backend and backend not in list_backends(None):
+                raise UserError(
+                    f"--torch_compile_backend {backend} is unknown: expected one of {', '.join(list_backends())}"
+                )
+            if mode and mode not in list_mode_options():
+                raise UserError(
+                    f"--torch_compile_mode {mode} is unknown: expected one of {', '.join(list_mode_options())}"
+                )
 
     def _check_output(self) -> None:
         """Refuse an output folder that holds what this run would destroy."""
@@ -254,16 +277,14 @@ class RunArguments:
                 layer.to(torch.bfloat16)
 
     def compile_layers(self, model: torch.nn.Module) -> None:
-        """--torch_compile: the layers, where a model stacks several of a kind.
-
-        One is compiled for all, once for rows of any length. SmolLM2 on two cores took 31 to 105 s so, and more than
-        280 s as a whole.
-        """
-        stacks = (
-            [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)] if self.compiled_by else []
-        )
-        for layer in (layer for stack in stacks if len({type(layer) for layer in stack}) == 1 for layer in stack):
-            layer.compile(dynamic=True, **{name: value for name, value in self.compiled_by.items() if value})
+        """--torch_compile, layer by layer: a few graphs then serve all of them, and rows of any length."""
+        if self.compile_settings is None:
+            return
+        layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if not layers:
+            logger.warning(f"--torch_compile has no effect: {type(model).__name__} names no layers")
+        for layer in layers:  # 64: with and without a mask, training and evaluation, kinds of layers; torch allows 8
+            layer.compile(dynamic=True, recompile_limit=64, **self.compile_settings)
 
     @property
     def steps_between_saves(self) -> int:

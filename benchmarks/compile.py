@@ -22,8 +22,8 @@ from measure import ROOT, as_run_scripts, machine
 from speed import in_form_of, our_command, records
 
 
-def seconds_of_steps(command: list[str], repeats: int) -> dict:
-    """Run a stage up to its first step; {"first": seconds, "plain": seconds of each step, "compiled": the same}."""
+def print_seconds(command: list[str], repeats: int) -> None:
+    """Run a stage to its first step, print {"first": seconds, "plain": of each step, "compiled": the same}, exit."""
     import transformers
 
     step = transformers.Trainer.training_step
@@ -53,7 +53,7 @@ def seconds_of_steps(command: list[str], repeats: int) -> dict:
 
 
 def measured(stage: str, args, cache: str, repeats: int) -> dict:
-    """`seconds_of_steps` in a process of its own, started as the run scripts start a stage."""
+    """What `print_seconds` prints, in a process of its own, started as the run scripts start a stage."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         data.mkdir()
@@ -64,7 +64,7 @@ def measured(stage: str, args, cache: str, repeats: int) -> dict:
         environment = os.environ | as_run_scripts() | {"TORCHINDUCTOR_CACHE_DIR": cache}
         me = [sys.executable, __file__, "--model", args.model, "--repeats", str(repeats), "--command"]
         call = [*me, json.dumps([str(part) for part in command])]
-        ended = subprocess.run(call, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+        ended = subprocess.run(call, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         return json.loads(ended.stdout.splitlines()[-1])
 
 
@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--command", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.command:
-        return seconds_of_steps(json.loads(args.command), args.repeats)
+        return print_seconds(json.loads(args.command), args.repeats)
     print(f"{machine()}\n\n| | first step, s | again, s | a step, s | compiled, s | faster by |")
     print("|---|---|---|---|---|---|")
     for stage in args.stages.split(","):

@@ -11,6 +11,8 @@ cd "$(dirname "$0")/.."
 
 run() { echo "## $*"; echo; "$PYTHON" "benchmarks/$1.py" "${@:2}"; }
 run speed --model "$MODEL" ${MEDICALGPT:+--medicalgpt "$MEDICALGPT"}
+run attention
+run compile --model "$MODEL"
 run ppo --model "$SFT_MODEL" --reward_model "$REWARD_MODEL"
 run rule --model "$SFT_MODEL"
 run data --model "$MODEL"

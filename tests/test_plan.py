@@ -121,7 +121,7 @@ def test_advice_stops_where_it_fits():
 
 SHORT_RUN = ("--max_steps", "2", "--do_eval", "False", "--eval_on_start", "False")
 BRIEF = {"sft": ("--gradient_accumulation_steps", "1"), "rm": ("--gradient_accumulation_steps", "1")}
-BRIEF["rl"] = ("--batch_size", "16")
+BRIEF["rl"] = ("--batch_size", "16", "--max_steps", "1")
 
 
 def launch(name: str, output: Path, *flags) -> str:
