@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from torch import library
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -39,7 +40,7 @@ def blocks(query, key, visible, scale: float) -> Iterator[tuple[slice, slice, to
         del scores, of_heads  # before the next ones are made
 
 
-@torch.library.custom_op("blockwise::attend", mutates_args=())
+@library.custom_op("blockwise::attend", mutates_args=())
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
@@ -60,7 +61,7 @@ def attend(
     return out.flatten(2, 3)
 
 
-@torch.library.custom_op("blockwise::attend_backward", mutates_args=())
+@library.custom_op("blockwise::attend_backward", mutates_args=())
 def attend_backward(
     gradient: torch.Tensor,
     query: torch.Tensor,

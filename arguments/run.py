@@ -188,6 +188,8 @@ class RunArguments:
         elif asked:
             from torch._dynamo import list_backends  # a second and a half
             from torch._inductor import list_mode_options
+            from torch._inductor.cpp_builder import get_cpp_compiler
+            from torch._inductor.exc import InvalidCxxCompiler
 
             if backend and backend not in list_backends(None):
                 raise UserError(
@@ -197,6 +199,13 @@ class RunArguments:
                 raise UserError(
                     f"--torch_compile_mode {mode} is unknown: expected one of {', '.join(list_mode_options())}"
                 )
+            try:
+                if self.compile_settings["backend"] == "inductor" and not torch.cuda.is_available():
+                    get_cpp_compiler()
+            except InvalidCxxCompiler as error:
+                raise UserError(
+                    "--torch_compile needs a C++ compiler: apt install g++, or name yours in the variable CXX"
+                ) from error
 
     def _check_output(self) -> None:
         """Refuse an output folder that holds what this run would destroy."""

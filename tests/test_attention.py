@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import FAMILIES
+from torch import library
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import AttentionInterface, AutoModelForCausalLM
@@ -138,7 +139,7 @@ def test_what_the_blocks_are_not_for_is_left_to_pytorch(settings, blocks, monkey
 def test_an_operator_as_torch_compile_wants_it(mask):
     """Schema, shapes without storage, autograd: torch's own check of a registered operator."""
     query, key, value, _ = (part.requires_grad_() for part in tensors(8, 4, 2, torch.float32))
-    checked = torch.library.opcheck(attend, (query, key, value, mask, 0.3))
+    checked = library.opcheck(attend, (query, key, value, mask, 0.3))
     assert set(checked.values()) == {"SUCCESS"}
 
 

@@ -54,6 +54,12 @@ def test_an_unknown_way_to_compile_is_refused(fields, tmp_path):
         settings(tmp_path, **fields)
 
 
+def test_without_a_compiler_it_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler: apt install"):
+        settings(tmp_path, torch_compile=True)
+
+
 @pytest.mark.parametrize(("family", "dropout"), [("llama", 0.0), ("llama", 0.1), ("gemma3", 0.0)])
 def test_few_graphs_serve_all_layers_and_lengths(family, dropout, tiny, tmp_path, monkeypatch):
     """Four: of a layer whose input has a gradient or, as the first one, has none, with a mask and without.
