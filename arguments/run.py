@@ -175,13 +175,12 @@ class RunArguments:
 
     def _take_over_compiling(self) -> None:
         """Keep what --torch_compile asks for to compile_layers: accelerate would compile the model as a whole."""
-        backend, mode = (self.torch_compile_backend or "").lower(), self.torch_compile_mode
-        everywhere = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no").lower()  # of accelerate launch
-        asked = self.torch_compile or mode or {backend, everywhere} - {"", "no"}
+        launched = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no")  # by accelerate launch
+        backend, mode = (self.torch_compile_backend or launched).lower(), self.torch_compile_mode
+        asked = self.torch_compile or mode or backend != "no"
+        backend = "inductor" if backend == "no" else backend
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
-        self.compile_settings = (
-            {"backend": backend or "inductor"} | ({"mode": mode} if mode else {}) if asked else None
-        )
+        self.compile_settings = {"backend": backend, "mode": mode} if asked else None
         if asked and (self.deepspeed or self.fsdp):
             logger.warning("--torch_compile has no effect with --deepspeed and --fsdp")
             self.compile_settings = None
@@ -191,7 +190,7 @@ class RunArguments:
             from torch._inductor.cpp_builder import get_cpp_compiler
             from torch._inductor.exc import InvalidCxxCompiler
 
-            if backend and backend not in list_backends(None):
+            if backend not in list_backends(None):
                 raise UserError(
                     f"--torch_compile_backend {backend} is unknown: expected one of {', '.join(list_backends())}"
                 )
@@ -200,7 +199,7 @@ class RunArguments:
                     f"--torch_compile_mode {mode} is unknown: expected one of {', '.join(list_mode_options())}"
                 )
             try:
-                if self.compile_settings["backend"] == "inductor" and not torch.cuda.is_available():
+                if backend == "inductor" and not torch.cuda.is_available():
                     get_cpp_compiler()
             except InvalidCxxCompiler as error:
                 raise UserError(

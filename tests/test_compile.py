@@ -34,7 +34,7 @@ def adapted(folder: str, **flags):
         ({"torch_compile": True}, "no", {"backend": "inductor"}),
         ({"torch_compile_mode": "max-autotune"}, "no", {"backend": "inductor", "mode": "max-autotune"}),
         ({"torch_compile_backend": "EAGER"}, "no", {"backend": "eager"}),
-        ({}, "INDUCTOR", {"backend": "inductor"}),
+        ({}, "EAGER", {"backend": "eager"}),
     ],
 )
 def test_layers_are_compiled_and_nothing_else(fields, environment, expected, tiny, tmp_path, monkeypatch):
@@ -43,7 +43,7 @@ def test_layers_are_compiled_and_nothing_else(fields, environment, expected, tin
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", environment)
     args, model = settings(tmp_path, **fields), adapted(tiny("llama"))
     args.compile_layers(model)
-    how = {"dynamic": True, "recompile_limit": 64} | (expected or {})
+    how = {"dynamic": True, "recompile_limit": 64, "mode": None} | (expected or {})
     assert compiled == ([("LlamaDecoderLayer", how)] * model.config.num_hidden_layers if expected else [])
     assert not args.torch_compile and "ACCELERATE_DYNAMO_BACKEND" not in os.environ, "accelerate would compile more"
 

@@ -80,7 +80,7 @@ def test_ppo_starts_at_a_kl_of_zero_and_moves(family, fp16, tiny, records, tmp_p
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_overflow_is_skipped_and_the_scale_outlives_a_kill(name, fp16, tiny, records, tmp_path):
-    """With a scale that is too large at first; what checkpoint-4 and the same command make is what one run makes."""
+    """With a scale too large at first; going on from the second checkpoint ends as a run left alone does."""
     out, flags = tmp_path / "out", reward(name, tiny("llama"), records, tmp_path / "rm")
     command = stage(name, tiny("llama"), records, out, *flags, "--max_steps", 10, "--save_steps", 2)
     scalers = fp16(2.0**22)
