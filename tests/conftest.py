@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,6 +182,18 @@ def default_model() -> str:
     with FileLock(MODEL.parent / ".lock"):
         subprocess.run([sys.executable, "scripts/get_default_model.py", str(MODEL)], cwd=ROOT, check=True)
     return str(MODEL)
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """A python that starts scripts within a third of a second: warm_python.py says what it cannot stand for."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = subprocess.Popen([sys.executable, ROOT / "tests" / "warm_python.py", folder])
+        while not (Path(folder) / "python").exists():
+            assert server.poll() is None, "it did not start"
+            time.sleep(0.1)
+        yield f"{folder}/python"
+        server.kill()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from functools import reduce
 
 import pytest
@@ -98,7 +97,7 @@ def house(tiny, tmp_path):
     return house
 
 
-def ran(words: list[str], house) -> str | None:
+def ran(words: list[str], house, python: str) -> str | None:
     """Run a command of the documents in `house`, cut short; returns what it said if it failed."""
     mine = "data/reward/" if "run_rm" in " ".join(words) else "data/pretrain/"
     names = {"/path/to/base": "models/SmolLM2-135M-Instruct", "mine/chat": "data/finetune/train", "mine/": mine}
@@ -111,8 +110,8 @@ def ran(words: list[str], house) -> str | None:
     if (script := command[1].rpartition("/")[2]) in GROUPS and "--help" not in command:
         name = {"rl_training.py": "rl"}.get(script, script.removeprefix("run_").removesuffix(".sh"))
         command += [*BRIEF, *BRIEF_IN.get(name, [])] if script not in ("merge_peft_adapter.py", "inference.py") else []
-    command = [sys.executable, *command[1:]] if command[0] == "python" else command
-    environment = os.environ | {"PYTHON": sys.executable} | variables
+    command = [python, *command[1:]] if command[0] == "python" else command
+    environment = os.environ | {"PYTHON": python} | variables
     ended = subprocess.run(
         command, cwd=house, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
     )
@@ -120,7 +119,7 @@ def ran(words: list[str], house) -> str | None:
 
 
 @pytest.mark.slow
-def test_every_command_runs(house):
+def test_every_command_runs(house, warm_python):
     """In the order of the stages, each once; a chat ends with its input."""
     found = {tuple(words): words for page in PAGES for words in commands(page)}.values()
     chosen = [w for w in found if {"bash", "python"} & set(w) and not any(x in " ".join(w) for x in ELSEWHERE)]
@@ -131,6 +130,7 @@ def test_every_command_runs(house):
 
     trained = ["pretraining.py", "--model_name_or_path", "bloom-560m", "--output_dir", "outputs-pt-v1", *BRIEF]
     folders = ["--train_file_dir", "data/pretrain/train", "--validation_file_dir", "data/pretrain/validation"]
-    assert ran(["python", *trained, *folders, "--block_size", "32"], house) is None  # what migrating.md has at hand
-    said = [ran(words, house) for words in sorted(chosen, key=place)]
+    at_hand = ["python", *trained, *folders, "--block_size", "32"]  # of migrating.md
+    assert ran(at_hand, house, warm_python) is None
+    said = [ran(words, house, warm_python) for words in sorted(chosen, key=place)]
     assert len(chosen) >= 14 and not any(said), "\n\n".join(filter(None, said))

@@ -21,9 +21,10 @@ def test_its_outputs_are_in_place():
 
 
 @pytest.mark.slow
-def test_it_runs(tiny, tmp_path, monkeypatch):
+def test_it_runs(tiny, warm_python, tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("MODEL", tiny("llama"))
+    monkeypatch.setenv("PYTHON", warm_python)
     monkeypatch.setenv("NOTEBOOK_OUTPUTS", str(tmp_path))
     monkeypatch.setenv("NOTEBOOK_STEPS", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -107,10 +107,10 @@ def test_pipeline(pipeline):
     assert results["rl"]["eval_length"] <= 16 and results["rl"]["eval_prompts"] == 4
 
 
-def test_second_call_repeats_nothing(pipeline, judged_by):
+def test_second_call_repeats_nothing(pipeline, judged_by, warm_python):
     outputs, _ = pipeline
     weights = {path: path.stat().st_mtime_ns for path in outputs.rglob("*.safetensors")}
-    printed = run_pipeline(outputs, *FLAGS, **judged_by)
+    printed = run_pipeline(outputs, *FLAGS, **judged_by, PYTHON=warm_python)
     assert [line for line in printed.splitlines() if line.endswith("done already")] == [
         f"{stage}: done already" for stage in STAGES
     ]
@@ -118,13 +118,13 @@ def test_second_call_repeats_nothing(pipeline, judged_by):
     assert weights == {path: path.stat().st_mtime_ns for path in outputs.rglob("*.safetensors")}
 
 
-def test_pipeline_of_another_base_trained_whole(tiny, tmp_path):
+def test_pipeline_of_another_base_trained_whole(tiny, warm_python, tmp_path):
     """MODEL= names the base, --fresh clears what stood there; without adapters nothing is merged."""
     outputs = tmp_path / "outputs"
     (outputs / "pt").mkdir(parents=True)
     (outputs / "pt" / "left-over").touch()
     flags = ("--fresh", "--use_peft", "False", "--max_steps", "1", "--learning_rate", "1e-4")
-    printed = run_pipeline(outputs, *FLAGS, *flags, MODEL=tiny("llama"))
+    printed = run_pipeline(outputs, *FLAGS, *flags, MODEL=tiny("llama"), PYTHON=warm_python)
     assert_table(printed, outputs)
     assert not (outputs / "pt" / "left-over").exists()
     assert printed.count("holds a whole model: nothing to merge") == 4 and not list(outputs.glob("*-merged"))

@@ -350,7 +350,7 @@ for command in commands:
 """
 
 
-def test_two_ranks(tiny, records, tmp_path):
+def test_two_ranks(tiny, records, warm_python, tmp_path):
     """torchrun with two gloo ranks: every stage as on one with the same global batch."""
     llama = tiny("llama")
     in_process(*stage("rm", llama, records, tmp_path / "rm")).ok()
@@ -375,7 +375,8 @@ def test_two_ranks(tiny, records, tmp_path):
     (tmp_path / "driver.py").write_text(ON_TWO_RANKS)
     (tmp_path / "commands.json").write_text(json.dumps([list(map(str, command)) for command in commands]))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    in_subprocess(*torchrun, tmp_path / "driver.py", tmp_path / "commands.json", tmp_path, PYTHONPATH=str(ROOT)).ok()
+    command = (*torchrun, tmp_path / "driver.py", tmp_path / "commands.json", tmp_path)
+    in_subprocess(*command, PYTHONPATH=str(ROOT), PYTHON_EXEC=warm_python).ok()
 
     for alone, shared in [(one[name], two[name]) for name in trained] + [(whole, resumed)]:
         alone, shared = load_file(alone / ADAPTER), load_file(shared / ADAPTER)
@@ -411,7 +412,7 @@ def test_two_ranks(tiny, records, tmp_path):
 # --- two machines, here as two launches on one
 
 
-def test_two_machines_train_as_one(tiny, records, tmp_path):
+def test_two_machines_train_as_one(tiny, records, warm_python, tmp_path):
     """run_sft.sh on each of two nodes of one process: the loss of one process with the same global batch."""
     flags = [
         *map(str, SHORT["sft"]),
@@ -421,13 +422,13 @@ def test_two_machines_train_as_one(tiny, records, tmp_path):
         "--precision",
     ]
     flags += ["fp32", "--max_eval_samples", "4", "--save_strategy", "no", "--per_device_train_batch_size"]
-    common = {"MODEL": tiny("llama"), "TRAIN": str(records / "sft"), "PYTHON": sys.executable}
+    common = {"MODEL": tiny("llama"), "TRAIN": str(records / "sft"), "PYTHON": warm_python}
     one = common | {"OUTPUT": str(tmp_path / "one"), "MERGED": str(tmp_path / "one-merged")}
     subprocess.run(["bash", "scripts/run_sft.sh", *flags, "4"], cwd=ROOT, env=os.environ | one, check=True)
 
     port = str(random.Random(os.getpid()).randrange(20000, 40000))
-    two = common | {"OUTPUT": str(tmp_path / "two"), "MERGED": str(tmp_path / "two-merged"), "NNODES": "2"}
-    two |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    two = common | {"OUTPUT": str(tmp_path / "two"), "MERGED": str(tmp_path / "two-merged")}
+    two |= {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHON_EXEC": warm_python}
     command = ["bash", "scripts/run_sft.sh", *flags, "2"]
     nodes = [
         subprocess.Popen(command, cwd=ROOT, env=os.environ | two | {"NODE_RANK": rank}, stderr=subprocess.PIPE)

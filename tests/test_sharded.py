@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def sharded(tmp_path):
+def sharded(warm_python, tmp_path):
     """sharded(config, command): run it on two processes."""
     (tmp_path / "driver.py").write_text(ON_CPUS)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "driver.py")
@@ -49,7 +49,8 @@ def sharded(tmp_path):
             command += ["--deepspeed", ROOT / "scripts" / config]
         else:
             command += ["--fsdp", "--fsdp_config", ROOT / "scripts" / config]
-        said = in_subprocess(*torchrun, *command, DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT)).ok().stdout
+        variables = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": warm_python}
+        said = in_subprocess(*torchrun, *command, **variables).ok().stdout
         assert said.count(f"trained by {'DEEPSPEED' if config.startswith('zero') else 'FSDP'}") == 2
 
     return run
