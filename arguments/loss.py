@@ -1,30 +1,35 @@
-"""The loss of language modelling: logits of trained tokens alone, and no table of log-probabilities beside them."""
+"""The loss of language modelling: logits of trained tokens alone, of a part at a time, and no copies of them."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate import DistributedType
 
 from arguments.command_line import Fault
 
+ROWS = 512  # whose logits are there at once: 256 took up to 4% longer, 1,024 hold nearly what 2,048 do
 CHUNK = 2**20  # logits that are in float32 at once: they stay in a cache, 2**24 took 30 to 70% longer
 
 
 @contextmanager
-def logits_at(model, rows, columns):
+def logits_at(model, rows, columns, instead=None):
     """Inside, the output layer of `model` sees the n places (rows, columns) alone: logits are [1, n, vocabulary].
 
     transformers' logits_to_keep takes the same columns of all rows, which for answers of several lengths, behind
-    prompts of several lengths, are half as many again; and not every model knows it.
+    prompts of several lengths, are half as many again; and not every model knows it. With `instead`, a function of
+    their states [n, hidden], that has them, and the layer sees none.
     """
 
-    chosen = []
+    seen = []
 
     def choose(_, inputs):
         device = inputs[0].device  # with a device map not that of the labels
-        chosen.append(inputs[0][rows.to(device), columns.to(device)].unsqueeze(0))
-        return chosen[-1], *inputs[1:]
+        seen.append(inputs[0][rows.to(device), columns.to(device)])
+        if instead:
+            instead(seen[-1])
+        return seen[-1][None, : 0 if instead else None], *inputs[1:]
 
     if (layer := model.get_output_embeddings()) is None:
         raise Fault(f"{type(model).__name__} names no output layer (get_output_embeddings): not supported")
@@ -33,7 +38,7 @@ def logits_at(model, rows, columns):
         yield
     finally:
         hook.remove()
-    if not chosen:  # its logits would be those of other places
+    if not seen:  # its logits would be those of other places
         raise Fault(f"{type(model).__name__} computes its logits past its output layer: not supported")
 
 
@@ -68,6 +73,46 @@ class SummedCrossEntropy(torch.autograd.Function):
         return logits, None
 
 
+class HeadCrossEntropy(torch.autograd.Function):
+    """SummedCrossEntropy of head(states), for states [n, hidden], of ROWS at a time: all logits are never there.
+
+    The gradient of the states is computed with the loss, so `head`, a function, must have nothing to train.
+    """
+
+    @staticmethod
+    def forward(ctx, states, targets, head):
+        trains = ctx.needs_input_grad[0]
+        loss, gradient = targets.new_zeros((), dtype=torch.float32), torch.empty_like(states) if trains else None
+        for start in range(0, len(states), ROWS):
+            part = slice(start, start + ROWS)
+            some = states[part].detach().requires_grad_(trains)
+            with torch.set_grad_enabled(trains):
+                logits = head(some)
+                of_part = SummedCrossEntropy.apply(logits, targets[part].to(logits.device))
+            if trains:
+                (gradient[part],) = torch.autograd.grad(of_part, some)
+            loss += of_part.detach().to(loss.device)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None
+
+
+def head_is_last(model, inputs: dict) -> bool:
+    """Whether a model's logits are what its output layer returns, neither scaled nor capped: seen on one token."""
+    made, training = [], model.training
+    hook = model.get_output_embeddings().register_forward_hook(lambda *call: made.append(call[-1]))
+    model.eval()  # nothing is drawn
+    with torch.no_grad():
+        logits = model(**{name: tensor[:1, :1] for name, tensor in inputs.items()}, use_cache=False).logits
+    model.train(training)
+    hook.remove()
+    return any(logits is tensor for tensor in made)
+
+
 def return_narrow(model, accelerator) -> None:
     """Let a model that accelerate prepared return logits in the dtype that autocast computes them in.
 
@@ -84,15 +129,33 @@ class TokenLoss:
     Perplexity and the number of tokens stand beside it. What a mixture of experts adds to balance them is left out.
     """
 
+    _in_parts = None  # whether logits are made of some tokens at a time
+
+    def in_parts(self, model, inputs) -> bool:
+        """With a frozen output layer, whole on each device, behind which the model computes nothing."""
+        if self._in_parts is None:
+            head, kind = model.get_output_embeddings(), self.accelerator.distributed_type
+            frozen = head is not None and not any(p.requires_grad for p in head.parameters())
+            whole = kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+            self._in_parts = frozen and whole and head_is_last(model, inputs)
+        return self._in_parts
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The sum over the trained tokens divided by num_items_in_batch, their count over all ranks."""
         labels = inputs.pop("labels")[:, 1:]
         rows, columns = (labels != -100).nonzero(as_tuple=True)
-        inner = self.accelerator.unwrap_model(model)
+        targets, inner, losses = labels[rows, columns], self.accelerator.unwrap_model(model), []
         return_narrow(inner, self.accelerator)
-        with logits_at(inner, rows, columns):
+
+        def in_parts(states):
+            losses.append(HeadCrossEntropy.apply(states, targets, inner.get_output_embeddings().forward))
+
+        with logits_at(inner, rows, columns, in_parts if self.in_parts(inner, inputs) else None):
             outputs = model(**inputs, use_cache=False)
-        loss = SummedCrossEntropy.apply(outputs.logits.squeeze(0), labels[rows, columns].to(outputs.logits.device))
+        if not losses:
+            logits = outputs.logits.squeeze(0)
+            losses.append(SummedCrossEntropy.apply(logits, targets.to(logits.device)))
+        (loss,) = losses
         if num_items_in_batch is None:  # models that take no loss arguments: the mean of this batch alone
             loss = loss / max(len(rows), 1)
         else:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -146,6 +147,15 @@ def stage(name: str, model, data: Path, output: Path, *flags) -> list:
 
 def merge(base, adapter, output) -> list:
     return [MERGE, "--base_model_name_or_path", base, "--peft_model_path", adapter, "--output_dir", output]
+
+
+def alone(trainer):
+    """A trainer, made without its settings, whose accelerator is that of one process in float32."""
+    from accelerate import DistributedType
+
+    kind = {"num_processes": 1, "distributed_type": DistributedType.NO}
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model, **kind)
+    return trainer
 
 
 def results(output: Path) -> dict:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from conftest import alone
 from tiny_models import FAMILIES
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import arguments.loss
 from arguments.command_line import Fault
@@ -15,6 +16,10 @@ from arguments.loss import SummedCrossEntropy, TokenLoss
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 2, 1, 1], [10, 11, 12, 13, 14, 15, 16, 2]])
 LABELS = torch.tensor([[-100, -100, 7, 8, -100, 2, -100, -100], [-100, 11, -100, 13, 14, 15, 16, 2]])
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("chunk", [1, 60, 2**24])
@@ -44,27 +49,46 @@ def test_logits_far_out_and_no_target_at_all():
     assert SummedCrossEntropy.apply(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)).item() == 0.0
 
 
+@pytest.mark.parametrize("head", ["trained", "frozen"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_are_the_models_own(family, tiny):
-    """The output layer sees nine of sixteen places."""
-    model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
-    trainer, seen = TokenLoss(), []
-    trainer.accelerator = SimpleNamespace(num_processes=1, unwrap_model=lambda model: model)
+def test_loss_and_gradients_are_the_models_own(family, head, tiny, monkeypatch):
+    """Logits are of nine of sixteen places: of all at once, or, where the output layer is frozen, of four at most."""
+    monkeypatch.setattr(arguments.loss, "ROWS", 4)
+    model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).train()
+    model.get_output_embeddings().requires_grad_(head == "trained")
+    trainer, seen, summed = alone(TokenLoss()), [], SummedCrossEntropy.apply
+    see = lambda logits, *more: seen.append(len(logits)) or summed(logits, *more)  # noqa: E731
+    monkeypatch.setattr(SummedCrossEntropy, "apply", see)
     batch = {"input_ids": IDS, "attention_mask": (IDS != 1).long()}
-    hook = model.get_output_embeddings().register_forward_hook(lambda *call: seen.append(call[-1].shape))
+    torch.manual_seed(0)  # of what drops with a function
     loss = trainer.compute_loss(model, batch | {"labels": LABELS.clone()}, num_items_in_batch=9)
-    hook.remove()
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    (2 * loss).backward()
+    found = gradients(model)
     model.zero_grad()
+    torch.manual_seed(0)
     expected = model(**batch, labels=LABELS, use_cache=False).loss
-    expected.backward()
-    assert [shape[:2] for shape in seen] == [(1, 9)]
+    (2 * expected).backward()
+    assert seen == ([9] if head == "trained" else [4, 4, 1]) and model.training
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
-    assert found.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
-    for name, parameter in model.named_parameters():
-        if name in found:
-            torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, gradients(model), atol=1e-6, rtol=1e-5)
+
+
+def test_logits_that_a_model_caps_are_capped():
+    """Behind its output layer, so it is left to make them of all places."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma2Config(vocab_size=30, head_dim=8, num_key_value_heads=4, final_logit_softcapping=0.1, **size)
+    model = Gemma2ForCausalLM(config).train()
+    model.get_output_embeddings().requires_grad_(False)
+    loss = alone(TokenLoss()).compute_loss(model, {"input_ids": IDS, "labels": LABELS.clone()}, num_items_in_batch=9)
+    torch.testing.assert_close(loss, model(IDS, labels=LABELS, use_cache=False).loss, atol=1e-6, rtol=1e-6)
+
+
+def test_a_batch_without_a_trained_token(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
+    model.get_output_embeddings().requires_grad_(False)
+    loss = alone(TokenLoss()).compute_loss(model, {"input_ids": IDS, "labels": LABELS.clone().fill_(-100)}, False, 9)
+    loss.backward()
+    assert loss.item() == 0 and not any(gradient.any() for gradient in gradients(model).values())
 
 
 def test_autocasts_logits_are_not_copied(tiny, monkeypatch):
@@ -107,7 +131,5 @@ def test_a_model_that_passes_its_output_layer_by_is_refused():
             states = torch.zeros(*input_ids.shape, 4)
             return SimpleNamespace(logits=torch.nn.functional.linear(states, self.head.weight))
 
-    trainer = TokenLoss()
-    trainer.accelerator = SimpleNamespace(num_processes=1, unwrap_model=lambda model: model)
     with pytest.raises(Fault, match="past its output layer"):
-        trainer.compute_loss(Bypassing(), {"input_ids": IDS, "labels": LABELS.clone()})
+        alone(TokenLoss()).compute_loss(Bypassing(), {"input_ids": IDS, "labels": LABELS.clone()})

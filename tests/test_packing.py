@@ -2,11 +2,10 @@
 
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ADAPTER, history, in_process, results, stage, write_lines
+from conftest import ADAPTER, alone, history, in_process, results, stage, write_lines
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_models import FAMILIES
@@ -30,8 +29,7 @@ def conversations():
 
 def loss_and_gradients(model, rows):
     """Of all trained tokens together, through the trainer's own loss."""
-    trainer = FinetuningTrainer.__new__(FinetuningTrainer)
-    trainer.accelerator = SimpleNamespace(num_processes=1, unwrap_model=lambda model: model)
+    trainer = alone(FinetuningTrainer.__new__(FinetuningTrainer))
     model.zero_grad()
     batch = collate(list(rows), pad_token_id=0)
     count = sum(label != -100 for row in rows for label in row["labels"][1:])

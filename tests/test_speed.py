@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import alone
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList, set_seed
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -21,7 +22,9 @@ def model() -> LlamaForCausalLM:
     """As many words as the default model has, which is what makes losses and sampling dear, in a smaller body."""
     set_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, pad_token_id=0, **sizes)).eval()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, pad_token_id=0, **sizes)).eval()
+    model.lm_head.requires_grad_(False)  # as with LoRA
+    return model
 
 
 def ratio(first, second, times: int = 5) -> float:
@@ -37,8 +40,7 @@ def ratio(first, second, times: int = 5) -> float:
 
 def steps(model, trained: int):
     """A training step with our loss, and one with the model's own, of which the last `trained` tokens count."""
-    trainer = TokenLoss()
-    trainer.accelerator = SimpleNamespace(num_processes=1, unwrap_model=lambda model: model)
+    trainer = alone(TokenLoss())
     ids = torch.randint(1, WORDS, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     labels = ids.where(torch.arange(LENGTH) >= LENGTH - trained, -100)
 
@@ -50,9 +52,9 @@ def steps(model, trained: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("trained", "most"), [(LENGTH, 1.15), (LENGTH // 4, 0.6)])
+@pytest.mark.parametrize(("trained", "most"), [(LENGTH, 1), (LENGTH // 4, 0.6)])
 def test_a_step_is_no_slower_than_the_models_own(trained, most, model):
-    """Seen: 1.00 to 1.02 where all tokens are trained (PT), 0.42 where a quarter is (SFT)."""
+    """Seen: 0.80 to 0.89 where all tokens are trained (PT), 0.42 to 0.45 where a quarter is (SFT)."""
     assert ratio(*steps(model, trained)) < most
 
 
