@@ -13,23 +13,24 @@ ROWS = 512  # whose logits are there at once: 256 took up to 4% longer, 1,024 ho
 CHUNK = 2**20  # logits that are in float32 at once: they stay in a cache, 2**24 took 30 to 70% longer
 
 
+def at_places(states, rows, columns):
+    """states [batch, time, hidden] at n places: [n, hidden]; with a device map they are not where the labels are."""
+    return states[rows.to(states.device), columns.to(states.device)]
+
+
 @contextmanager
-def logits_at(model, rows, columns, instead=None):
+def logits_at(model, rows, columns):
     """Inside, the output layer of `model` sees the n places (rows, columns) alone: logits are [1, n, vocabulary].
 
     transformers' logits_to_keep takes the same columns of all rows, which for answers of several lengths, behind
-    prompts of several lengths, are half as many again; and not every model knows it. With `instead`, a function of
-    their states [n, hidden], that has them, and the layer sees none.
+    prompts of several lengths, are half as many again; and not every model knows it.
     """
 
-    seen = []
+    chosen = []
 
     def choose(_, inputs):
-        device = inputs[0].device  # with a device map not that of the labels
-        seen.append(inputs[0][rows.to(device), columns.to(device)])
-        if instead:
-            instead(seen[-1])
-        return seen[-1][None, : 0 if instead else None], *inputs[1:]
+        chosen.append(at_places(inputs[0], rows, columns).unsqueeze(0))
+        return chosen[-1], *inputs[1:]
 
     if (layer := model.get_output_embeddings()) is None:
         raise Fault(f"{type(model).__name__} names no output layer (get_output_embeddings): not supported")
@@ -38,8 +39,31 @@ def logits_at(model, rows, columns, instead=None):
         yield
     finally:
         hook.remove()
-    if not seen:  # its logits would be those of other places
+    if not chosen:  # its logits would be those of other places
         raise Fault(f"{type(model).__name__} computes its logits past its output layer: not supported")
+
+
+@contextmanager
+def loss_at(model, rows, columns, targets):
+    """Inside, what `model` returns as logits is their SummedCrossEntropy at the n places (rows, columns), in parts.
+
+    For a model whose output layer is frozen and the last thing it computes. DDP so finds the loss among its outputs.
+    """
+    states, layer = [], model.get_output_embeddings()
+
+    def choose(_, inputs):
+        states.append(at_places(inputs[0], rows, columns))
+        return states[-1][:0], *inputs[1:]
+
+    hooks = (
+        layer.register_forward_pre_hook(choose),
+        layer.register_forward_hook(lambda *_: HeadCrossEntropy.apply(states.pop(), targets, layer.forward)),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def parts_of(logits) -> Iterator[slice]:
@@ -82,7 +106,7 @@ class HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, targets, head):
         trains = ctx.needs_input_grad[0]
-        loss, gradient = targets.new_zeros((), dtype=torch.float32), torch.empty_like(states) if trains else None
+        loss, gradient = states.new_zeros((), dtype=torch.float32), torch.empty_like(states) if trains else None
         for start in range(0, len(states), ROWS):
             part = slice(start, start + ROWS)
             some = states[part].detach().requires_grad_(trains)
@@ -98,7 +122,11 @@ class HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None
+        return (
+            (gradient * upstream.view(1)).to(gradient.dtype),
+            None,
+            None,
+        )  # view: else it is rounded before, on a GPU
 
 
 def head_is_last(model, inputs: dict) -> bool:
@@ -106,11 +134,13 @@ def head_is_last(model, inputs: dict) -> bool:
     made, training = [], model.training
     hook = model.get_output_embeddings().register_forward_hook(lambda *call: made.append(call[-1]))
     model.eval()  # nothing is drawn
-    with torch.no_grad():
-        logits = model(**{name: tensor[:1, :1] for name, tensor in inputs.items()}, use_cache=False).logits
-    model.train(training)
-    hook.remove()
-    return any(logits is tensor for tensor in made)
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            logits = model(**{name: tensor[:1, :1] for name, tensor in inputs.items()}, use_cache=False).logits
+    finally:
+        model.train(training)
+        hook.remove()
+    return len(made) == 1 and made[0] is logits and logits._version == 0  # else it was written to
 
 
 def return_narrow(model, accelerator) -> None:
@@ -129,10 +159,10 @@ class TokenLoss:
     Perplexity and the number of tokens stand beside it. What a mixture of experts adds to balance them is left out.
     """
 
-    _in_parts = None  # whether logits are made of some tokens at a time
+    _in_parts = None
 
     def in_parts(self, model, inputs) -> bool:
-        """With a frozen output layer, whole on each device, behind which the model computes nothing."""
+        """Whether loss_at is for this model, whose output layer must be whole on each device, too."""
         if self._in_parts is None:
             head, kind = model.get_output_embeddings(), self.accelerator.distributed_type
             frozen = head is not None and not any(p.requires_grad for p in head.parameters())
@@ -144,18 +174,16 @@ class TokenLoss:
         """The sum over the trained tokens divided by num_items_in_batch, their count over all ranks."""
         labels = inputs.pop("labels")[:, 1:]
         rows, columns = (labels != -100).nonzero(as_tuple=True)
-        targets, inner, losses = labels[rows, columns], self.accelerator.unwrap_model(model), []
+        targets, inner = labels[rows, columns], self.accelerator.unwrap_model(model)
         return_narrow(inner, self.accelerator)
-
-        def in_parts(states):
-            losses.append(HeadCrossEntropy.apply(states, targets, inner.get_output_embeddings().forward))
-
-        with logits_at(inner, rows, columns, in_parts if self.in_parts(inner, inputs) else None):
-            outputs = model(**inputs, use_cache=False)
-        if not losses:
-            logits = outputs.logits.squeeze(0)
-            losses.append(SummedCrossEntropy.apply(logits, targets.to(logits.device)))
-        (loss,) = losses
+        if self.in_parts(inner, inputs):
+            with loss_at(inner, rows, columns, targets):
+                outputs = model(**inputs, use_cache=False)
+            loss = outputs.logits
+        else:
+            with logits_at(inner, rows, columns):
+                outputs = model(**inputs, use_cache=False)
+            loss = SummedCrossEntropy.apply(outputs.logits.squeeze(0), targets.to(outputs.logits.device))
         if num_items_in_batch is None:  # models that take no loss arguments: the mean of this batch alone
             loss = loss / max(len(rows), 1)
         else:

@@ -156,8 +156,7 @@ class ModelArguments:
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"cannot load {self.model_name_or_path}: {str(error).strip().splitlines()[0]}") from error
-        if self.load_in_4bit:
-            keep_unpacked(model)
+        keep_unpacked(model)
         logger.info(
             f"Loaded {self.model_name_or_path}: {config.model_type}, {model.num_parameters():,} parameters, "
             f"{weights['dtype']}"
@@ -202,7 +201,7 @@ def keep_unpacked(model) -> None:
     """Keep bitsandbytes (0.50) from packing 4-bit weights anew at the first evaluation on a CPU with avx512_bf16.
 
     They stay packed, and the product with packed weights has no backward pass: no gradient would reach what lies below
-    a layer, without an error.
+    a layer, without an error. A model may be stored in 4 bits, so all are looked through.
     """
     for layer in model.modules():
         if "support_avx512bf16_for_cpu" in vars(layer):

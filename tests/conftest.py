@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -198,12 +199,17 @@ def default_model() -> str:
 def warm_python():
     """A python that starts scripts within a third of a second: warm_python.py says what it cannot stand for."""
     with tempfile.TemporaryDirectory() as folder:
-        server = subprocess.Popen([sys.executable, ROOT / "tests" / "warm_python.py", folder])
-        while not (Path(folder) / "python").exists():
-            assert server.poll() is None, "it did not start"
-            time.sleep(0.1)
-        yield f"{folder}/python"
-        server.kill()
+        environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # the other one would bar forks from a GPU
+        command = [sys.executable, ROOT / "tests" / "warm_python.py", folder]
+        server = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            while not (Path(folder) / "python").exists():
+                assert server.poll() is None, "it did not start"
+                time.sleep(0.1)
+            yield f"{folder}/python"
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)  # with what is left of its forks
+            server.wait()
 
 
 @pytest.fixture(scope="session")

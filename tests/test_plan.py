@@ -124,7 +124,7 @@ BRIEF = {"sft": ("--gradient_accumulation_steps", "1"), "rm": ("--gradient_accum
 BRIEF["rl"] = ("--batch_size", "16", "--max_steps", "1")
 
 
-def launch(name: str, output: Path, *flags, python: str = sys.executable) -> str:
+def launch(name: str, output: Path, *flags) -> str:
     """The script with the flags and the settings of its run script; returns what it prints."""
     script = (ROOT / f"scripts/run_{name}.sh").read_text().split('"${LAUNCH[@]}"')[1].split('"$@"')[0]
     data = {"sft": "finetune", "rm": "reward", "rl": "prompts"}[name]
@@ -133,17 +133,17 @@ def launch(name: str, output: Path, *flags, python: str = sys.executable) -> str
     words = shlex.split(script.replace("\\\n", " "))
     words = [re.sub(r"\$(\w+)", lambda found: str(values[found[1]]), word) for word in words]
     words += [*SHORT_RUN, *BRIEF[name], *flags]
-    command = f"source scripts/env.sh; {shlex.join([python, *words])}"
+    command = f"source scripts/env.sh; {shlex.join([sys.executable, *words])}"
     ended = subprocess.run(["bash", "-c", command], cwd=ROOT, env=os.environ, capture_output=True)
     assert ended.returncode == 0, ended.stderr.decode()[-3000:]
     return ended.stdout.decode()
 
 
 @pytest.mark.slow
-def test_the_peak_of_the_real_model_is_within_a_fifth_of_the_plan(default_model, warm_python, tmp_path):
+def test_the_peak_of_the_real_model_is_within_a_fifth_of_the_plan(default_model, tmp_path):
     figures = {}
     for name in ("sft", "rm", "rl"):  # the reward adapter of rm serves rl
-        said = launch(name, tmp_path / name, "--plan", python=warm_python)
+        said = launch(name, tmp_path / name, "--plan")
         launch(name, tmp_path / name)
         planned = float(re.search(r"peak ([\d.]+) GiB", said)[1])
         figures[name] = planned, results(tmp_path / name)["peak_rss_gib"]

@@ -350,7 +350,7 @@ for command in commands:
 """
 
 
-def test_two_ranks(tiny, records, warm_python, tmp_path):
+def test_two_ranks(tiny, records, tmp_path):
     """torchrun with two gloo ranks: every stage as on one with the same global batch."""
     llama = tiny("llama")
     in_process(*stage("rm", llama, records, tmp_path / "rm")).ok()
@@ -375,8 +375,7 @@ def test_two_ranks(tiny, records, warm_python, tmp_path):
     (tmp_path / "driver.py").write_text(ON_TWO_RANKS)
     (tmp_path / "commands.json").write_text(json.dumps([list(map(str, command)) for command in commands]))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    command = (*torchrun, tmp_path / "driver.py", tmp_path / "commands.json", tmp_path)
-    in_subprocess(*command, PYTHONPATH=str(ROOT), PYTHON_EXEC=warm_python).ok()
+    in_subprocess(*torchrun, tmp_path / "driver.py", tmp_path / "commands.json", tmp_path, PYTHONPATH=str(ROOT)).ok()
 
     for alone, shared in [(one[name], two[name]) for name in trained] + [(whole, resumed)]:
         alone, shared = load_file(alone / ADAPTER), load_file(shared / ADAPTER)

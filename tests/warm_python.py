@@ -1,19 +1,20 @@
 """A `python` with the libraries in memory, for tests that start many scripts: each is a fork, spared 6 s of imports.
 
-    python tests/warm_python.py folder     makes folder/python, and serves what is started with it until it is killed
+    python tests/warm_python.py folder     makes folder/python, and serves what is started with it
 
 Only scripts are forked, with their flags, folder, environment and streams; anything else is left to the real python.
-What belongs to a process from its start (LD_PRELOAD, its peak in memory, signals) is not that of a fork.
+Not as in a process of its own are its memory, its signals, and what python or a library reads as it starts: hash seed
+(two ranks go through a set in the same order), LD_PRELOAD, MALLOC_..., OMP_NUM_THREADS, HF_....
 """
 
-import atexit
 import json
 import os
+import random
 import runpy
 import signal
 import socket
 import sys
-import traceback
+import threading
 from pathlib import Path
 
 CLIENT = """#!{python} -IS
@@ -23,36 +24,43 @@ if not words or words[0].startswith("-"):
     os.execv(sys.executable, [sys.executable, *words])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    socket.send_fds(server, [b"."], [0, 1, 2])
-    server.sendall(json.dumps([words, os.getcwd(), dict(os.environ)]).encode())
-    server.shutdown(socket.SHUT_WR)
-    sys.exit(int(server.recv(8) or 1))  # nothing: it was killed
+    socket.send_fds(server, [b" "], [0, 1, 2])
+    server.sendall(json.dumps([words, os.getcwd(), dict(os.environ)]).encode() + b"\\n")
+    code = b"".join(iter(lambda: server.recv(8), b""))  # until it has ended; nothing: it was killed
+    sys.exit(int(code or 1))
 """
 
 
-def run(words: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> int:
-    """Be the process that `python words` would be; returns its exit code."""
+def become(words: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> None:
+    """Let this fork be as `python words` is when it starts."""
+    import numpy
+
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = words
+    random.seed()
+    numpy.random.seed()
     named = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
-    sys.path[:1] = [str(Path(words[0]).resolve().parent), *named]
-    code = 0
+    sys.argv, sys.path[:1] = words, [str(Path(words[0]).resolve().parent), *named]
+
+
+def run(connection: socket.socket) -> None:
+    """Run the script that a client names, and tell it the exit code."""
+    _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    become(*json.loads(connection.makefile().readline()), streams)
+    threading.Thread(target=lambda: connection.recv(1) or os._exit(1), daemon=True).start()  # the client was killed
+    code = 1
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
+        raise
+    finally:
+        connection.send(str(code).encode())
 
 
 def main():
@@ -66,23 +74,24 @@ def main():
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "Trainer"):  # they import on demand
         getattr(transformers, name)
     trl.pack_dataset  # noqa: B018
-    address = str(Path(sys.argv[1]) / "socket")
+    client, parent = Path(sys.argv[1]) / "python", os.getppid()
     server = socket.socket(socket.AF_UNIX)
-    server.bind(address)
+    server.bind(address := f"{sys.argv[1]}/socket")
     server.listen()
-    client = Path(sys.argv[1]) / "python"
+    server.settimeout(10)
     client.with_suffix(".new").write_text(CLIENT.format(python=sys.executable, address=address))
     client.with_suffix(".new").chmod(0o755)
     client.with_suffix(".new").rename(client)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
-    while True:
-        connection, _ = server.accept()
+    while os.getppid() == parent:
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            continue
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _, streams, _, _ = socket.recv_fds(connection, 1, 3)
-            call = json.load(connection.makefile())
-            connection.send(str(run(*call, streams)).encode())
-            os._exit(0)
+            server.close()
+            return run(connection)
         connection.close()
 
 
