@@ -122,11 +122,8 @@ class HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return (
-            (gradient * upstream.view(1)).to(gradient.dtype),
-            None,
-            None,
-        )  # view: else it is rounded before, on a GPU
+        product = gradient * upstream.view(1)  # in float32: a GPU would round a scalar to the gradient's dtype before
+        return product.to(gradient.dtype), None, None
 
 
 def head_is_last(model, inputs: dict) -> bool:

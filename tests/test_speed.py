@@ -52,7 +52,7 @@ def steps(model, trained: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("trained", "most"), [(LENGTH, 1), (LENGTH // 4, 0.6)])
+@pytest.mark.parametrize(("trained", "most"), [(LENGTH, 1.05), (LENGTH // 4, 0.6)])
 def test_a_step_is_no_slower_than_the_models_own(trained, most, model):
     """Seen: 0.80 to 0.89 where all tokens are trained (PT), 0.42 to 0.45 where a quarter is (SFT)."""
     assert ratio(*steps(model, trained)) < most
