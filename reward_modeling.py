@@ -33,7 +33,7 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
-from arguments.adapter import trained_in_float32
+from arguments.adapter import cast_trained
 from arguments.pairs import collate_pairs, score_pairs, shared_tokens, shares_prompts, with_length
 from arguments.plan import plan_pairs
 
@@ -183,7 +183,7 @@ def main():
         data_collator=partial(collate_pairs, pad_token_id=tokenizer.pad_token_id) if shared else None,
         callbacks=training_args.callbacks(),
     )
-    trained_in_float32(trainer.model)  # trl casts what trains on a quantised base to bfloat16
+    cast_trained(trainer.model)  # trl casts what trains on a quantised base to bfloat16
     if training_args.do_train:
         sources = model_args.model_name_or_path, adapter_args.peft_path
         result = trainer.train(resume_from_checkpoint=training_args.checkpoint(*sources))

@@ -12,9 +12,11 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import deepspeed_config
 
 from arguments.base import check_base
 from arguments.command_line import UserError
+from arguments.model import count_parameters
 
 
 @dataclass
@@ -65,13 +67,13 @@ class AdapterArguments:
         )
 
     def apply(self, model: nn.Module, task_type: TaskType) -> nn.Module:
-        """Return `model` ready to train: with its adapter, or with all weights trainable in float32.
+        """Return `model` ready to train: with its adapter, or with all weights trainable.
 
         Raises:
             UserError: when `target_modules` matches nothing, or `peft_path` holds no adapter.
         """
         if not self.use_peft:
-            model = model.float()  # half-precision weights lose small updates; the matrix products stay in autocast
+            model = model.to(trained_dtype())
         elif self.peft_path:
             check_base(Path(self.peft_path), model.config._name_or_path, self.force)
             try:
@@ -87,10 +89,10 @@ class AdapterArguments:
                 model = get_peft_model(model, self.peft_config(task_type))
             except ValueError as error:
                 raise UserError(f"--target_modules {self.target_modules}: {error}") from error
-        trained_in_float32(model)
+        cast_trained(model)
         quicken_dropout(model)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters())
+        trained = count_parameters(p for p in model.parameters() if p.requires_grad)
+        total = count_parameters(model.parameters())
         logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%})")
         return model
 
@@ -120,8 +122,18 @@ def quicken_dropout(model: nn.Module) -> None:
                 layer.lora_dropout[name] = QuickDropout(dropout.p)
 
 
-def trained_in_float32(model: nn.Module) -> None:
-    """Cast what is trained to float32: loss scaling refuses float16 gradients, bfloat16 weights lose small updates.
+def trained_dtype() -> torch.dtype:
+    """Of weights that train: float32, since float16 gradients cannot be scaled, and bfloat16 loses small updates.
+
+    DeepSpeed computes in the weights' own dtype, without autocast, and keeps the float32 that it trains beside them.
+    """
+    config = deepspeed_config() or {}
+    halves = (("bf16", torch.bfloat16), ("fp16", torch.float16))
+    return next((dtype for name, dtype in halves if config.get(name, {}).get("enabled")), torch.float32)
+
+
+def cast_trained(model: nn.Module) -> None:
+    """Cast what is trained to trained_dtype.
 
     peft does so for LoRA's own matrices, not for a score head or other modules saved in full. Those then take their
     input in float32, and hand on the dtype of the frozen layers behind them, which only autocast would mend. Heads,
@@ -129,23 +141,24 @@ def trained_in_float32(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(trained_dtype())
     models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     inside = {id(module) for part in models for module in part.base_model.modules()}
     for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
         frozen = next(wrapper.original_module.parameters()).dtype
         for module in wrapper.modules_to_save.values():
             wide = next(module.parameters()).dtype == torch.float32
-            if not wide or widen in module._forward_pre_hooks.values():
+            if not wide or cast_inputs in module._forward_pre_hooks.values():
                 continue
-            module.register_forward_pre_hook(widen, with_kwargs=True)
+            module.register_forward_pre_hook(cast_inputs, with_kwargs=True)
             if id(wrapper) in inside:
                 module.register_forward_hook(lambda *call, dtype=frozen: cast(call[-1], dtype))
 
 
-def widen(_, inputs: tuple, named: dict) -> tuple[tuple, dict]:
-    """Before a module's call: its inputs in float32."""
-    return cast(inputs, torch.float32), {name: cast(value, torch.float32) for name, value in named.items()}
+def cast_inputs(module: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+    """Before a module's call: its inputs in the dtype of its weights, which FSDP gathers in 16 bits."""
+    dtype = next(module.parameters()).dtype
+    return cast(inputs, dtype), {name: cast(value, dtype) for name, value in named.items()}
 
 
 def cast(value, dtype: torch.dtype):

@@ -2,12 +2,14 @@
 
 import inspect
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from loguru import logger
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -157,9 +159,9 @@ class ModelArguments:
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"cannot load {self.model_name_or_path}: {str(error).strip().splitlines()[0]}") from error
         keep_unpacked(model)
+        parameters = count_parameters(model.parameters())
         logger.info(
-            f"Loaded {self.model_name_or_path}: {config.model_type}, {model.num_parameters():,} parameters, "
-            f"{weights['dtype']}"
+            f"Loaded {self.model_name_or_path}: {config.model_type}, {parameters:,} parameters, {weights['dtype']}"
         )
         return model
 
@@ -195,6 +197,11 @@ class ModelArguments:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+
+
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers they hold in all; ZeRO-3 leaves none in place, and notes how many there were."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
 
 
 def keep_unpacked(model) -> None:

@@ -16,7 +16,7 @@ from transformers import (
     Trainer,
 )
 
-from arguments.adapter import trained_in_float32
+from arguments.adapter import cast_trained
 from arguments.base import weight_files
 from arguments.loss import TokenLoss
 from arguments.pairs import collate_pairs, may_share, score_pairs, shared_tokens, with_length
@@ -129,7 +129,7 @@ def adapted(model, adapter_args, task_type: TaskType) -> nn.Module:
         return adapter_args.apply(model, task_type)
     config = PeftConfig.from_pretrained(adapter_args.peft_path, inference_mode=False)
     model = get_peft_model(model, config)
-    trained_in_float32(model)
+    cast_trained(model)
     return model
 
 

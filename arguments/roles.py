@@ -10,7 +10,7 @@ from peft import PeftConfig, TaskType, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from arguments.adapter import trained_in_float32
+from arguments.adapter import cast_trained
 from arguments.base import check_base, is_base
 from arguments.loss import logits_at
 from arguments.reward import RewardModel, adapter_head
@@ -168,7 +168,7 @@ def build_actor_critic(
     disable_dropout(policy)
     reward_head = score_head(hidden_size, head_state) if shared else None
     model = ActorCritic(policy, score_head(hidden_size, None), reward_head, adapter_args.use_peft, critic)
-    trained_in_float32(model)  # the critic's adapter came after the policy's
+    cast_trained(model)  # the critic's adapter came after the policy's
     return model, reward_model
 
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import ADAPTER, ROOT, in_process, in_subprocess, merge, results, stage
+from conftest import ADAPTER, ROOT, history, in_process, in_subprocess, merge, results, stage
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -31,7 +31,8 @@ sys.argv = [*sys.argv[1:], "--accelerator_config", '{"use_configured_state": tru
 runpy.run_path(sys.argv[0], run_name="__main__")
 print("trained by", AcceleratorState().distributed_type.value)
 """
-EXACT = ("--precision", "fp32", "--use_cpu", "--max_eval_samples", 7, "--max_steps", 4, "--save_steps", 2)
+SHORT = ("--use_cpu", "--max_eval_samples", 7, "--max_steps", 4, "--save_steps", 2)
+EXACT = ("--precision", "fp32", *SHORT)
 BATCH = "--per_device_train_batch_size"
 
 pytestmark = pytest.mark.slow
@@ -84,3 +85,25 @@ def test_two_processes_that_shard_train_as_one(name, config, sharded, tiny, reco
     sharded(config, stage(name, llama, records, two, *EXACT, BATCH, 2))
     again = load_file(two / ADAPTER)
     assert all((again[key] == together[key]).all() for key in together), "it went on from checkpoint-2"
+
+
+# Neither DeepSpeed nor FSDP2 computes under autocast: dtypes must agree in every product, of a score head, too.
+HALVES = [
+    ("rm", "zero2.json", ()),
+    ("rm", "zero3.json", ("--use_peft", "False", "--attn_implementation", "eager")),  # two rows a pair in both runs
+    ("sft", "zero3.json", ("--modules_to_save", "embed_tokens", "--activation_checkpointing")),
+    ("rm", "fsdp2.json", ()),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "flags"), HALVES)
+def test_in_bf16_too(name, config, flags, sharded, tiny, records, tmp_path):
+    llama, one, two = tiny("llama"), tmp_path / "one", tmp_path / "two"
+    flags = *SHORT, "--precision", "bf16", "--logging_steps", 1, *flags
+    in_process(*stage(name, llama, records, one, *flags, BATCH, 4)).ok()
+    sharded(config, stage(name, llama, records, two, *flags, BATCH, 2))
+    losses = history(one, "loss")
+    assert len(losses) == 4 and history(two, "loss") == pytest.approx(losses, rel=0.04), "bf16 rounds"
+    assert results(two)["eval_loss"] == pytest.approx(results(one)["eval_loss"], rel=0.04)
+    if "--use_peft" not in flags:
+        in_process(*merge(llama, two, tmp_path / "merged")).ok()
