@@ -140,6 +140,9 @@ def build_actor_critic(
     model_args, adapter_args, data_args, reward_args, critic: str
 ) -> tuple[ActorCritic, RewardModel | None]:
     """Load the base once and put the roles on it, as far as the reward model allows."""
+    if model_args.device_map:  # Trainer does not see it within ActorCritic, and would move the parts together again
+        logger.warning(f"--device_map {model_args.device_map} has no effect in RL: a GPU holds all roles")
+        model_args.device_map = None
     adapter, reward_model = reward_args.find_adapter(), None
     base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path if adapter else None
     shared = bool(adapter) and adapter_args.use_peft and is_base(adapter, model_args.model_name_or_path)

@@ -64,11 +64,11 @@ class FiniteGradients(TrainerCallback):
     """Ends the run before a step whose gradients are not finite, so that no such number reaches a weight.
 
     In fp16 the loss scale is too high at times: the scaler skips such steps and lowers it. Only three in a row at a
-    scale below 1, where nothing is left to lower, end the run.
+    scale below 1, where nothing is left to lower, end the run; and its end, if no step was made at all.
     """
 
     def __init__(self):
-        self.in_a_row = 0
+        self.in_a_row = self.skipped = 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -76,12 +76,20 @@ class FiniteGradients(TrainerCallback):
             self.in_a_row = 0
             return
         scaler = optimizer.scaler
+        self.skipped += 1
         self.in_a_row += scaler is None or scaler.get_scale() < 1
         if self.in_a_row >= (1 if scaler is None else 3):
             batch = f"batch {state.global_step + 1} (epoch {state.epoch:.3f})"
             raise Fault(
                 f"the gradients of {batch} are not finite: nothing of it was learned or saved. Look at its records "
                 "with --preview, lower --learning_rate, or try --precision fp32; the last checkpoint is whole"
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.skipped and self.skipped == state.global_step:
+            raise Fault(
+                f"the gradients of all {self.skipped} steps were not finite in fp16: nothing was learned. Take "
+                "--precision fp32, or more steps: each of these lowered the loss scale by half"
             )
 
 

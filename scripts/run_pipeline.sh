@@ -22,6 +22,10 @@ for flag in "$@"; do
       echo "error: $flag is for one stage: bash scripts/run_sft.sh $flag (or run_pt, run_rm, run_rl)" >&2
       exit 2
       ;;
+    --deepspeed* | --fsdp*)
+      echo "error: $flag is for PT, SFT and RM, and RL refuses it: run the stages one by one (docs/distributed.md)" >&2
+      exit 2
+      ;;
     *) FLAGS+=("$flag") ;;
   esac
 done

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
+from loguru import logger
 
 # No network, and one thread: models this small only get slower with more. Set before anything imports torch.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -178,6 +179,15 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first, the pipeline before all: a long one at the end would leave a worker idle."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name != "test_pipeline.py", item.path not in slow))
+
+
+@pytest.fixture
+def logged():
+    """The log lines of this test."""
+    lines = []
+    sink = logger.add(lambda message: lines.append(str(message).strip()), format="{level}: {message}")
+    yield lines
+    logger.remove(sink)
 
 
 @pytest.fixture(autouse=True)

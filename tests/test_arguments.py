@@ -40,15 +40,6 @@ def no_traces(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def logged():
-    """The log lines of this test."""
-    lines = []
-    sink = logger.add(lambda message: lines.append(str(message).strip()), format="{level}: {message}")
-    yield lines
-    logger.remove(sink)
-
-
-@pytest.fixture
 def required(tmp_path):
     return ["--model_name_or_path", "m", "--train_file_dir", "d", "--output_dir", str(tmp_path / "out")]
 

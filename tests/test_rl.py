@@ -819,6 +819,13 @@ def test_logits_are_finer_than_the_base(dtype, tiny, records, tmp_path, monkeypa
     assert model.get_output_embeddings()(hidden).dtype == torch.float32
 
 
+def test_a_gpu_holds_all_roles(tiny, records, tmp_path, monkeypatch, logged):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--device_map", "auto")
+    make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    assert any("--device_map auto has no effect in RL" in line for line in logged)
+
+
 def test_a_reward_model_of_its_own_reads_whole_answers(tiny):
     """The limit of an answer is in the policy's tokens; here a character is a token."""
     model = AutoModelForSequenceClassification.from_pretrained(tiny("llama"), num_labels=1)

@@ -130,6 +130,15 @@ def test_fp16_skips_overflows_until_the_scale_is_spent():
     step(), step()
     with pytest.raises(Fault, match=r"gradients of batch 5 \(epoch 0.500\)"):
         step()
+    assert callback.skipped == 15
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_fp16_that_skipped_every_step_has_learned_nothing(steps):
+    callback = FiniteGradients()
+    callback.skipped = 3
+    with pytest.raises(Fault, match="all 3 steps") if steps == 3 else contextlib.nullcontext():
+        callback.on_train_end(None, SimpleNamespace(global_step=steps), None)
 
 
 @contextlib.contextmanager

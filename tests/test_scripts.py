@@ -589,3 +589,9 @@ def test_the_pipeline_misses_a_folder_at_once(told):
 def test_the_pipeline_looks_at_nothing(told):
     code, calls, errors = told("scripts/run_pipeline.sh", "--plan")
     assert (code, calls) == (2, {}) and errors.startswith("error: --plan is for one stage") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--deepspeed=scripts/zero2.json", "--fsdp"])
+def test_the_pipeline_does_not_train_three_stages_for_a_flag_that_the_fourth_refuses(flag, told):
+    code, calls, errors = told("scripts/run_pipeline.sh", flag)
+    assert (code, calls) == (2, {}) and errors.startswith(f"error: {flag} is for PT") and errors.count("\n") == 1

@@ -1,0 +1,94 @@
+"""scripts/pipeline.slurm beside a stand-in for Slurm, which does what srun and scontrol are documented to do."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+# A signal goes to the task's first process; when that ends, what it left behind is killed.
+SRUN = """#!/usr/bin/env python3
+import os, signal, subprocess, sys
+
+command = sys.argv[1:]
+open("options", "w").write(" ".join(command[: command.index("bash")]))
+task = subprocess.Popen(command[command.index("bash") :], env=os.environ | {"SLURM_NODEID": "0"}, process_group=0)
+signal.signal(signal.SIGTERM, lambda *_: task.send_signal(signal.SIGTERM))
+code = task.wait()
+try:
+    os.kill(int(open("stage").read()), signal.SIGKILL)
+except ProcessLookupError:
+    print("nothing was left behind")
+sys.exit(code if code >= 0 else 128 - code)
+"""
+SCONTROL = """#!/bin/sh
+if [ "$1" = requeue ]; then echo "$2" > requeued; else echo host-a; fi
+"""
+# As run_pipeline.sh and a run script within: shells that wait, which die of a signal at once.
+PIPELINE = """echo "$*" > arguments
+echo "$NODE_RANK $NNODES $MASTER_ADDR" > place
+bash -c '"$PYTHON" stage.py; echo merged > merged'
+"""
+STAGE = """import os, pathlib, signal, time
+
+def save(*_):
+    time.sleep(1.5)
+    pathlib.Path("saved").touch()
+    raise SystemExit(143)
+
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("stage").write_text(str(os.getpid()))
+time.sleep(0.1 if os.environ.get("SHORT") else 60)
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """job(*flags, **variables): the batch script of a job on one node, started."""
+    commands = tmp_path / "bin"
+    for path, text in (
+        (commands / "srun", SRUN),
+        (commands / "scontrol", SCONTROL),
+        (tmp_path / "scripts/run_pipeline.sh", PIPELINE),
+        (tmp_path / "stage.py", STAGE),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    shutil.copy(ROOT / "scripts/pipeline.slurm", tmp_path / "scripts")
+    given = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "host-a", "SLURM_CPUS_PER_TASK": "4"}
+    given |= {"PATH": f"{commands}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "PYTHON": sys.executable}
+
+    def start(*flags: str, **variables: str) -> subprocess.Popen:
+        command = ["bash", tmp_path / "scripts/pipeline.slurm", *flags]
+        return subprocess.Popen(command, cwd=tmp_path, env=os.environ | given | variables)
+
+    return start
+
+
+def read(folder, name: str) -> str:
+    return (folder / name).read_text().strip()
+
+
+def test_two_minutes_before_the_end_the_stage_saves_and_the_job_is_requeued(job, tmp_path):
+    batch = job()
+    while not (tmp_path / "stage").exists():
+        assert batch.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.2)
+    batch.send_signal(signal.SIGTERM)
+    assert batch.wait(20) == 128 + signal.SIGTERM
+    assert (tmp_path / "saved").exists() and not (tmp_path / "merged").exists()
+    assert read(tmp_path, "requeued") == "7"
+
+
+@pytest.mark.parametrize(("restarts", "expected"), [("0", "--fresh --seed 1"), ("2", "--seed 1")])
+def test_a_requeued_job_goes_on(restarts, expected, job, tmp_path):
+    assert job("--fresh", "--seed", "1", SLURM_RESTART_COUNT=restarts, SHORT="yes").wait(20) == 0
+    assert read(tmp_path, "arguments") == expected and (tmp_path / "merged").exists()
+    assert read(tmp_path, "place") == "0 1 host-a" and "--cpus-per-task=4" in read(tmp_path, "options")
+    assert not (tmp_path / "requeued").exists()
