@@ -46,7 +46,7 @@ def test_a_plan_reads_no_weights(name, unreadable, records, tmp_path):
     model, reward = unreadable
     flags = ("--plan", *((REWARD, reward) if name == "rl" else ()))
     said = in_process(*stage(name, model, records, tmp_path / "out", *flags)).ok().stdout
-    assert "it fits" in said and "optimizer steps" in said and "GiB a checkpoint" in said
+    assert "it fits" in said and "optimizer steps" in said and "GiB a checkpoint (2 kept)" in said
     lines = {line[:30].strip(): line[30:].split() for line in said.splitlines()}
     assert lines["memory, GiB"] == (["sample", "score", "update"] if name == "rl" else ["train", "evaluate"])
     roles = [label for label in arguments.plan.ROLES.values() if label in lines]
