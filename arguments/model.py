@@ -159,7 +159,7 @@ class ModelArguments:
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"cannot load {self.model_name_or_path}: {str(error).strip().splitlines()[0]}") from error
         keep_unpacked(model)
-        parameters = count_parameters(model.parameters())
+        parameters = model.num_parameters() or count_parameters(model.parameters())  # ZeRO-3: 0
         logger.info(
             f"Loaded {self.model_name_or_path}: {config.model_type}, {parameters:,} parameters, {weights['dtype']}"
         )

@@ -85,11 +85,11 @@ class FiniteGradients(TrainerCallback):
                 "with --preview, lower --learning_rate, or try --precision fp32; the last checkpoint is whole"
             )
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.skipped and self.skipped == state.global_step:
+    def on_step_end(self, args, state, control, **kwargs):  # before the last checkpoint is saved
+        if self.skipped == state.global_step >= state.max_steps:
             raise Fault(
                 f"the gradients of all {self.skipped} steps were not finite in fp16: nothing was learned. Take "
-                "--precision fp32, or more steps: each of these lowered the loss scale by half"
+                "--fresh and --precision fp32, or more steps: each of these lowered the loss scale by half"
             )
 
 

@@ -133,12 +133,12 @@ def test_fp16_skips_overflows_until_the_scale_is_spent():
     assert callback.skipped == 15
 
 
-@pytest.mark.parametrize("steps", [3, 4])
-def test_fp16_that_skipped_every_step_has_learned_nothing(steps):
+@pytest.mark.parametrize(("step", "last"), [(3, 3), (4, 4), (3, 9)])
+def test_fp16_that_skipped_every_step_has_learned_nothing(step, last):
     callback = FiniteGradients()
     callback.skipped = 3
-    with pytest.raises(Fault, match="all 3 steps") if steps == 3 else contextlib.nullcontext():
-        callback.on_train_end(None, SimpleNamespace(global_step=steps), None)
+    with pytest.raises(Fault, match="all 3 steps") if step == last == 3 else contextlib.nullcontext():
+        callback.on_step_end(None, SimpleNamespace(global_step=step, max_steps=last), None)
 
 
 @contextlib.contextmanager

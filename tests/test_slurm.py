@@ -1,4 +1,4 @@
-"""scripts/pipeline.slurm beside a stand-in for Slurm, which does what srun and scontrol are documented to do."""
+"""scripts/pipeline.slurm beside a stand-in for srun and scontrol, which treats signals as Slurm's sources do."""
 
 import os
 import shutil
@@ -10,19 +10,26 @@ import time
 import pytest
 from conftest import ROOT
 
-# A signal goes to the task's first process; when that ends, what it left behind is killed.
+# SIGTERM kills all of a task, SIGUSR1 goes to its first process; when that ends, what it left behind is killed.
 SRUN = """#!/usr/bin/env python3
 import os, signal, subprocess, sys
 
 command = sys.argv[1:]
 open("options", "w").write(" ".join(command[: command.index("bash")]))
 task = subprocess.Popen(command[command.index("bash") :], env=os.environ | {"SLURM_NODEID": "0"}, process_group=0)
-signal.signal(signal.SIGTERM, lambda *_: task.send_signal(signal.SIGTERM))
+
+def kill(*_):
+    task.kill()
+    try:
+        os.kill(int(open("stage").read()), signal.SIGKILL)
+    except ProcessLookupError:
+        open("nothing-left", "w")
+
+signal.signal(signal.SIGTERM, kill)
+signal.signal(signal.SIGUSR1, lambda *_: task.send_signal(signal.SIGUSR1))
 code = task.wait()
-try:
-    os.kill(int(open("stage").read()), signal.SIGKILL)
-except ProcessLookupError:
-    print("nothing was left behind")
+kill()
+open("code", "w").write(str(code))
 sys.exit(code if code >= 0 else 128 - code)
 """
 SCONTROL = """#!/bin/sh
@@ -75,15 +82,17 @@ def read(folder, name: str) -> str:
 
 
 def test_two_minutes_before_the_end_the_stage_saves_and_the_job_is_requeued(job, tmp_path):
-    batch = job()
+    batch, deadline = job(), time.monotonic() + 30
     while not (tmp_path / "stage").exists():
-        assert batch.poll() is None
+        assert batch.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.2)
     batch.send_signal(signal.SIGTERM)
     assert batch.wait(20) == 128 + signal.SIGTERM
     assert (tmp_path / "saved").exists() and not (tmp_path / "merged").exists()
     assert read(tmp_path, "requeued") == "7"
+    assert read(tmp_path, "code") == "0", "srun would kill the tasks of other nodes"
+    assert (tmp_path / "nothing-left").exists()
 
 
 @pytest.mark.parametrize(("restarts", "expected"), [("0", "--fresh --seed 1"), ("2", "--seed 1")])
