@@ -106,4 +106,6 @@ def test_in_bf16_too(name, config, flags, sharded, tiny, records, tmp_path):
     assert len(losses) == 4 and history(two, "loss") == pytest.approx(losses, rel=0.04), "bf16 rounds"
     assert results(two)["eval_loss"] == pytest.approx(results(one)["eval_loss"], rel=0.04)
     if "--use_peft" not in flags:
+        moved = [weight.any() for name, weight in load_file(two / ADAPTER).items() if "lora_B" in name]
+        assert moved and all(moved)
         in_process(*merge(llama, two, tmp_path / "merged")).ok()
