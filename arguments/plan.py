@@ -72,6 +72,8 @@ def show(model_args, adapter_args, args, train, rehearse, rows_flag: str = "per_
     if not args.should_log:
         return
     print(f"Plan of {Path(sys.argv[0]).name}, from shapes: no weight was read")
+    if args.deepspeed or args.fsdp:
+        print("of a process that shards nothing: what --deepspeed and --fsdp split or copy is not counted")
     for name, value in (parameters(found), amounts(train, args), disk(found, adapter_args, args)):
         print(f"{name:<30}{value}")
     print(table(found.phases, held))

@@ -140,11 +140,21 @@ class RunArguments:
             self._n_gpu = 1
 
     def _check_deepspeed(self) -> None:
-        asked = str(self.deepspeed or "")
-        if asked and not asked.startswith("{") and not Path(asked).is_file():
+        if not (asked := str(self.deepspeed or "")):
+            return
+        if not asked.startswith("{") and not Path(asked).is_file():
             raise UserError(f"--deepspeed {asked} is no file: scripts/ holds zero2.json and zero3.json")
-        if asked and find_spec("deepspeed") is None:
+        if find_spec("deepspeed") is None:
             raise UserError("--deepspeed needs a package that is not installed: pip install deepspeed")
+        try:
+            settings = json.loads(asked if asked.startswith("{") else Path(asked).read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"--deepspeed {asked} is not JSON: {error}") from error
+        if self.precision != "fp32" and not settings.get(self.precision, {}).get("enabled"):  # it would take float32
+            raise UserError(
+                f'--deepspeed {asked} does not enable {self.precision}: add "{self.precision}": {{"enabled": "auto"}} '
+                "as in scripts/zero2.json, or take --precision fp32"
+            )
 
     def _check_reporters(self) -> None:
         """Refuse what transformers would find missing when the model is loaded."""

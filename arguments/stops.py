@@ -13,7 +13,10 @@ from arguments.whole import read_whole
 
 
 class StopAtSignal(TrainerCallback):
-    """SIGTERM or SIGINT: save a checkpoint, end, exit with 128 + the signal's number. A second one exits at once."""
+    """SIGTERM or SIGINT: save a checkpoint, end, exit with 128 + the signal's number. A SIGINT after it exits at once.
+
+    A second SIGTERM does not: where a whole process group gets one, scripts/env.sh hands it on once more.
+    """
 
     def __init__(self, steps_between_saves: int):
         self.signal, self.steps_between_saves = 0, steps_between_saves
@@ -22,10 +25,11 @@ class StopAtSignal(TrainerCallback):
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def receive(self, number: int, frame) -> None:
-        if self.signal:
+        if self.signal and number == signal.SIGINT:
             os._exit(128 + number)
-        self.signal = number
-        logger.warning(f"{signal.Signals(number).name}: saving a checkpoint, then ending (once more: ending at once)")
+        if not self.signal:
+            self.signal = number
+            logger.warning(f"{signal.Signals(number).name}: saving a checkpoint, then ending (Ctrl-C: ending at once)")
 
     def on_step_end(self, args, state, control, **kwargs):
         received = torch.tensor(self.signal, device=args.device)

@@ -35,6 +35,22 @@ if [[ "${LD_PRELOAD:-}" != *malloc* ]] && [ -z "$(LD_PRELOAD=libtcmalloc_minimal
 fi
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 HF_UPDATE_DOWNLOAD_COUNTS=0
 
+# supervise command...: run it, and hand on to it the SIGTERM that this script gets, as docker stop and batch systems send
+# one. bash alone would die of it, or, as a container's first process, not heed it; the command saves a checkpoint.
+supervise() {
+  local child ended
+  trap : INT  # Ctrl-C reaches the command without us, and this waits for its end
+  (trap - INT QUIT; exec "$@") <&0 &
+  child=$!
+  trap 'kill -TERM "$child" || :' TERM
+  while
+    wait "$child" && ended=0 || ended=$?  # above 128 where a signal came in between
+    kill -0 "$child" 2>/dev/null
+  do :; done
+  trap - INT TERM
+  return "$ended"
+}
+
 # flag_value --flag default "$@": the last value that "$@" gives to --flag, else the default.
 flag_value() {
   local flag=$1 value=$2
@@ -65,7 +81,7 @@ merge_stage() {
     done
   elif [ -f "$adapter/adapter_config.json" ]; then
     rm -f "$adapter/merge_failed"
-    "$PYTHON" merge_peft_adapter.py --base_model_name_or_path "$base" --peft_model_path "$adapter" --output_dir "$merged" "${code[@]}" || {
+    supervise "$PYTHON" merge_peft_adapter.py --base_model_name_or_path "$base" --peft_model_path "$adapter" --output_dir "$merged" "${code[@]}" || {
       ended=$?
       [ "${NNODES:-1}" -eq 1 ] || touch "$adapter/merge_failed"  # for those that wait
       exit "$ended"

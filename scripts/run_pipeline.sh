@@ -41,6 +41,7 @@ if [ -z "$PYTHON" ]; then
   "$PYTHON" -m pip install --quiet -r requirements.txt
 fi
 export MODEL PYTHON
+source scripts/env.sh  # supervise
 
 : "${NODE_RANK:=0}"  # of several machines the first one clears, keeps the ledger and reports
 [ -z "$FRESH" ] || [ "$NODE_RANK" != 0 ] || rm -rf "${OUTPUTS:?}"
@@ -69,7 +70,7 @@ stage() {
   export TRAIN=$data VALIDATION=$data
   [ ! -d "$data/train" ] || TRAIN+=/train
   if [ -d "$data/validation" ]; then VALIDATION+=/validation; else VALIDATION=$TRAIN; fi
-  MODEL=$model OUTPUT=$output MERGED=$output-merged bash "scripts/run_$name.sh" "$@" "${FLAGS[@]}"
+  MODEL=$model OUTPUT=$output MERGED=$output-merged supervise bash "scripts/run_$name.sh" "$@" "${FLAGS[@]}"
   "$PYTHON" scripts/ledger.py finish "$OUTPUTS" "$name"
 }
 # result name: the model that a stage made, merged or trained whole.
@@ -85,7 +86,7 @@ models=("$MODEL" "$(result pt)" "$(result sft)" "$(result rl)")
 # judge name data model...: what a script says of models on data that no stage saw, unless it said it of these already.
 judge() {
   if [ "$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$1" "${@:2}")" != ended ]; then
-    "$PYTHON" "scripts/$1.py" "${@:2}" >"$OUTPUTS/$1.json"
+    supervise "$PYTHON" "scripts/$1.py" "${@:2}" >"$OUTPUTS/$1.json"
     "$PYTHON" scripts/ledger.py finish "$OUTPUTS" "$1"
   fi
 }

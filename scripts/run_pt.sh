@@ -9,12 +9,12 @@ cd "$(dirname "$0")/.."
 : "${TRAIN:=data/pretrain/train}"
 : "${OUTPUT:=outputs/pt}"         # adapter, metrics, curves
 
-source scripts/env.sh  # PYTHON, LAUNCH, flag_value, merge_stage
+source scripts/env.sh  # PYTHON, LAUNCH, supervise, flag_value, merge_stage
 OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
 : "${MERGED:=${OUTPUT%/}-merged}"  # the whole model, for the next stage
 MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
 
-"${LAUNCH[@]}" pretraining.py \
+supervise "${LAUNCH[@]}" pretraining.py \
   --model_name_or_path "$MODEL" \
   --train_file_dir "$TRAIN" \
   --validation_file_dir "$VALIDATION" \

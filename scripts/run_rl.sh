@@ -10,12 +10,12 @@ cd "$(dirname "$0")/.."
 : "${TRAIN:=data/prompts/train}"
 : "${OUTPUT:=outputs/rl}"             # adapter, metrics, curves, sampled answers
 
-source scripts/env.sh  # PYTHON, LAUNCH, flag_value, merge_stage
+source scripts/env.sh  # PYTHON, LAUNCH, supervise, flag_value, merge_stage
 OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
 : "${MERGED:=${OUTPUT%/}-merged}"  # the whole model
 MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
 
-"${LAUNCH[@]}" rl_training.py \
+supervise "${LAUNCH[@]}" rl_training.py \
   --model_name_or_path "$MODEL" \
   --reward_model_name_or_path "$REWARD_MODEL" \
   --train_file_dir "$TRAIN" \

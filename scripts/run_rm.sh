@@ -9,12 +9,12 @@ cd "$(dirname "$0")/.."
 : "${TRAIN:=data/reward/train}"
 : "${OUTPUT:=outputs/rm}"         # adapter with score head, metrics, curves
 
-source scripts/env.sh  # PYTHON, LAUNCH, flag_value, merge_stage
+source scripts/env.sh  # PYTHON, LAUNCH, supervise, flag_value, merge_stage
 OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
 : "${MERGED:=${OUTPUT%/}-merged}"  # the whole reward model; stage 4 takes the adapter and needs less memory
 MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
 
-"${LAUNCH[@]}" reward_modeling.py \
+supervise "${LAUNCH[@]}" reward_modeling.py \
   --model_name_or_path "$MODEL" \
   --train_file_dir "$TRAIN" \
   --validation_file_dir "$VALIDATION" \

@@ -86,6 +86,8 @@ def house(tiny, records, tmp_path_factory):
     (root / "rules.py").write_text(rules)
     (root / "broken.py").write_text("def words(:\n")
     (root / "questions.txt").write_text("Is it?\n")
+    (root / "float32.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (root / "cut.json").write_text('{"zero_optimization": {"stage": ')
     return root
 
 
@@ -144,6 +146,8 @@ EVERY_STAGE = [
     (("--report_to", "paper"), "--report_to paper is unknown"),
     (("--deepspeed", "{house}/missing"), "--deepspeed"),
     (("--deepspeed", ROOT / "scripts/zero2.json"), "--deepspeed"),
+    (("--deepspeed", "{house}/float32.json", "--bf16"), "--deepspeed"),  # how, if it is installed: test_sharded.py
+    (("--deepspeed", "{house}/cut.json"), "--deepspeed"),
     (("--fsdp", "full_shard"), "--fsdp"),
     (("--report_to", "comet_ml"), "--report_to comet_ml is not installed"),
     (("--validation_split_percentage", 150), "--validation_split_percentage"),

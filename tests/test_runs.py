@@ -62,11 +62,12 @@ def test_a_signal_ends_with_a_checkpoint_to_go_on_from(name, number, tiny, recor
     assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
-def test_a_second_signal_ends_at_once(monkeypatch):
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
     codes, callback = [], StopAtSignal(1)
     monkeypatch.setattr(os, "_exit", codes.append)
     callback.receive(signal.SIGTERM, None)
-    assert codes == []
+    callback.receive(signal.SIGTERM, None)
+    assert codes == [] and callback.signal == signal.SIGTERM
     callback.receive(signal.SIGINT, None)
     assert codes == [130]
 

@@ -10,8 +10,10 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -548,6 +550,49 @@ def told(tmp_path):
         return ended.returncode, calls, ended.stderr
 
     return run
+
+
+SAVES = f"""#!{sys.executable}
+import pathlib, signal, sys, time
+
+def save(number, frame):
+    time.sleep(0.5)
+    pathlib.Path("saved").touch()
+    sys.exit(128 + number)
+
+called = pathlib.Path(sys.argv[1]).name
+if called in {[*SCRIPTS.values()]}:
+    signal.signal(signal.SIGTERM, save)
+    signal.signal(signal.SIGINT, save)
+    pathlib.Path("started").touch()
+    time.sleep(60)
+pathlib.Path(called).touch()
+"""
+
+
+@pytest.mark.parametrize("script", ["run_rm.sh", "run_pipeline.sh"])
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [(signal.SIGTERM, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGINT, os.killpg)],
+    ids=["docker stop", "timeout", "Ctrl-C"],
+)
+def test_a_script_that_is_stopped_lets_its_stage_save(number, send, script, tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    python, data = tmp_path / "python", tmp_path / "data"
+    python.write_text(SAVES)
+    python.chmod(0o755)
+    data.mkdir()
+    kept = {"PATH": os.environ["PATH"], "PYTHON": str(python), "MODEL": "base"}
+    kept |= dict.fromkeys(("PT_DATA", "SFT_DATA", "RM_DATA", "RL_DATA", "QUIZ", "GENERAL"), str(data))
+    with subprocess.Popen(["bash", f"scripts/{script}"], cwd=tmp_path, env=kept, process_group=0) as started:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "started").exists():
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        send(started.pid, number)
+        assert started.wait(20) == 128 + number
+        assert (tmp_path / "saved").exists(), "it has waited"
+    assert not (tmp_path / "merge_peft_adapter.py").exists() and not (tmp_path / "report.py").exists()
 
 
 def test_a_run_script_follows_its_flags_and_variables(told, tmp_path):

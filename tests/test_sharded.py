@@ -109,3 +109,21 @@ def test_in_bf16_too(name, config, flags, sharded, tiny, records, tmp_path):
         moved = [weight.any() for name, weight in load_file(two / ADAPTER).items() if "lora_B" in name]
         assert moved and all(moved)
         in_process(*merge(llama, two, tmp_path / "merged")).ok()
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "message"),
+    [
+        ('{"zero_optimization": {"stage": 2}}', (), "does not enable bf16: add"),
+        ('{"bf16": {"enabled": false}}', (), "does not enable bf16: add"),
+        ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}', (), "there is none here"),
+        ('{"zero_optimization": {"stage": 2}}', ("--bf16=False", "--precision", "fp32"), "there is none here"),
+        ('{"bf16": ', (), "is not JSON"),
+    ],
+)
+def test_a_deepspeed_file_that_would_compute_in_another_precision(settings, flags, message, tiny, records, tmp_path):
+    pytest.importorskip("deepspeed")
+    (tmp_path / "own.json").write_text(settings)
+    flags = "--bf16", "--deepspeed", tmp_path / "own.json", *flags
+    ended = in_process(*stage("pt", tiny("llama"), records, tmp_path / "out", *flags))
+    assert ended.code == 2 and message in ended.errors[0]

@@ -35,10 +35,12 @@ sys.exit(code if code >= 0 else 128 - code)
 SCONTROL = """#!/bin/sh
 if [ "$1" = requeue ]; then echo "$2" > requeued; else echo host-a; fi
 """
-# As run_pipeline.sh and a run script within: shells that wait, which die of a signal at once.
-PIPELINE = """echo "$*" > arguments
+# As run_pipeline.sh and a run script within.
+PIPELINE = """set -e
+source scripts/env.sh
+echo "$*" > arguments
 echo "$NODE_RANK $NNODES $MASTER_ADDR" > place
-bash -c '"$PYTHON" stage.py; echo merged > merged'
+supervise bash -ec 'source scripts/env.sh; supervise "$PYTHON" stage.py; echo merged > merged'
 """
 STAGE = """import os, pathlib, signal, time
 
@@ -66,7 +68,8 @@ def job(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         path.chmod(0o755)
-    shutil.copy(ROOT / "scripts/pipeline.slurm", tmp_path / "scripts")
+    for name in ("pipeline.slurm", "env.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
     given = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "host-a", "SLURM_CPUS_PER_TASK": "4"}
     given |= {"PATH": f"{commands}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "PYTHON": sys.executable}
 
