@@ -21,18 +21,45 @@ from importlib.metadata import version
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
+WEIGHTS = (".safetensors", ".bin")
+LOADED = (  # of a model's folder: what else lies there (a report, figures, notes) changes no stage
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*model*.bin",
+    "*.index.json",
+    "adapter_*",
+    "base.json",
+    "*token*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+)
 FOLLOWS = os.environ.get("NODE_RANK", "0") != "0"
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of a folder's files; of a model's, those on the top level."""
+    """SHA-256 of a file, or of the names and contents of a folder's files; of a model's, those that loading reads."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    is_model = (path / "config.json").exists() or (path / "adapter_config.json").exists()
-    files = sorted(file for file in (path.iterdir() if is_model else path.rglob("*")) if file.is_file())
-    rows = [f"{file.relative_to(path)} {digest(file)}" for file in files]
+    loaded = sorted({file for pattern in LOADED for file in path.glob(pattern) if file.is_file()})
+    names = {file.name for file in loaded}
+    is_model = names & {"config.json", "adapter_config.json"} and any(name.endswith(WEIGHTS) for name in names)
+    rows = [f"{file.relative_to(path)} {digest(file)}" for file in (loaded if is_model else all_files(path))]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def all_files(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """The files of a data folder as arguments.files finds them: no hidden ones, and links to folders are followed."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir() or path.resolve() in above:
+        return []
+    shown = sorted(inner for inner in path.iterdir() if not inner.name.startswith("."))
+    return [file for inner in shown for file in all_files(inner, (*above, path.resolve()))]
 
 
 def whole_lines(path: Path) -> str:
@@ -43,7 +70,7 @@ def whole_lines(path: Path) -> str:
 
 def entries(outputs: Path, stage: str) -> list[dict]:
     """What the ledger holds of a stage."""
-    rows = map(json.loads, whole_lines(outputs / "ledger.jsonl").splitlines())
+    rows = map(json.loads, whole_lines(outputs / "ledger.jsonl").split("\n")[:-1])
     return [row for row in rows if row["stage"] == stage]
 
 
@@ -120,10 +147,13 @@ def finish(outputs: Path, stage: str) -> None:
 def main():
     event, outputs, stage, *rest = sys.argv[1:]
     if event == "finish":
-        finish(Path(outputs), stage)
-    else:
-        split = rest.index("--") if "--" in rest else len(rest)
+        return finish(Path(outputs), stage)
+    split = rest.index("--") if "--" in rest else len(rest)
+    try:
         print(start(Path(outputs), stage, rest[:split], rest[split + 1 :]))
+    except PermissionError as error:
+        print(f"error: {error.filename}: this user has no right to it, so mend that or name another", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

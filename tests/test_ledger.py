@@ -1,10 +1,11 @@
 """The pipeline's ledger: a stage whose inputs changed runs again, the others do not, and a kill costs nothing."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from scripts.ledger import digest, finish, start
+from scripts.ledger import digest, finish, main, start
 
 
 @pytest.fixture
@@ -16,7 +17,12 @@ def house(tmp_path):
     for folder in (outputs / "pt", outputs / "sft", model):
         (folder / "config.json").write_text("{}")
         (folder / "all_results.json").write_text('{"eval_loss": 2.5}')
+    (model / "model.safetensors").write_bytes(b"x")
     (data / "train" / "a.txt").write_text("one")
+    (tmp_path / "big" / "deeper").mkdir(parents=True)
+    (tmp_path / "big" / "a.txt").write_text("one")
+    (tmp_path / "big" / "deeper" / "back").symlink_to(tmp_path / "big")
+    (data / "train" / "big").symlink_to(tmp_path / "big")
     return outputs, model, data
 
 
@@ -48,7 +54,17 @@ def test_a_stage_that_was_killed_goes_on(house):
     assert [begin(house), begin(house)] == ["new", "begun"]
 
 
-@pytest.mark.parametrize("what", ["data", "new file", "model", "flags", "name"])
+FILES_OF_A_MODEL = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "vocab.txt",
+    "chat_template.jinja",
+    "base.json",
+)
+
+
+@pytest.mark.parametrize("what", ["data", "new file", "linked file", *FILES_OF_A_MODEL, "flags", "name"])
 def test_a_change_starts_it_over(house, what, capsys):
     outputs, model, data = house
     begin(house, extra=["hub/name"])
@@ -57,12 +73,46 @@ def test_a_change_starts_it_over(house, what, capsys):
         (data / "train" / "a.txt").write_text("two")
     if what == "new file":
         (data / "train" / "b.txt").write_text("one")
-    if what == "model":
-        (model / "model.safetensors").write_bytes(b"x")
+    if what == "linked file":
+        (data / "train" / "big" / "a.txt").write_text("two")
+    if what in FILES_OF_A_MODEL:
+        (model / what).write_text("two")
     extra = ["hub/other" if what == "name" else "hub/name"]
     assert begin(house, flags=["--seed", "2" if what == "flags" else "1"], extra=extra) == "changed"
     assert "changed since it was run last" in capsys.readouterr().err
     finish(outputs, "pt")
+
+
+@pytest.mark.parametrize(
+    "where", ["report.html", "model.gguf", ".DS_Store", "notes.md", "runs/events", "training_args.bin"]
+)
+def test_what_no_stage_reads_changes_nothing(house, where):
+    """scripts/page.py leaves report.html in a stage's folder, macOS and notebooks hide files among the data."""
+    outputs, model, data = house
+    (outputs / "rm").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (outputs / "rm" / name).write_text("{}")
+    begin(house, extra=[str(outputs / "rm")])
+    finish(outputs, "pt")
+    hidden = (data / "train" / ".DS_Store", data / "train" / ".ipynb_checkpoints" / "a-checkpoint.txt")
+    for path in (model / where, outputs / "rm" / where, *hidden):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    assert begin(house, extra=[str(outputs / "rm")]) == "ended"
+
+
+def test_a_folder_that_cannot_be_listed(house, monkeypatch, capsys):
+    outputs, model, data = house
+
+    def shut(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", shut)
+    monkeypatch.setattr("sys.argv", ["ledger.py", "start", str(outputs), "pt", str(model), str(data)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(f"error: {data}: ") and not (outputs / "ledger.jsonl").exists()
 
 
 @pytest.mark.parametrize("flags", [("--hub-token", "hf_secret"), ("--hub_token=hf_secret", "--seed", "2")])
@@ -102,6 +152,8 @@ def test_digest_knows_names_and_what_lies_below(tmp_path):
     third = digest(tmp_path)
     assert len({first, second, third}) == 3
     (tmp_path / "config.json").write_text("{}")
+    assert digest(tmp_path) not in (first, second, third), "without weights it is no model"
+    (tmp_path / "model.safetensors").write_text("x")
     with_log = digest(tmp_path)
     (tmp_path / "runs" / "log").write_text("changed")
     assert digest(tmp_path) == with_log, "of a model folder only the top level counts, not its logs"
