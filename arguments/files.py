@@ -44,13 +44,21 @@ def other_files(folder: str) -> list[Path]:
     return [path for path in all_files(folder) if not path.name.lower().endswith(SUFFIXES)]
 
 
-def all_files(folder: str) -> list[Path]:
-    """Without hidden ones below the folder: old copies of a notebook, what macOS lays beside each file."""
-    root = Path(folder)
-    if root.is_file():
-        return [root]
-    shown = (path for path in sorted(root.rglob("*")) if path.is_file())
-    return [path for path in shown if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+def all_files(folder: str | Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """Without hidden ones below the folder: old copies of a notebook, what macOS lays beside each file.
+
+    Links to folders are followed, but for those that lead back into one `above`.
+
+    Raises:
+        PermissionError: for a folder that cannot be listed.
+    """
+    path = Path(folder)
+    if path.is_file():
+        return [path]
+    if not path.is_dir() or path.resolve() in above:
+        return []
+    shown = sorted(inner for inner in path.iterdir() if not inner.name.startswith("."))
+    return [file for inner in shown for file in all_files(inner, (*above, path.resolve()))]
 
 
 def read_file(path: Path) -> Iterator[tuple[str, object]]:

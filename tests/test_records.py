@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import re
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -379,6 +380,33 @@ def test_folders_are_searched_recursively(tmp_path):
         (tmp_path / name).touch()
     assert [p.relative_to(tmp_path).as_posix() for p in find_files(tmp_path)] == ["a.jsonl", "b/c.txt", "b/d.json.gz"]
     assert find_files(tmp_path / "a.jsonl") == [tmp_path / "a.jsonl"]
+
+
+def test_linked_folders_are_searched_and_loops_are_not(tmp_path):
+    train, big = tmp_path / "train", tmp_path / "big"
+    for name in (train / "z.jsonl", big / "a.jsonl", big / "deeper" / "b.jsonl"):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.touch()
+    (train / "big").symlink_to(big)
+    (big / "deeper" / "back").symlink_to(big)
+    (train / "self").symlink_to(train)
+    (train / "gone").symlink_to(tmp_path / "gone")
+    found = [path.relative_to(train).as_posix() for path in find_files(train)]
+    assert found == ["big/a.jsonl", "big/deeper/b.jsonl", "z.jsonl"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "shut").mkdir()
+    listed = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "shut":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(PermissionError, match="shut"):
+        find_files(tmp_path)
 
 
 GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
