@@ -17,6 +17,10 @@ ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+CALL = "which no template here would show: write the call as its content"
+THOUGHTS = "which is not trained: put the thoughts before its content, as <think>...</think>, or take the key out"
+# Keys of a turn beside its text that would change what is learned, and what to do about them.
+BESIDE_TEXT = {"tool_calls": CALL, "function_call": CALL, "reasoning_content": THOUGHTS, "thinking": THOUGHTS}
 
 
 def clean(value) -> str:
@@ -43,9 +47,7 @@ def to_messages(turns, closed: bool) -> list[dict]:
         role = ROLES.get(str(name))
         if role is None:
             raise BadRecord(f"unknown role {name!r}, expected one of {', '.join(ROLES)}")
-        if turn.get("tool_calls") or turn.get("function_call"):
-            raise BadRecord("a turn has tool_calls, which no template here would show: write the call as its content")
-        content = clean(turn.get("content", turn.get("value")))
+        content = text_of(turn, role)
         if not content or (role == "assistant" and not any(m["role"] == "user" for m in messages)):
             continue
         if messages and messages[-1]["role"] == role:
@@ -57,8 +59,33 @@ def to_messages(turns, closed: bool) -> list[dict]:
     return messages
 
 
+def text_of(turn: dict, role: str) -> str:
+    """What a turn says.
+
+    Raises:
+        BadRecord: when it has more to teach than its text, or is an answer that should not be learned.
+    """
+    for key, advice in BESIDE_TEXT.items():
+        if turn.get(key):
+            raise BadRecord(f"a turn has {key}, {advice}")
+    if role == "assistant" and turn.get("weight") not in (None, 1):
+        raise BadRecord(
+            f"an answer has weight {turn['weight']!r}, but all are trained alike: take the key out, or end the "
+            "conversation before that answer"
+        )
+    content = turn.get("content")
+    return clean(turn.get("value") if content is None else content)  # columns of Arrow put a null beside the other
+
+
 def with_system(record: dict, turns: list) -> list:
-    """The turns behind the system text that stands beside them in the record; a system turn among them goes before."""
+    """The turns behind the system text that stands beside them in the record; a system turn among them goes before.
+
+    Raises:
+        BadRecord: when tools stand beside them.
+    """
+    for key in ("tools", "functions"):
+        if str(record.get(key) or "").strip(INVISIBLE + "[]{}"):
+            raise BadRecord(f"the record has {key}, which no template here would show: put them into the system text")
     beside = record.get("system") or record.get("system_prompt")
     named = [turn.get("role") or turn.get("from") for turn in turns if isinstance(turn, dict)]
     return turns if not beside or "system" in named else [{"role": "system", "content": beside}, *turns]
@@ -192,5 +219,5 @@ def last_answer(answer) -> str:
     if isinstance(answer, dict):
         if ROLES.get(str(answer.get("role") or answer.get("from") or "assistant")) != "assistant":
             raise BadRecord(f"expected an answer, found a turn of {answer.get('role') or answer.get('from')}")
-        answer = answer.get("content", answer.get("value"))
+        return text_of(answer, "assistant")
     return clean(answer)

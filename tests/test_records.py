@@ -60,6 +60,21 @@ CONVERSATIONS = {
     "system beside messages that have one": ({"system": "other", "messages": SYSTEM + QA}, SYSTEM + QA),
     "system_prompt beside instruction": ({"system_prompt": "s", "instruction": "q", "output": "a"}, SYSTEM + QA),
     "null tool calls": ({"messages": [message | {"tool_calls": None} for message in QA]}, QA),
+    "keys that ask for nothing": (
+        {
+            "messages": [QA[0] | {"thinking": "", "weight": 0}, QA[1] | {"weight": 1, "reasoning_content": None}],
+            "tools": "[]",
+        },
+        QA,
+    ),
+    "sharegpt with the keys of other records, as null": (
+        {"conversations": [turn | {"role": None, "content": None} for turn in sharegpt(("human", "q"), ("gpt", "a"))]},
+        QA,
+    ),
+    "completion in columns of Arrow": (
+        {"prompt": "q", "completion": [{"from": "gpt", "value": "a", "role": None, "content": None}]},
+        QA,
+    ),
     "completion as a list of text": ({"prompt": "q", "completion": ["a"]}, QA),
     "messages": ({"messages": SYSTEM + QA}, SYSTEM + QA),
     "null messages beside instruction": ({"messages": None, "instruction": "q", "output": "a"}, QA),
@@ -218,6 +233,22 @@ def test_prompt_forms(record, expected):
         ),
         (to_pair, {"chosen": Q1A1Q2, "rejected": QA}, "expected an answer, found a turn of user"),
         (to_conversation, {"messages": CALL + QA}, "tool_calls.*write the call as its content"),
+        (to_pair, {"prompt": "q", "chosen": CALL[1:], "rejected": "b"}, "tool_calls.*write the call as its content"),
+        *[
+            (to_conversation, {"messages": [QA[0], QA[1] | {key: "because"}]}, f"a turn has {key}, .*<think>")
+            for key in ("reasoning_content", "thinking")
+        ],
+        (to_conversation, {"prompt": "q", "completion": [QA[1] | {"thinking": "because"}]}, "a turn has thinking"),
+        (
+            to_conversation,
+            {"messages": [QA[0], QA[1] | {"weight": 0}, *QA]},
+            "weight 0, .*end the conversation before",
+        ),
+        (to_conversation, {"messages": QA, "tools": [{"name": "f"}]}, "has tools, .*into the system text"),
+        (to_conversation, {"instruction": "q", "output": "a", "tools": '[{"name": "f"}]'}, "has tools"),
+        (to_conversation, {"messages": QA, "functions": [{"name": "f"}]}, "has functions"),
+        (to_prompt, {"prompt": "q", "tools": [{"name": "f"}]}, "has tools"),
+        (to_pair, {"prompt": QA[:1], "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]}, "has tools"),
         (to_conversation, {"prompt": "q", "completion": ["a", "b"]}, "expected a turn like .*found a"),
         (to_conversation, {"prompt": "q", "completion": QA[:1]}, "expected an answer, found a turn of user"),
         (to_conversation, {"messages": 5}, "expected a list of turns, found 5"),
