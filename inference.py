@@ -81,6 +81,11 @@ class InferenceArguments:
             raise UserError("--base_model is missing: name the model to talk to, or several with --compare")
         if self.compare and not (self.data_file or self.web):
             raise UserError("--compare needs --data_file, the questions that all models answer, or --web")
+        if self.compare and self.lora_model:
+            raise UserError(
+                "--lora_model goes with --base_model, and --compare takes whole models: merge the adapter "
+                "(merge_peft_adapter.py) and name the merged model in --compare"
+            )
         for flag in ("max_new_tokens", "batch_size", "max_source_length"):
             if getattr(self, flag) < 1:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected at least 1")
@@ -273,6 +278,19 @@ def load_questions(args: InferenceArguments) -> list[list[dict]]:
     return source.load_questions()[: args.max_eval_samples]
 
 
+def writable(file: str) -> Path:
+    """The predictions_file, looked at before models work for hours on what it is to hold.
+
+    Raises:
+        UserError: when it cannot be written, nor made.
+    """
+    path = Path(file)
+    there = next(above for above in (path, *path.absolute().parents) if above.exists())
+    if path.is_dir() or not (there == path or there.is_dir()) or not os.access(there, os.W_OK):
+        raise UserError(f"--predictions_file {file} cannot be written: name a file, in a folder where this user may")
+    return path
+
+
 def already_answered(path: Path, questions: list[list[dict]], model: str) -> int:
     """How many answers an earlier call left; they must be the model's, to the first of these questions.
 
@@ -297,12 +315,13 @@ def already_answered(path: Path, questions: list[list[dict]], model: str) -> int
 
 
 def answer_file(args: InferenceArguments) -> None:
-    questions, path = load_questions(args), Path(args.predictions_file)
+    path, questions = writable(args.predictions_file), load_questions(args)
     name = args.lora_model or args.base_model
     done = already_answered(path, questions, name)
     if done:
         logger.info(f"{done} of {len(questions)} answers are in {path}: going on behind them")
     answerer = Answerer(args.base_model, args, args.lora_model)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for messages, text in zip(questions[done:], answerer.answer_all(questions[done:]), strict=True):
             row = {"Input": messages[-1]["content"], "Output": text, "Model": name}
@@ -314,10 +333,13 @@ def answer_file(args: InferenceArguments) -> None:
 @torch.no_grad()
 def compare(args: InferenceArguments) -> None:
     """Let each model answer all questions; print mean reward, length and wins against the first model."""
-    questions = load_questions(args)
+    path, questions = writable(args.predictions_file), load_questions(args)
+    for name in args.compare:  # a wrong one is told before the first has answered
+        args.model_args(name).load_config()
     answers = {name: list(Answerer(name, args).answer_all(questions)) for name in args.compare}
     scores = score(args, questions, answers) if args.reward_model else {}
-    with Path(args.predictions_file).open("w", encoding="utf-8") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
         for i, messages in enumerate(questions):
             row = {"Input": messages[-1]["content"], "Output": {name: texts[i] for name, texts in answers.items()}}
             row |= {"Score": {name: values[i] for name, values in scores.items()}} if scores else {}

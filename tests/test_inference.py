@@ -56,7 +56,7 @@ def test_a_file_is_answered_and_gone_on_with(tiny, trained, tmp_path):
 
 
 def test_models_are_compared(tiny, trained, records, tmp_path):
-    output = tmp_path / "compared.jsonl"
+    output = tmp_path / "new" / "folder" / "compared.jsonl"
     flags = ("--compare", tiny("llama"), trained / "merged", "--reward_model", trained / "rm", "--data_file")
     printed = ask(*flags, records / "rl", "--predictions_file", output, "--max_eval_samples", 3).ok().stdout
     assert f"{tiny('llama')}: " in printed and f"wins against {tiny('llama')}: 0.50" in printed
@@ -69,13 +69,13 @@ def test_the_likeliest_token_is_taken_whatever_the_model_came_with(trained, tmp_
     """Its generation_config.json asks for another way to sample, as published chat models do."""
     (tmp_path / "q.txt").write_text(QUESTIONS, encoding="utf-8")
     flags = ("--data_file", tmp_path / "q.txt", "--max_new_tokens", 12)
-    ask("--base_model", trained / "merged", *flags, "--predictions_file", tmp_path / "plain.jsonl").ok()
+    ask("--base_model", trained / "merged", *flags, "--predictions_file", tmp_path / "new" / "plain.jsonl").ok()
     shutil.copytree(trained / "merged", tmp_path / "other")
     path = tmp_path / "other" / "generation_config.json"
     wishes = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "num_beams": 3, "top_k": 2, "do_sample": True}
     path.write_text(json.dumps(json.loads(path.read_text()) | wishes))
     ask("--base_model", tmp_path / "other", *flags, "--predictions_file", tmp_path / "other.jsonl").ok()
-    plain, other = ([row["Output"] for row in lines(tmp_path / f"{name}.jsonl")] for name in ("plain", "other"))
+    plain, other = ([row["Output"] for row in lines(tmp_path / name)] for name in ("new/plain.jsonl", "other.jsonl"))
     assert plain == other
 
 
@@ -91,6 +91,7 @@ def test_a_chat_has_history_that_can_be_cleared(trained, monkeypatch):
     [
         ((), "--base_model is missing"),
         (("--compare", "a", "b"), "--compare needs --data_file"),
+        (("--compare", "a", "b", "--lora_model", "c", "--web"), "--lora_model goes with --base_model"),
         (("--base_model", "nowhere"), "--model_name_or_path nowhere is no model"),
         (("--base_model", "a", "--max_new_tokens", 0), "--max_new_tokens is 0"),
         (("--base_model", "a", "--data_file", "nowhere"), "no such folder of records: nowhere"),
@@ -100,3 +101,20 @@ def test_a_chat_has_history_that_can_be_cleared(trained, monkeypatch):
 def test_errors(flags, message):
     ended = in_process("inference.py", *flags)
     assert ended.code == 2 and len(ended.errors) == 1 and message in ended.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "where", "message"),
+    [
+        (("--base_model", "{llama}"), "q.txt/x.jsonl", "q.txt/x.jsonl cannot be written"),
+        (("--base_model", "{llama}"), "", "cannot be written"),
+        (("--compare", "{llama}"), "q.txt/x.jsonl", "q.txt/x.jsonl cannot be written"),
+        (("--compare", "{llama}", "nowhere"), "new/x.jsonl", "nowhere is no model"),
+    ],
+)
+def test_what_would_fail_behind_the_answers_fails_before_them(names, where, message, tiny, tmp_path):
+    (tmp_path / "q.txt").write_text(QUESTIONS)
+    names = [name.format(llama=tiny("llama")) for name in names]
+    ended = ask(*names, "--data_file", tmp_path / "q.txt", "--predictions_file", tmp_path / where)
+    assert ended.code == 2 and len(ended.errors) == 1 and message in ended.errors[0]
+    assert "Answering" not in ended.stderr and [*tmp_path.iterdir()] == [tmp_path / "q.txt"]
