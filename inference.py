@@ -75,6 +75,10 @@ class InferenceArguments:
     only_cpu: bool = field(default=False, metadata={"help": "Use no GPU."})
     gpus: str | None = field(default=None, metadata={"help": "Which GPUs, as CUDA_VISIBLE_DEVICES; e.g. 0 or 0,1."})
     seed: int = field(default=42, metadata={"help": "Of sampling."})
+    model_type: str | None = field(default=None, metadata={"help": "Accepted from older scripts; the config decides."})
+    resize_emb: bool = field(
+        default=False, metadata={"help": "Accepted from older scripts; embeddings have the rows that the model holds."}
+    )
 
     def __post_init__(self):
         if not (self.base_model or self.compare):

@@ -69,6 +69,7 @@ def test_the_likeliest_token_is_taken_whatever_the_model_came_with(trained, tmp_
     """Its generation_config.json asks for another way to sample, as published chat models do."""
     (tmp_path / "q.txt").write_text(QUESTIONS, encoding="utf-8")
     flags = ("--data_file", tmp_path / "q.txt", "--max_new_tokens", 12)
+    flags += ("--model_type", "llama", "--resize_emb", "False")  # of 2023
     ask("--base_model", trained / "merged", *flags, "--predictions_file", tmp_path / "new" / "plain.jsonl").ok()
     shutil.copytree(trained / "merged", tmp_path / "other")
     path = tmp_path / "other" / "generation_config.json"
