@@ -15,6 +15,7 @@ Writes  predictions_file: JSON lines {"Input", "Output", "Model"}, behind those 
 """
 
 import json
+import math
 import os
 import readline  # noqa: F401 - by it input() edits lines, also of Chinese characters
 from collections.abc import Iterator
@@ -93,7 +94,11 @@ class InferenceArguments:
         for flag in ("max_new_tokens", "batch_size", "max_source_length"):
             if getattr(self, flag) < 1:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected at least 1")
-        if self.temperature < 0:
+        if self.max_eval_samples is not None and self.max_eval_samples < 1:
+            raise UserError(f"--max_eval_samples is {self.max_eval_samples}, expected at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed is {self.seed}, expected 0 to {2**32 - 1}")
+        if not 0 <= self.temperature < math.inf:  # NaN is not either
             raise UserError(f"--temperature is {self.temperature}, expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p is {self.top_p}, expected a share above 0, up to 1")
