@@ -150,7 +150,7 @@ def move_files(staging: Path, folder: Path) -> None:
     refuses the folder, goes first where an earlier merge left one, and comes last."""
     new = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
     (folder / "config.json").unlink(missing_ok=True)
-    for stale in {*folder.glob("model*.safetensors*")} - {folder / path.name for path in new}:
+    for stale in {*folder.glob("model*.safetensors*"), *folder.glob("model.gguf")} - {folder / p.name for p in new}:
         stale.unlink()
     if (folder / "adapter_config.json").exists():
         (folder / "adapter").mkdir(exist_ok=True)

@@ -364,13 +364,15 @@ def test_what_lies_below_the_output_folder_stays(tiny, tmp_path):
     for name in ("config.json", "model.safetensors", "merge.json"):
         (adapter / "other").mkdir(exist_ok=True)
         (adapter / "other" / name).write_text("mine")
-    (adapter / "model-00001-of-00002.safetensors").write_text("of an earlier merge")
+    for name in ("model-00001-of-00002.safetensors", "model.gguf"):
+        (adapter / name).write_text("of an earlier merge")
     (adapter / "notes.txt").write_text("mine")
     in_process(*merge(tiny("llama"), adapter, adapter)).ok()
     assert {path.name: path.read_text() for path in (adapter / "other").iterdir()} == dict.fromkeys(
         ("config.json", "model.safetensors", "merge.json"), "mine"
     )
-    assert (adapter / "notes.txt").read_text() == "mine" and len(list(adapter.glob("model*.safetensors"))) == 1
+    assert (adapter / "notes.txt").read_text() == "mine"
+    assert [path.name for path in adapter.glob("model*")] == ["model.safetensors"]
     assert_merged(tiny("llama"), adapter / "adapter", adapter)
 
 
