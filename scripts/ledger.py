@@ -63,9 +63,9 @@ def all_files(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
 
 
 def whole_lines(path: Path) -> str:
-    """The ledger's text without a last line that a kill cut short."""
-    text = path.read_text("utf-8") if path.exists() else ""
-    return text[: text.rfind("\n") + 1]
+    """A file's text without a last line that a kill cut short; none where there is no file."""
+    text = path.read_bytes() if path.exists() else b""
+    return text[: text.rfind(b"\n") + 1].decode()  # a cut may lie within a character
 
 
 def entries(outputs: Path, stage: str) -> list[dict]:

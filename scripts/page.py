@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib import pyplot
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scripts.ledger import entries  # noqa: E402
+from scripts.ledger import entries, whole_lines  # noqa: E402
 from scripts.table import table_rows  # noqa: E402
 
 matplotlib.use("Agg")
@@ -48,7 +48,8 @@ def read_json(path: Path, empty):
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    """The whole JSON lines of a file; what a kill or a full disk left of a last one is no line."""
+    return [json.loads(line) for line in whole_lines(path).split("\n") if line]
 
 
 def svg(title: str, draw) -> str:

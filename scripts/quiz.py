@@ -56,8 +56,8 @@ def accuracy(path: str, quiz: dict[str, list[dict]]) -> dict:
 def main():
     logger.remove()  # lines of arguments would stand between the bars
     folder, *models = sys.argv[1:]
-    files = {path.stem: path.read_text("utf-8").splitlines() for path in sorted(Path(folder).glob("*.jsonl"))}
-    quiz = {language: [json.loads(line) for line in lines] for language, lines in files.items()}
+    files = {path.stem: path.read_text("utf-8").split("\n") for path in sorted(Path(folder).glob("*.jsonl"))}
+    quiz = {language: [json.loads(line) for line in lines if line.strip()] for language, lines in files.items()}
     print(json.dumps({path: accuracy(path, quiz) for path in models}, indent=1))
 
 

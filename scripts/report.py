@@ -15,7 +15,7 @@ from loguru import logger
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from inference import Answerer, InferenceArguments  # noqa: E402
-from scripts.page import write_page  # noqa: E402
+from scripts.page import read_lines, write_page  # noqa: E402
 from scripts.table import table_rows  # noqa: E402
 
 PROMPTS = 3
@@ -33,8 +33,7 @@ def print_table(outputs: Path) -> None:
 
 def unseen_prompts(outputs: Path) -> list[list[dict]]:
     """The first held-out prompts that the RL stage showed."""
-    lines = (outputs / "rl" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prompt"] for line in lines[:PROMPTS]]
+    return [row["prompt"] for row in read_lines(outputs / "rl" / "samples.jsonl")[:PROMPTS]]
 
 
 def main():

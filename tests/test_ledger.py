@@ -135,8 +135,8 @@ def test_what_is_gone_is_made_again(house):
 def test_a_line_cut_short_by_a_kill(house):
     outputs = house[0]
     begin(house)
-    with (outputs / "ledger.jsonl").open("a") as file:
-        file.write('{"stage": "pt", "event": "fin')
+    with (outputs / "ledger.jsonl").open("ab") as file:
+        file.write('{"stage": "pt", "event": "完'.encode()[:-1])
     assert begin(house) == "begun"
     finish(outputs, "pt")
     assert begin(house) == "ended"

@@ -5,10 +5,11 @@ import re
 import shutil
 
 import pytest
-from conftest import in_process, stage
+from conftest import in_process, stage, write_lines
 
 from scripts.ledger import finish, start
-from scripts.page import write_page
+from scripts.page import read_lines, write_page
+from scripts.report import unseen_prompts
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,13 @@ def test_one_stage_alone(outputs, tmp_path):
     assert "<title>Stage RL</title>" in page and page.count("<li class=") == 1
     assert "--reward_model_name_or_path" in page and "transformers 5." in page
     assert not needs_network(page)
+
+
+def test_only_whole_lines_are_read(tmp_path):
+    """JSON leaves characters raw that str.splitlines breaks at; a full disk cuts the last line short."""
+    rows = [{"prompt": [{"role": "user", "content": f"{i}\u2028a\u2029b\x85c"}]} for i in range(4)]
+    write_lines(tmp_path / "rl", rows, "samples.jsonl")
+    with (tmp_path / "rl" / "samples.jsonl").open("ab") as file:
+        file.write('{"prompt": "流'.encode()[:-1])
+    assert read_lines(tmp_path / "rl" / "samples.jsonl") == rows and read_lines(tmp_path / "none.jsonl") == []
+    assert unseen_prompts(tmp_path) == [row["prompt"] for row in rows[:3]]
