@@ -4,7 +4,8 @@
 
 Reads a folder of documents, in any of the forms of data/README.md, and the models; prints one JSON object
 {model: {"perplexity", "tokens"}}: exp of the mean loss of a token, of every text by itself, behind its
-beginning-of-text token where the tokenizer puts one.
+beginning-of-text token where the tokenizer puts one. Of a text its first 2,048 tokens are taken, or as many as the
+model has positions.
 """
 
 import json
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import DataArguments, ModelArguments, best_precision, run_stage  # noqa: E402
 
+LONGEST = 2048  # tokens of a text, whose logits are in memory at once
+
 
 def load_judged(path: str) -> tuple:
     """A model, on the GPU if there is one and in the precision that suits, and its tokenizer."""
@@ -33,9 +36,11 @@ def load_judged(path: str) -> tuple:
 def perplexity(path: str, texts: list[str]) -> dict:
     """exp of the summed loss over the number of tokens that have one before them."""
     model, tokenizer = load_judged(path)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # ALiBi has none
+    longest = min(positions or LONGEST, LONGEST)
     total, tokens = 0.0, 0
     for text in tqdm(texts, f"Perplexity of general text, {path}"):
-        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :longest].to(model.device)
         logits = model(ids[:, :-1]).logits[0].float()
         total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
         tokens += ids.shape[1] - 1

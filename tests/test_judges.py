@@ -37,6 +37,17 @@ def test_general_text_comes_in_any_form(tiny, tmp_path):
     assert ended.code == 2 and "missing" in ended.errors[0]
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom"])  # bloom has no number of positions
+def test_of_a_long_text_the_first_tokens_count(family, tiny, tmp_path):
+    write_lines(tmp_path / "long", [{"text": TEXTS[0] * 300}])
+    write_lines(tmp_path / "cut", [{"text": TEXTS[0] * 200}])
+    found = [
+        in_process("scripts/perplexity.py", tmp_path / name, tiny(family)).ok().stdout for name in ("long", "cut")
+    ]
+    tokens = json.loads(found[0])[str(tiny(family))]["tokens"]
+    assert found[0] == found[1] and tokens == (2047 if family == "bloom" else 1023)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_the_likeliest_option_per_byte_is_chosen(language, tiny):
