@@ -26,7 +26,8 @@ PROMPTS = {"en": "Question: {}\nAnswer: ", "zh": "问题：{}\n答案："}
 def choice(model, tokenizer, prompt: str, options: list[str]) -> int:
     """Index of the option that the model finds most likely after the prompt, which it reads once."""
     rows = [tokenizer(prompt + option)["input_ids"] for option in options]
-    shared = next(i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1)
+    shared = min(map(len, rows)) - 1  # of 5, 50 and 500 each keeps a token of its own
+    shared = next((i for i in range(shared) if len({row[i] for row in rows}) > 1), shared)
     read = torch.tensor([rows[0][: shared - 1]], device=model.device)
     cache = model(read, use_cache=True, logits_to_keep=1).past_key_values
     cache.batch_repeat_interleave(len(rows))

@@ -11,7 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scripts.quiz import PROMPTS, choice
 
 TEXTS = ["The train left at six in the morning.", "老街的尽头有一家修表铺。", "Bread needs an hour to cool."]
-OPTIONS = ["The heart", "The heart and the lungs", "A kidney", "心脏"]
+OPTIONS = {
+    "en": ["The heart", "The heart and the lungs", "A kidney", "心脏"],
+    "zh": ["心", "心脏", "肺", "肾脏"],
+    "numbers": ["5", "50", "500"],  # the first is the start of all
+}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
@@ -49,16 +53,17 @@ def test_of_a_long_text_the_first_tokens_count(family, tiny, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_the_likeliest_option_per_byte_is_chosen(language, tiny):
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_the_likeliest_option_per_byte_is_chosen(kind, tiny):
+    options, language = OPTIONS[kind], kind if kind in PROMPTS else "en"
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
     tokenizer, prompt = AutoTokenizer.from_pretrained(tiny("llama")), PROMPTS[language].format("What pumps blood?")
     likelihoods = []
-    for option in OPTIONS:
+    for option in options:
         ids, start = tokenizer(prompt + option, return_tensors="pt")["input_ids"], len(tokenizer(prompt)["input_ids"])
         logp = model(ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[0, :, 0]
         likelihoods.append(logp[start - 1 :].sum().item() / len(option.encode()))
-    assert choice(model, tokenizer, prompt, OPTIONS) == likelihoods.index(max(likelihoods))
+    assert choice(model, tokenizer, prompt, options) == likelihoods.index(max(likelihoods))
 
 
 def test_lines_end_at_line_breaks_alone(tiny, tmp_path):
