@@ -34,7 +34,7 @@ GROUPS |= {f"run_{name}.sh": GROUPS[script] for name, script in zip(("pt", "sft"
 OTHERS = {"--nodes", "--kills", "--help", "--model", "--rows", "--samples", "--gpus", "--only_cpu", "--nproc_per_node"}
 OTHERS |= {"--model_args", "--tasks", "--include_path", "--device", "--batch_size", "--port"}  # of lm_eval
 OTHERS |= {"--enable", "--max", "--logprobs"}  # of vllm serve, up to their first hyphen
-OTHERS |= {"--medicalgpt", "--records", "--repeats", "--plot"}
+OTHERS |= {"--medicalgpt", "--records", "--repeats", "--plot", "--time"}
 PAGES = [ROOT / "README.md", ROOT / "README_ZH.md", ROOT / "data/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
