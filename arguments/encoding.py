@@ -1,5 +1,6 @@
 """How a conversation becomes tokens, and which of them are trained: pure functions of a tokenizer and messages."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 
@@ -8,6 +9,9 @@ from datasets import Dataset
 from jinja2 import TemplateError
 
 from arguments.command_line import UserError
+
+EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*$")
+OPENING = re.compile(r"^\s*<think>\s*")
 
 
 def without_oldest(messages: list[dict]) -> list[dict] | None:
@@ -39,7 +43,8 @@ def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int],
     The last answer's labels begin where the template's generation prompt ends: what a template puts in between (the
     empty thoughts of Qwen3) a model must say itself, and text that stands in a prompt only (Mistral's system text) is
     seen in training too. Templates are rendered with a marker in place of each answer, so that an answer is found by
-    place and not by its words, whatever the template does around it.
+    place and not by its words, whatever the template does around it. Of an answer that has thoughts of its own the
+    template so knows nothing: they take the place of the empty ones that it puts in, or opens in the prompt.
     """
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     marker = "\ue000{}\ue001".format
@@ -47,18 +52,28 @@ def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int],
     marked = [m | {"content": marker(next(numbered))} if m["role"] == "assistant" else m for m in messages]
     prompt = render(tokenizer, marked[:-1], add_generation_prompt=True)
     before, found, ending = render(tokenizer, marked).partition(marker(len(answers) - 1))
-    between = before[len(prompt) :] if before.startswith(prompt) else ""
+    between, last = before[len(prompt) :] if before.startswith(prompt) else "", answers[-1]
+    if "</think>" in last and prompt.rstrip().endswith("<think>"):
+        between, last = "", OPENING.sub("", last)
+    elif "</think>" in last:
+        between = EMPTY_THOUGHTS.sub("", between)
     text, spans = "", []
     for number, answer in enumerate(answers[:-1]):
         before, marked_here, prompt = prompt.partition(marker(number))
+        before = EMPTY_THOUGHTS.sub("", before) if "</think>" in answer else before
         found = found and marked_here
         spans.append((len(text + before), len(text + before + answer)))
         text += before + answer
     if not found:
         raise UserError("the chat template leaves out or rewrites assistant turns: it cannot be trained on")
     text += prompt
-    spans.append((len(text), len(text + between + answers[-1])))
-    text += between + answers[-1] + ending
+    spans.append((len(text), len(text + between + last)))
+    text += between + last + ending
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{type(tokenizer).__name__} is written in Python and does not tell which characters a token stands for: "
+            "expected a model with a fast tokenizer (tokenizer.json)"
+        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return mask_answers(tokenizer, encoded["input_ids"], encoded["offset_mapping"], spans)
 

@@ -1,9 +1,11 @@
 """Which tokens of a conversation are trained, what truncation keeps, and that RL's prompts are SFT's."""
 
 from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -145,6 +147,35 @@ def test_templates(template, eos, golden, text):
     encoded = data_args().encode(tokenizer, chat("hello", "a", "a", "b 水", system="Be brief."))
     assert trained(tokenizer, encoded) == golden
     assert tokenizer.decode(encoded["input_ids"]) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "prompt", "answer"),
+    [
+        ("qwen3", "<|im_end|>", "<|im_start|>assistant\n", "<think>\nb b\n</think>\n\na<|im_end|>"),
+        ("qwen3_6", "<|im_end|>", "<|im_start|>assistant\n<think>\n", "b b\n</think>\n\na<|im_end|>"),
+        ("glm4moe", "<|endoftext|>", "<|assistant|>", "\n<think>\nb b\n</think>\n\na<|endoftext|>"),
+        ("deepseekv3", "<|endoftext|>", "<｜Assistant｜><think>\n", "b b\n</think>\n\na<|endoftext|>"),
+    ],
+)
+def test_an_answer_with_thoughts_of_its_own_gets_no_empty_ones(template, eos, prompt, answer):
+    """Templates as trl keeps them; where the prompt opens the thoughts, an answer may begin with them open or not."""
+    source = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+    tokenizer = make_tokenizer(source.read_text("utf-8"), eos)
+    for opening in ("<think>\n", "") if prompt.endswith("<think>\n") else ("<think>\n",):
+        thoughtful = opening + "b b\n</think>\n\na"
+        encoded = data_args().encode(tokenizer, chat("hello", thoughtful))
+        assert trained(tokenizer, encoded) == [answer]
+        assert tokenizer.decode(encoded["input_ids"]).endswith(prompt + answer)
+        twice = data_args().encode(tokenizer, chat("hello", thoughtful, "hello", thoughtful))
+        assert trained(tokenizer, twice)[1] == answer
+        assert "<think></think>" not in tokenizer.decode(twice["input_ids"])
+
+
+def test_a_tokenizer_that_does_not_know_the_places_of_its_tokens(chatml, monkeypatch):
+    monkeypatch.setattr(type(chatml), "is_fast", False)
+    with pytest.raises(UserError, match="expected a model with a fast tokenizer"):
+        data_args().encode(chatml, chat("hello", "a"))
 
 
 def test_answer_on_the_line_of_its_header():
