@@ -151,6 +151,8 @@ class PPOArguments(RunArguments, TrainingArguments):
             raise UserError(
                 f"--batch_size {self.batch_size} is no multiple of --mini_batch_size {self.mini_batch_size}"
             )
+        if self.load_best_model_at_end:
+            self.metric_for_best_model = self.metric_for_best_model or "reward"  # transformers' is the loss
         self.rollouts = self.max_steps
         self.per_device_train_batch_size = self.batch_size
         for flag in ("max_steps", "save_steps", "logging_steps", "eval_steps"):  # transformers counts optimizer steps
@@ -167,7 +169,8 @@ class PPOArguments(RunArguments, TrainingArguments):
             logger.warning("--torch_compile has no effect in RL: its roles change the adapters of one model")
 
     def _check_ranges(self):
-        for flag in ("temperature", "clip_range", "value_clip_range", "kl_horizon", "reward_clip"):
+        positive = "temperature", "clip_range", "value_clip_range", "kl_target", "kl_horizon", "reward_clip"
+        for flag in (*positive, *(["critic_learning_rate"] if self.critic_learning_rate is not None else [])):
             if not getattr(self, flag) > 0:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected a number above 0")
         for flag in ("gamma", "gae_lambda"):
@@ -327,7 +330,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         self.reward_model = reward_model and reward_model.to(self.args.device)
         self.reward_functions, self.reward_weights = reward_args.functions, reward_args.weights()
         self.kl_coef, self.score_scale, self.history = self.args.init_kl_coef, 0.0, []  # a scale of 0 is not known yet
-        self.rollout, self.stats, self.good, self.policy_stopped = [], [], [], False
+        self.rollout, self.stats, self.good, self.policy_stopped, self.stopped = [], [], [], False, False
         self.reference_scores: list[float] = []
         self.told: list[dict[str, float]] = []  # what reward functions log
         self.eos_ids = data_args.eos_ids(self.model.policy, self.processing_class)
@@ -626,8 +629,14 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             parameter.grad = torch.zeros_like(parameter)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0  # the step that follows moves nothing
-        self.control.should_training_stop = True
+        if self.accelerator.scaler is not None:  # it has no scale before its first use, and the step asks for one
+            self.accelerator.scaler.scale(torch.zeros((), device=self.args.device))
+        self.control.should_training_stop = self.stopped = True
         return torch.zeros((), device=self.args.device)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self.control.should_save &= not self.stopped  # a run that went on behind it would train past its guard
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # evaluation, logging, saving
 
@@ -745,7 +754,7 @@ def main():
         raise UserError(f"--min_target_length {training_args.min_target_length} is above --max_target_length")
     if training_args.vllm_server and not adapter_args.use_peft:
         raise UserError("--vllm_server takes the policy as an adapter: leave --use_peft False out")
-    model_args.check(data_args.longest, trains_all=not adapter_args.use_peft)
+    model_args.check(data_args.longest, trains_all=not adapter_args.use_peft, output_dir=training_args.output_dir)
     # on a CPU also under bf16: logits have to be finer there
     precision = "fp32" if training_args.device.type == "cpu" else training_args.precision
     model_args.settle_dtype(precision, trains_all=not adapter_args.use_peft)

@@ -78,6 +78,18 @@ def test_ppo_starts_at_a_kl_of_zero_and_moves(family, fp16, tiny, records, tmp_p
     assert found["eval_entropy"] == pytest.approx(found["eval_entropy_before"], abs=0.01)
 
 
+def test_a_guard_in_the_first_step_of_a_process(fp16, tiny, records, tmp_path):
+    """The scaler has no scale yet, and is asked to unscale the gradients of the step in which the run ends."""
+    (tmp_path / "rewards.py").write_text(
+        "def nan(completions, **columns):\n    return [float('nan')] * len(completions)\n"
+    )
+    fp16(2.0**10)
+    flags = "--reward_functions", f"{tmp_path / 'rewards.py'}:nan"
+    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "out", *flags)).ok()
+    assert "Guard not_finite" in ended.stderr
+    assert not any(tensor.any() for key, tensor in trained(tmp_path / "out").items() if "lora_B" in key)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_overflow_is_skipped_and_the_scale_outlives_a_kill(name, fp16, tiny, records, tmp_path):
     """With a scale too large at first; going on from the second checkpoint ends as a run left alone does."""

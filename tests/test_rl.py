@@ -424,7 +424,6 @@ def test_best_policy_at_the_end(tiny, records, tmp_path):
     flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--max_steps", 4, "--save_steps", 1)
     flags += ("--eval_strategy", "steps", "--eval_steps", 1, "--load_best_model_at_end", "--max_eval_samples", 8)
     output = tmp_path / "rl"
-    flags += ("--metric_for_best_model", "reward")
     ended = in_process(*stage("rl", tiny("llama"), records, output, *flags)).ok()
     rewards = history(output, "eval_reward")
     best = max(range(4), key=lambda i: rewards[i])
@@ -506,13 +505,24 @@ def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
     weights = load_file(tmp_path / "rl2" / ADAPTER)
     assert all(torch.equal(w, torch.zeros_like(w)) for name, w in weights.items() if "lora_B" in name)
 
-    # a reward that turns bad in the third rollout: what is kept is the policy that sampled the second
-    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:later_nan", "--save_steps", 1, "--max_steps", 4)
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_that_a_guard_stopped_ends_with_its_policy_again(epochs, tiny, records, tmp_path):
+    """A reward that turns bad in a later rollout: what is kept is the policy that sampled the last good one.
+
+    With one step a rollout the run stops behind a step to save at: that checkpoint would be gone on from.
+    """
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:later_nan", "--ppo_epochs", epochs)
+    flags += ("--save_steps", 1, "--save_total_limit", 9, "--max_steps", 8)
     in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl3", *flags)).ok()
     kept, sampled_second = (
         load_file(tmp_path / "rl3" / ADAPTER),
-        load_file(tmp_path / "rl3" / "checkpoint-2" / ADAPTER),
+        load_file(tmp_path / "rl3" / f"checkpoint-{4 - epochs}" / ADAPTER),
     )
+    assert {path.name for path in (tmp_path / "rl3").glob("checkpoint-*")} == {
+        f"checkpoint-{step}" for step in range(epochs, 5, epochs)
+    }
     assert all(torch.equal(kept[name], sampled_second[name]) for name in kept)
     assert any(w.abs().max() > 0 for name, w in kept.items() if "lora_B" in name)
     # the same command again, as after a kill: the newest checkpoint holds the policy that set off the alarm
