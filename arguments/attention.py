@@ -1,5 +1,6 @@
-"""Attention in blocks of rows, for bfloat16 on a CPU: PyTorch's own kernel takes up to twice as long there."""
+"""Attention in blocks of rows on a CPU: PyTorch's kernel takes up to twice as long, by a mask up to seven times."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -117,15 +118,14 @@ def takes_blocks(module, query, key, attention_mask, is_causal=None, dropout=0.0
     """Whether a call of sdpa_attention_forward is one for blocks: causal, or by a mask alike for all heads."""
     if type(query) is not torch.Tensor or query.device.type != "cpu":
         return False  # shards, and stand-ins without storage, are other types
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    if (
-        dtype != torch.bfloat16
-        or dropout
-        or any(settings.get(name) is not None for name in ("position_bias", "softcap"))
-    ):
+    if dropout or any(settings.get(name) is not None for name in ("position_bias", "softcap")):
         return False
     rows, columns = query.shape[2], key.shape[2]
     if rows == 1 or rows != columns:  # behind what a cache holds
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    longest = math.inf if attention_mask is not None else 8 * ROWS  # in float32: longer causal rows gain nothing
+    if dtype != torch.bfloat16 and not (dtype == torch.float32 and 2 * ROWS <= rows <= longest):
         return False
     if attention_mask is None:
         return getattr(module, "is_causal", True) if is_causal is None else is_causal

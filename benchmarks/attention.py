@@ -1,6 +1,6 @@
-"""Attention in bf16 on this CPU, PyTorch's kernel and in blocks: milliseconds forward and backward, in turn.
+"""Attention on this CPU, PyTorch's kernel and in blocks: milliseconds forward and backward, in turn.
 
-    python benchmarks/attention.py --heads 9 --groups 3 --size 64
+    python benchmarks/attention.py --heads 9 --groups 3 --size 64 --dtype float32
 
 Prints one markdown table. A mask of documents lets 85 tokens see each other, as packed conversations have it.
 """
@@ -31,8 +31,9 @@ def milliseconds(attention, inputs: list, mask) -> tuple[float, float]:
 
 def cell(ways, rows: int, tokens: int, args, mask) -> str:
     heads = args.heads, args.groups, args.groups
-    inputs = [torch.randn(rows, tokens, n, args.size, dtype=torch.bfloat16).transpose(1, 2) for n in heads]
-    inputs = [*(part.requires_grad_() for part in inputs), torch.randn(rows, tokens, args.heads, args.size).bfloat16()]
+    dtype = getattr(torch, args.dtype)
+    inputs = [torch.randn(rows, tokens, n, args.size, dtype=dtype).transpose(1, 2) for n in heads]
+    inputs = [*(part.requires_grad_() for part in inputs), torch.randn(rows, tokens, args.heads, args.size).to(dtype)]
     found = [[milliseconds(way, inputs, mask) for way in ways] for _ in range(args.repeats + 1)][1:]
     medians = [
         [statistics.median(times) for times in zip(*of_way, strict=True)] for of_way in zip(*found, strict=True)
@@ -44,13 +45,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"heads": 9, "groups": 3, "size": 64, "repeats": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from arguments.attention import blockwise_attention
 
     ways = sdpa_attention_forward, blockwise_attention
     torch.manual_seed(0)
-    print(f"{machine()}\n\n| | causal | a mask of documents of 85 tokens |\n|---|---|---|")
+    print(f"{machine()}, {args.dtype}\n\n| | causal | a mask of documents of 85 tokens |\n|---|---|---|")
     for rows, tokens in SHAPES:
         document = torch.arange(tokens) // 85
         mask = (document[:, None] == document).tril()[None, None].expand(rows, 1, tokens, tokens)

@@ -14,7 +14,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import arguments.attention
-import arguments.model
 from arguments import ModelArguments
 from arguments.attention import ROWS, attend, blockwise_attention
 
@@ -99,14 +98,18 @@ def test_as_fine_in_bfloat16_as_its_rounding(length, mask):
     assert all((one - true).norm() < 0.0045 * true.norm() for one, true in zip(found, exact, strict=True))
 
 
-def call(mask=None, dtype=torch.bfloat16, rows=8, causal=True, **settings):
+def call(mask=None, dtype=torch.bfloat16, length=8, rows=None, causal=True, **settings):
     """What blockwise_attention returns, whether in blocks or not."""
-    query, key, value, _ = tensors(8, 4, 2, dtype)
+    query, key, value, _ = tensors(length, 4, 2, dtype)
     module = SimpleNamespace(is_causal=causal, num_key_value_groups=2)
-    return blockwise_attention(module, query[:, :, -rows:], key, value, mask, **settings)[0]
+    return blockwise_attention(module, query[:, :, -(rows or length) :], key, value, mask, **settings)[0]
 
 
-PAST = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
+def past(length: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+
+
+PAST = past(8)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,11 @@ PAST = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
         ({}, True),
         ({"mask": PAST}, True),
         ({"is_causal": True, "causal": False}, True),
-        ({"dtype": torch.float32}, False),
+        ({"dtype": torch.float16}, False),
+        ({"dtype": torch.float32, "length": 127}, False),
+        ({"dtype": torch.float32, "length": 128}, True),
+        ({"dtype": torch.float32, "length": 513}, False),
+        ({"dtype": torch.float32, "length": 513, "mask": past(513)}, True),
         ({"rows": 1}, False),
         ({"rows": 3, "mask": PAST[:, :, -3:]}, False),
         ({"causal": False}, False),
@@ -131,7 +138,7 @@ PAST = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
 def test_what_the_blocks_are_not_for_is_left_to_pytorch(settings, blocks, monkeypatch):
     taken = []
     monkeypatch.setattr(arguments.attention, "attend", lambda *inputs: taken.append(1) or attend(*inputs))
-    assert call(**settings).shape == (2, settings.get("rows", 8), 4, 24)
+    assert call(**settings).shape == (2, settings.get("rows", settings.get("length", 8)), 4, 24)
     assert bool(taken) == blocks
 
 
@@ -172,10 +179,8 @@ def test_a_models_logits_and_gradients_stay(family, tiny, attention_of):
         assert not torch.equal(one, other) and (one - true).norm() < 1.25 * (other - true).norm()
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_loading_a_model_lets_it_attend_in_blocks_where_bf16_is_native(native, tiny, attention_of, monkeypatch):
+def test_loading_a_model_lets_it_attend_in_blocks(tiny, attention_of):
     attention_of(sdpa_attention_forward)
-    monkeypatch.setattr(arguments.model, "native_bf16", lambda: native)
     model = ModelArguments(model_name_or_path=tiny("llama"), dtype="float32").load_model(AutoModelForCausalLM)
     taken = ALL_ATTENTION_FUNCTIONS.get_interface(model.config._attn_implementation, None)
-    assert taken is (blockwise_attention if native else sdpa_attention_forward)
+    assert taken is blockwise_attention
