@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftModel, TaskType
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, TextStreamer, set_seed
 
@@ -34,6 +34,8 @@ from arguments import (
     ModelArguments,
     RewardSourceArguments,
     UserError,
+    adapter_config,
+    adapter_folder,
     best_precision,
     check_base,
     parse_arguments,
@@ -133,15 +135,15 @@ class Answerer:
         self.data_args = DataArguments(train_file_dir="unused", max_source_length=args.max_source_length)
         model = model_args.load_model(AutoModelForCausalLM)
         if adapter:
-            if not (Path(adapter) / "adapter_config.json").exists():
+            if (folder := adapter_folder(adapter)) is None:
                 raise UserError(
                     f"--lora_model {adapter} holds no adapter_config.json: name the output folder of a stage"
                 )
-            check_base(Path(adapter), name, args.force)
-            task = PeftConfig.from_pretrained(adapter).task_type
+            check_base(folder, name, args.force)
+            task = adapter_config(folder).task_type
             if task != TaskType.CAUSAL_LM:
                 raise UserError(f"--lora_model {adapter} is a {task} adapter: it scores answers, it gives none")
-            model = PeftModel.from_pretrained(model, adapter)
+            model = PeftModel.from_pretrained(model, folder)
         self.model = args.placed(model).eval()
         self.settings = GenerationConfig(
             max_new_tokens=args.max_new_tokens,

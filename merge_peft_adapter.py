@@ -39,7 +39,7 @@ from transformers import (
     GgufConfig,
 )
 
-from arguments import UserError, check_base, parse_arguments, run_stage
+from arguments import UserError, adapter_config, adapter_folder, check_base, parse_arguments, run_stage
 from arguments.base import fingerprint, weight_files
 from arguments.command_line import Fault, explained
 from arguments.streamed import MergedWeights, adapted, grown_vocabulary, opened, running, save_merged, untie
@@ -90,14 +90,6 @@ class MergeArguments:
             raise UserError(f"--gguf {self.gguf} holds no convert_hf_to_gguf.py: name a checkout of llama.cpp")
         if self.max_shard_size and not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]I?B", self.max_shard_size.upper()):
             raise UserError(f"--max_shard_size is {self.max_shard_size}, expected a size such as 5GB or 500MB")
-
-
-def find_adapter(path: str) -> Path:
-    """The folder with adapter_config.json: `path`, or its adapter/ after an earlier merge in place."""
-    for folder in (Path(path), Path(path) / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    raise UserError(f"--peft_model_path {path} holds no adapter_config.json: name the output folder of a stage")
 
 
 def auto_class(config: PeftConfig):
@@ -264,11 +256,11 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
 def main():
     (args,) = parse_arguments(MergeArguments)
     give_memory_back()
-    adapter = find_adapter(args.peft_model_path)
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (ValueError, TypeError) as error:  # JSON that is none, or no adapter's
-        raise UserError(f"{adapter}/adapter_config.json cannot be read: {error}") from error
+    if (adapter := adapter_folder(args.peft_model_path)) is None:
+        raise UserError(
+            f"--peft_model_path {args.peft_model_path} holds no adapter_config.json: name the output folder of a stage"
+        )
+    config = adapter_config(adapter)
     if config.peft_type != PeftType.LORA:
         raise UserError(f"{adapter} is a {config.peft_type} adapter: only LoRA and its forms are merged here")
     args.base_model_name_or_path = args.base_model_name_or_path or config.base_model_name_or_path

@@ -123,7 +123,9 @@ def main():
         ModelArguments, AdapterArguments, DataArguments, PretrainingArguments
     )
     set_seed(training_args.seed)
-    model_args.check(training_args.block_size, trains_all=not adapter_args.use_peft)
+    model_args.check(
+        training_args.block_size, trains_all=not adapter_args.use_peft, output_dir=training_args.output_dir
+    )
     model_args.settle_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
 
     tokenizer = model_args.load_tokenizer()

@@ -151,7 +151,7 @@ def main():
         ModelArguments, AdapterArguments, DataArguments, RewardArguments
     )
     set_seed(training_args.seed)
-    model_args.check(data_args.longest, trains_all=not adapter_args.use_peft)
+    model_args.check(data_args.longest, trains_all=not adapter_args.use_peft, output_dir=training_args.output_dir)
     model_args.settle_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
     training_args.disable_dropout &= not adapter_args.lora_dropout  # trl's True would take LoRA's away as well
 

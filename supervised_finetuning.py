@@ -113,7 +113,7 @@ def main():
         ModelArguments, AdapterArguments, DataArguments, FinetuningArguments
     )
     set_seed(training_args.seed)
-    model_args.check(data_args.longest, trains_all=not adapter_args.use_peft)
+    model_args.check(data_args.longest, trains_all=not adapter_args.use_peft, output_dir=training_args.output_dir)
     model_args.settle_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
     if training_args.packing and training_args.packing_length < data_args.longest:
         raise UserError(

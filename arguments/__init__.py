@@ -1,7 +1,7 @@
 """What the stage scripts share: the argument groups, each of which can build what its flags describe."""
 
 from arguments.adapter import AdapterArguments
-from arguments.base import check_base
+from arguments.base import adapter_config, adapter_folder, check_base
 from arguments.command_line import UserError, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.guards import GuardArguments
@@ -26,6 +26,8 @@ __all__ = [
     "SeededOrder",
     "TokenLoss",
     "UserError",
+    "adapter_config",
+    "adapter_folder",
     "best_precision",
     "check_base",
     "keeps_apart",

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import deepspeed_config
 
-from arguments.base import check_base
+from arguments.base import adapter_folder, check_base
 from arguments.command_line import UserError
 from arguments.model import count_parameters
 
@@ -54,6 +54,11 @@ class AdapterArguments:
     def saved_modules(self) -> list[str]:
         return [name.strip() for name in (self.modules_to_save or "").split(",") if name.strip()]
 
+    @property
+    def adapter_path(self) -> str | None:
+        """peft_path, or its adapter/ after a merge in place."""
+        return str(adapter_folder(self.peft_path) or self.peft_path) if self.peft_path else None
+
     def peft_config(self, task_type: TaskType) -> LoraConfig:
         """The LoRA these flags describe."""
         targets = [name.strip() for name in self.target_modules.split(",") if name.strip()]
@@ -75,9 +80,9 @@ class AdapterArguments:
         if not self.use_peft:
             model = model.to(trained_dtype())
         elif self.peft_path:
-            check_base(Path(self.peft_path), model.config._name_or_path, self.force)
+            check_base(Path(self.adapter_path), model.config._name_or_path, self.force)
             try:
-                model = PeftModel.from_pretrained(model, self.peft_path, is_trainable=True)
+                model = PeftModel.from_pretrained(model, self.adapter_path, is_trainable=True)
             except (ValueError, OSError, RuntimeError, SafetensorError) as error:
                 raise UserError(f"--peft_path {self.peft_path} is not an adapter for this model: {error}") from error
         else:

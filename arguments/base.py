@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from loguru import logger
+from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from transformers.utils import (
     CONFIG_NAME,
@@ -184,9 +185,27 @@ def known_base(folder: Path, found: dict, model: str) -> dict:
     return known
 
 
+def adapter_folder(path: str) -> Path | None:
+    """Where adapter_config.json lies: in `path`, in its adapter/ after a merge in place, or nowhere (None)."""
+    folders = Path(path), Path(path) / "adapter"
+    return next((folder for folder in folders if (folder / "adapter_config.json").is_file()), None)
+
+
+def adapter_config(folder: Path) -> PeftConfig:
+    """The adapter_config.json of a folder.
+
+    Raises:
+        UserError: when it is damaged, or no adapter's.
+    """
+    try:
+        return PeftConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}/adapter_config.json cannot be read: {error}") from error
+
+
 def is_base(adapter: Path, model: str) -> bool:
     """Whether the adapter was trained on `model`: by its name, or on the same weights under another name."""
-    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    name = adapter_config(adapter).base_model_name_or_path
     if name == model or Path(name).resolve() == Path(model).resolve():
         return True
     path = adapter / BASE_FILE

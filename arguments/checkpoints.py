@@ -106,7 +106,8 @@ def clear_output(folder: Path, sources: list[str]) -> None:
     if of_a_run and folder.resolve() not in [Path(source).resolve() for source in sources]:
         names += ["adapter_config.json", "adapter_model.*", "value", "base.json"]
         names += ["model*.safetensors*", "config.json", "generation_config.json"]
-    for path in [path for name in names for path in folder.glob(name)]:
+    kept = {place for source in sources for place in (Path(source).resolve(), *Path(source).resolve().parents)}
+    for path in [path for name in names for path in folder.glob(name) if path.resolve() not in kept]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # another rank may have been first
         else:

@@ -80,8 +80,7 @@ def run_stage(main):
         said = error if isinstance(error, UserError) else explained(error)
         if said is None:
             raise
-        behind_progress_bar = "\n" if said.code == Fault.code else ""
-        print(f"{behind_progress_bar}error: {said}", file=sys.stderr)
+        beside_bars(f"error: {said}\n")
         sys.exit(said.code)
 
 
@@ -111,6 +110,8 @@ def explained(error: Exception) -> UserError | None:
             f"what was saved does not fit the model that these flags describe ({text[:200]} ...): give the flags of "
             "the earlier run, or start over (--fresh)"
         )
+    if isinstance(error, KeyError) and "metric_for_best_model" in text:
+        return UserError(f"--metric_for_best_model: {error.args[0]}")
     if isinstance(error, jinja2.TemplateSyntaxError):
         return UserError(f"the tokenizer's chat template, line {error.lineno}: {error.message}")
     if isinstance(error, pickle.UnpicklingError) or "PytorchStreamReader" in text:

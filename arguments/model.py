@@ -83,8 +83,14 @@ class ModelArguments:
         """The base model's config.
 
         Raises:
-            UserError: when there is no such model, or `model_type` is another one than the config's.
+            UserError: when there is no such model, or an adapter lies beside it, which transformers would put on top.
         """
+        folder = Path(self.model_name_or_path)
+        if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{folder} holds a whole model and an adapter, which transformers would add to it once more: move "
+                f"adapter_config.json and adapter_model.* into {folder / 'adapter'}"
+            )
         try:
             config = AutoConfig.from_pretrained(self.model_name_or_path, **self.hub_kwargs)
         except (OSError, ValueError) as error:
@@ -100,12 +106,15 @@ class ModelArguments:
             )
         return config
 
-    def check(self, longest: int, trains_all: bool) -> None:
+    def check(self, longest: int, trains_all: bool, output_dir: str) -> None:
         """Before anything is loaded: can this model be trained on rows of `longest` tokens, and in all its weights?
 
         Raises:
-            UserError: when it knows fewer positions, or when its weights would be quantised.
+            UserError: when it knows fewer positions, when its weights would be quantised, or when what is trained
+                would be written into its own folder.
         """
+        if Path(output_dir).resolve() == Path(self.model_name_or_path).resolve():
+            raise UserError(f"--output_dir {output_dir} is the folder of the base model: name another one")
         if trains_all and (self.load_in_4bit or self.load_in_8bit):
             raise UserError("--use_peft False trains all weights, which --load_in_4bit and --load_in_8bit freeze")
         positions = getattr(self.load_config().get_text_config(), "max_position_embeddings", None)  # ALiBi has none
@@ -144,8 +153,7 @@ class ModelArguments:
         if "num_labels" in kwargs:
             config.num_labels = kwargs.pop("num_labels")
         weights = self.weights_in_memory()
-        if native_bf16():
-            attend_in_blocks()
+        attend_in_blocks()
         try:
             model = auto_class.from_pretrained(
                 self.model_name_or_path,
@@ -167,7 +175,7 @@ class ModelArguments:
 
     def _placement(self) -> str | None:
         """--device_map, which is for one process on several GPUs: of several processes each has a GPU of its own."""
-        if self.device_map and os.environ.get("WORLD_SIZE", "1") != "1":
+        if self.device_map and "LOCAL_RANK" in os.environ:  # torchrun with one process, too: accelerate refuses it
             logger.warning(f"--device_map {self.device_map} has no effect with a process per GPU")
             return None
         return self.device_map if torch.cuda.is_available() else None
@@ -180,7 +188,7 @@ class ModelArguments:
             return getattr(torch, self.dtype)
         if not torch.cuda.is_available():
             return torch.float32
-        return torch.bfloat16 if native_bf16() else torch.float16
+        return torch.bfloat16 if native_bf16(gpu=True) else torch.float16
 
     def weights_in_memory(self) -> dict:
         """What from_pretrained is to be told of the dtype and quantisation of frozen weights."""

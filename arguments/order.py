@@ -35,4 +35,5 @@ class SeededOrder:
         strategy, dataset = self.args.train_sampling_strategy, self.train_dataset  # the argument has lost its "length"
         if strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
-        return EpochSampler(self, len(dataset), dataset["length"][:] if strategy == "group_by_length" else None)
+        grouped = strategy == "group_by_length" and "length" in dataset.column_names  # blocks of PT are all alike
+        return EpochSampler(self, len(dataset), dataset["length"][:] if grouped else None)

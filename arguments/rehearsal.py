@@ -127,7 +127,7 @@ def adapted(model, adapter_args, task_type: TaskType) -> nn.Module:
     """AdapterArguments.apply; an adapter to go on with is made anew from its config, for its weights are not read."""
     if not adapter_args.peft_path:
         return adapter_args.apply(model, task_type)
-    config = PeftConfig.from_pretrained(adapter_args.peft_path, inference_mode=False)
+    config = PeftConfig.from_pretrained(adapter_args.adapter_path, inference_mode=False)
     model = get_peft_model(model, config)
     cast_trained(model)
     return model

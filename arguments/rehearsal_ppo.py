@@ -7,7 +7,7 @@ from peft import PeftConfig, TaskType
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
-from arguments.base import is_base
+from arguments.base import adapter_config, is_base
 from arguments.loss import logits_at
 from arguments.rehearsal import Load, Rehearsal, adapted, base_model, evaluates, longest
 from arguments.roles import ActorCritic, at_columns, disable_dropout, full_precision_head, score_head
@@ -30,7 +30,7 @@ def actor_critic(model_args, adapter_args, reward_args, critic: str) -> nn.Modul
     reward_head = score_head(size, None) if shared else None
     model = ActorCritic(policy, score_head(size, None), reward_head, adapter_args.use_peft, critic)
     if name and not shared:
-        source = PeftConfig.from_pretrained(adapter).base_model_name_or_path if adapter else name
+        source = adapter_config(adapter).base_model_name_or_path if adapter else name
         of_reward = type(model_args)(model_name_or_path=source, dtype=model_args.dtype)
         model.beside = base_model(of_reward, AutoModelForSequenceClassification, num_labels=1).requires_grad_(False)
     return model

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, load_peft_weights
+from peft import PeftModel, TaskType, load_peft_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from arguments.base import adapter_config, adapter_folder
 from arguments.command_line import UserError
 from arguments.data import DataArguments
 from arguments.model import ModelArguments, keep_unpacked, pad_candidate
@@ -44,17 +45,13 @@ class RewardSourceArguments:
         self.functions = load_functions(self.reward_functions) if self.reward_functions else {}
 
     def find_adapter(self) -> Path | None:
-        """The folder of the reward adapter at reward_model_name_or_path (in its adapter/ after a merge in place)."""
-        if not self.reward_model_name_or_path:
+        """The folder of the reward adapter at reward_model_name_or_path."""
+        path = self.reward_model_name_or_path
+        if not path or (folder := adapter_folder(path)) is None:
             return None
-        path = Path(self.reward_model_name_or_path)
-        folders = [folder for folder in (path, path / "adapter") if (folder / "adapter_config.json").exists()]
-        if not folders:
-            return None
-        task = PeftConfig.from_pretrained(folders[0]).task_type
-        if task != TaskType.SEQ_CLS:
+        if (task := adapter_config(folder).task_type) != TaskType.SEQ_CLS:
             raise UserError(f"--reward_model_name_or_path {path} is a {task} adapter, not a reward model: train one")
-        return folders[0]
+        return folder
 
     def load_model(self, data_args: DataArguments, model_args: ModelArguments) -> "RewardModel":
         """The reward model with its own weights, tokenizer and template.
@@ -63,7 +60,7 @@ class RewardSourceArguments:
             UserError: when there is none, or its score head holds no trained weights.
         """
         path, adapter = self.reward_model_name_or_path, self.find_adapter()
-        source = PeftConfig.from_pretrained(adapter).base_model_name_or_path if adapter else path
+        source = adapter_config(adapter).base_model_name_or_path if adapter else path
         kwargs, weights = model_args.hub_kwargs, model_args.weights_in_memory()
         if weights["quantization_config"]:
             weights["quantization_config"].llm_int8_skip_modules = list(HEADS)

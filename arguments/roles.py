@@ -6,12 +6,12 @@ from types import MethodType
 
 import torch
 from loguru import logger
-from peft import PeftConfig, TaskType, get_peft_model_state_dict
+from peft import TaskType, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from arguments.adapter import cast_trained
-from arguments.base import check_base, is_base
+from arguments.base import adapter_config, check_base, is_base
 from arguments.loss import logits_at
 from arguments.reward import RewardModel, adapter_head
 
@@ -144,7 +144,7 @@ def build_actor_critic(
         logger.warning(f"--device_map {model_args.device_map} has no effect in RL: a GPU holds all roles")
         model_args.device_map = None
     adapter, reward_model = reward_args.find_adapter(), None
-    base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path if adapter else None
+    base_name = adapter_config(adapter).base_model_name_or_path if adapter else None
     shared = bool(adapter) and adapter_args.use_peft and is_base(adapter, model_args.model_name_or_path)
     if adapter:
         check_base(adapter, model_args.model_name_or_path if shared else base_name, adapter_args.force)

@@ -1,6 +1,7 @@
 """How a run behaves: precision, where to go on, what it leaves behind."""
 
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -25,6 +26,14 @@ from arguments.stops import FiniteGradients, FiniteWeights, StopAtSignal
 from arguments.telemetry import peak_memory
 from arguments.whole import drop_cut, read_whole, write_whole
 
+RANGES = {  # what numpy's seed and PyTorch's AdamW take; the bounds are among it
+    "seed": (0, 2**32 - 1),
+    "weight_decay": (0, math.inf),
+    "adam_beta1": (0, 1 - 1e-9),
+    "adam_beta2": (0, 1 - 1e-9),
+    "adam_epsilon": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+}
 POSITIVE = (
     "learning_rate",
     "num_train_epochs",
@@ -38,16 +47,20 @@ POSITIVE = (
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
 
-def native_bf16() -> bool:
-    """Whether bfloat16 matrix products run in hardware: Ampere and newer, or a CPU with avx512_bf16 or AMX."""
-    if torch.cuda.is_available():
+def native_bf16(gpu: bool) -> bool:
+    """Whether bfloat16 matrix products run in hardware: on a GPU from Ampere on, or a CPU with avx512_bf16 or AMX."""
+    if gpu:
         return torch.cuda.get_device_capability()[0] >= 8
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def best_precision() -> str:
-    """What this hardware multiplies fastest: bf16 where it is native, fp16 on other GPUs, else fp32."""
-    return "bf16" if native_bf16() else "fp16" if torch.cuda.is_available() else "fp32"
+def best_precision(gpu: bool | None = None) -> str:
+    """What this hardware multiplies fastest: bf16 where it is native, fp16 on other GPUs, else fp32.
+
+    `gpu`: whether that is its GPU or its CPU; None: a GPU if there is one.
+    """
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    return "bf16" if native_bf16(gpu) else "fp16" if gpu else "fp32"
 
 
 @dataclass
@@ -115,15 +128,17 @@ class RunArguments:
         for flag in POSITIVE:
             if (value := getattr(self, flag)) is not None and not value > 0:  # also true for NaN
                 raise UserError(f"--{flag} is {value}, expected a number above 0")
+        for flag, (least, most) in RANGES.items():
+            if not least <= (value := getattr(self, flag)) <= most:
+                raise UserError(f"--{flag} is {value}, expected a number from {least} to {most:.10g}")
         if self.hub_token:  # saved with the arguments, it would be lying in every checkpoint
             os.environ["HF_TOKEN"], self.hub_token = self.hub_token, None
         # transformers would delete the old ones before the new one is whole; CheckpointSeal does it then
         self.checkpoints_kept, self.save_total_limit = self.save_total_limit, None
         self.base_facts = None  # name and fingerprint of what is trained, once it is loaded
+        self.use_cpu |= not torch.cuda.is_available()
         self._choose_precision()
         self._take_over_compiling()
-        if not torch.cuda.is_available():
-            self.use_cpu = True
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))
         self._check_deepspeed()
         super().__post_init__()
@@ -170,17 +185,15 @@ class RunArguments:
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
         if self.precision not in ("auto", asked):
             raise UserError(f"--precision {self.precision} and --{asked} contradict each other")
-        if asked == "fp16" and not torch.cuda.is_available():
+        if asked == "fp16" and self.use_cpu:
             logger.warning("fp16 needs a GPU: taking what this CPU does best instead")
             asked = "auto"
         if asked == "auto":
-            asked = best_precision()
+            asked = best_precision(gpu=not self.use_cpu)
             if asked == "bf16" and self.bf16 is False:
-                asked = "fp16" if torch.cuda.is_available() else "fp32"
+                asked = "fp32" if self.use_cpu else "fp16"
         self.precision, self.bf16, self.fp16 = asked, asked == "bf16", asked == "fp16"
-        device = (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-        )
+        device = f"CPU, {torch.get_num_threads()} threads" if self.use_cpu else torch.cuda.get_device_name()
         logger.info(f"Device {device}; training in {asked}, trained weights in float32")
 
     def _take_over_compiling(self) -> None:
@@ -209,7 +222,7 @@ class RunArguments:
                     f"--torch_compile_mode {mode} is unknown: expected one of {', '.join(list_mode_options())}"
                 )
             try:
-                if backend == "inductor" and not torch.cuda.is_available():
+                if backend == "inductor" and self.use_cpu:
                     get_cpp_compiler()
             except InvalidCxxCompiler as error:
                 raise UserError(
@@ -225,6 +238,11 @@ class RunArguments:
             return
         if (output / "merge.json").exists():
             raise UserError(f"{output} already holds a merged model: --fresh trains it anew and replaces it")
+        if not self.do_train and (output / "train_results.json").exists():
+            raise UserError(
+                f"--do_train False evaluates what --model_name_or_path and --peft_path name, and its figures would "
+                f"replace those of the training in {output}: name another --output_dir"
+            )
         run = read_whole(output / "run.json") or {}
         if run.get("script", script) != script:
             raise UserError(

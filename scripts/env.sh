@@ -65,6 +65,16 @@ flag_value() {
   printf '%s' "$value"
 }
 
+# split_data: a TRAIN that holds train/ and validation/ is both; one that does not, with no VALIDATION, loses a share of
+# its records to evaluation.
+split_data() {
+  [ -z "${VALIDATION:-}" ] || return 0
+  VALIDATION=$TRAIN/validation
+  [ -d "$VALIDATION" ] || VALIDATION=
+  [ ! -d "$TRAIN/train" ] || TRAIN+=/train
+  : "${VALIDATION:=$TRAIN}"
+}
+
 # merge_stage base adapter merged "$@": does nothing where all weights were trained and there is no adapter, nor where
 # the stage's flags only looked. Machine 0 merges.
 merge_stage() {

@@ -67,10 +67,7 @@ stage() {
     state=$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$name" "${inputs[@]}" -- "$@" "${FLAGS[@]}")
   fi
   [ "$state" = ended ] && echo "$name: done already" && return
-  export TRAIN=$data VALIDATION=$data
-  [ ! -d "$data/train" ] || TRAIN+=/train
-  if [ -d "$data/validation" ]; then VALIDATION+=/validation; else VALIDATION=$TRAIN; fi
-  MODEL=$model OUTPUT=$output MERGED=$output-merged supervise bash "scripts/run_$name.sh" "$@" "${FLAGS[@]}"
+  TRAIN=$data VALIDATION="" MODEL=$model OUTPUT=$output MERGED=$output-merged supervise bash "scripts/run_$name.sh" "$@" "${FLAGS[@]}"
   "$PYTHON" scripts/ledger.py finish "$OUTPUTS" "$name"
 }
 # result name: the model that a stage made, merged or trained whole.

@@ -6,11 +6,11 @@ cd "$(dirname "$0")/.."
 
 : "${MODEL:=outputs/sft-merged}"      # folder or hub name of the SFT model
 : "${REWARD_MODEL:=outputs/rm}"       # an adapter on MODEL shares its memory; any other reward model is loaded beside
-: "${VALIDATION:=${TRAIN:-data/prompts/validation}}"  # TRAIN alone given: a share of it is held out
-: "${TRAIN:=data/prompts/train}"
+: "${TRAIN:=data/prompts}" "${VALIDATION:=}"  # train/ and validation/ inside; else a share of TRAIN is held out
 : "${OUTPUT:=outputs/rl}"             # adapter, metrics, curves, sampled answers
 
-source scripts/env.sh  # PYTHON, LAUNCH, supervise, flag_value, merge_stage
+source scripts/env.sh  # PYTHON, LAUNCH, supervise, flag_value, split_data, merge_stage
+split_data
 OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
 : "${MERGED:=${OUTPUT%/}-merged}"  # the whole model
 MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")

@@ -5,11 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 : "${MODEL:=outputs/sft-merged}"  # folder or hub name of the base model
-: "${VALIDATION:=${TRAIN:-data/reward/validation}}"  # TRAIN alone given: a share of it is held out
-: "${TRAIN:=data/reward/train}"
+: "${TRAIN:=data/reward}" "${VALIDATION:=}"  # train/ and validation/ inside; else a share of TRAIN is held out
 : "${OUTPUT:=outputs/rm}"         # adapter with score head, metrics, curves
 
-source scripts/env.sh  # PYTHON, LAUNCH, supervise, flag_value, merge_stage
+source scripts/env.sh  # PYTHON, LAUNCH, supervise, flag_value, split_data, merge_stage
+split_data
 OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
 : "${MERGED:=${OUTPUT%/}-merged}"  # the whole reward model; stage 4 takes the adapter and needs less memory
 MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")

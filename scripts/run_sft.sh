@@ -5,11 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 : "${MODEL:=outputs/pt-merged}"   # folder or hub name of the base model
-: "${VALIDATION:=${TRAIN:-data/finetune/validation}}"  # TRAIN alone given: a share of it is held out
-: "${TRAIN:=data/finetune/train}"
+: "${TRAIN:=data/finetune}" "${VALIDATION:=}"  # train/ and validation/ inside; else a share of TRAIN is held out
 : "${OUTPUT:=outputs/sft}"         # adapter, metrics, curves
 
-source scripts/env.sh  # PYTHON, LAUNCH, supervise, flag_value, merge_stage
+source scripts/env.sh  # PYTHON, LAUNCH, supervise, flag_value, split_data, merge_stage
+split_data
 OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
 : "${MERGED:=${OUTPUT%/}-merged}"  # the whole model, for the next stages
 MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")

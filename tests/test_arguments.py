@@ -19,7 +19,7 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
-from arguments.base import check_base, difference, facts_of, fingerprint, record_base
+from arguments.base import adapter_folder, check_base, difference, facts_of, fingerprint, record_base
 from arguments.checkpoints import CheckpointSeal
 from arguments.command_line import RENAMED_FLAGS, explained, modern_flags, without_secrets
 from arguments.run import native_bf16, plot_curves
@@ -227,7 +227,7 @@ def test_ppo_steps_are_rollouts(tmp_path):
 @pytest.mark.parametrize("flags", [["--fp16"], ["--precision", "fp16"], ["--precision=auto"], []])
 def test_without_gpu_fp16_falls_back(required, logged, flags):
     args = parse([*required, *flags])
-    best = "bf16" if native_bf16() else "fp32"
+    best = "bf16" if native_bf16(gpu=False) else "fp32"
     assert (args["precision"], args["fp16"], args["bf16"]) == (best, False, best == "bf16")
     assert any("fp16 needs a GPU" in line for line in logged) == any("fp16" in flag for flag in flags)
     assert args["use_cpu"] is True
@@ -244,9 +244,20 @@ def test_precision_is_as_asked_in_every_stage(tmp_path, stage, flags, precision)
     assert (args["precision"], args["fp16"], args["bf16"]) == (precision, False, precision == "bf16")
 
 
+@pytest.mark.parametrize(("cpu", "expected"), [("fp32", "fp32"), ("bf16", "bf16")])
+def test_use_cpu_beside_a_gpu(cpu, expected, required, monkeypatch, logged):
+    """A T4, which would take fp16: accelerate has neither autocast nor a scaler for it on a CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("arguments.run.native_bf16", lambda gpu: not gpu and cpu == "bf16")
+    for flags in ([], ["--fp16"]):
+        args = parse([*required, "--no_cuda", *flags])
+        assert (args["precision"], args["fp16"], args["use_cpu"]) == (expected, False, True)
+    assert any("Device CPU" in line for line in logged)
+
+
 @pytest.mark.parametrize(("flags", "expected"), [(["--bf16"], True), (["--bf16", "False"], False)])
 def test_bf16_as_transformers_has_it(required, monkeypatch, flags, expected):
-    monkeypatch.setattr("arguments.run.native_bf16", lambda: True)
+    monkeypatch.setattr("arguments.run.native_bf16", lambda gpu: True)
     assert parse([*required, *flags])["bf16"] is expected
 
 
@@ -276,13 +287,23 @@ def test_frozen_weights_follow_the_precision(flag, precision, trains_all, expect
     assert args.torch_dtype() == expected
 
 
-@pytest.mark.parametrize(("ranks", "placed"), [("1", "auto"), ("2", None)])
-def test_a_model_is_spread_by_one_process_alone(ranks, placed, monkeypatch, logged):
-    """Of several each has a GPU of its own, and accelerate does not train a model that each of them spread."""
-    monkeypatch.setenv("WORLD_SIZE", ranks)
+@pytest.mark.parametrize(("rank", "placed"), [(None, "auto"), ("0", None)])
+def test_a_model_is_spread_by_one_process_alone(rank, placed, monkeypatch, logged):
+    """Of several each has a GPU of its own; accelerate trains no model that was spread under torchrun, even of one."""
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert ModelArguments(model_name_or_path="m", device_map="auto")._placement() == placed
     assert any("--device_map auto has no effect" in line for line in logged) == (placed is None)
+
+
+def test_an_adapter_is_found_where_a_merge_in_place_puts_it(tmp_path):
+    path = str(tmp_path)
+    assert adapter_folder(path) is None and AdapterArguments(peft_path=path).adapter_path == path  # or a hub name
+    for folder in (tmp_path / "adapter", tmp_path):
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").touch()
+        assert adapter_folder(path) == folder and AdapterArguments(peft_path=path).adapter_path == str(folder)
 
 
 # splits

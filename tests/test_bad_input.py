@@ -41,6 +41,8 @@ def house(tiny, records, tmp_path_factory):
     model("no tokenizer", tokenizer=None).joinpath("tokenizer_config.json").unlink()
     model("broken template", chat_template=b"{% for message in messages %}{{ message['content'] }}")
     model("other weights", model=weights[:-4000] + bytes(4000))
+    for path in (root / "adapter").glob("adapter_*"):
+        shutil.copy(path, model("both") if not (root / "both").exists() else root / "both")
     no_eos = model("no eos")
     settings = json.loads((no_eos / "tokenizer_config.json").read_text())
     (no_eos / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
@@ -128,6 +130,12 @@ EVERY_STAGE = [
     (("--peft_path", "{house}/half adapter"), "half adapter"),
     (("--learning_rate", -1), "--learning_rate"),
     (("--learning_rate", "nan"), "--learning_rate"),
+    (("--seed", -1), "--seed"),
+    (("--weight_decay", -1), "--weight_decay"),
+    (("--adam_beta1", 1), "--adam_beta1"),
+    (("--adam_epsilon", -1), "--adam_epsilon"),
+    (("--model_name_or_path", "{house}/other weights", "--output_dir", "{house}/other weights"), "of the base model"),
+    (("--model_name_or_path", "{house}/both"), "holds a whole model and an adapter"),
     (("--num_train_epochs", -1), "--num_train_epochs"),
     (("--save_steps", -5), "--save_steps"),
     (("--logging_steps", -5), "--logging_steps"),
@@ -207,6 +215,9 @@ ONE_STAGE = {
         (("--min_target_length", 20, "--max_target_length", 8), "--min_target_length"),
         (("--max_source_length", 4000, "--max_target_length", 4000), "positions"),
         (("--kl_estimator", "k4"), "--kl_estimator"),
+        (("--critic_learning_rate", 0), "--critic_learning_rate"),
+        (("--kl_target", 0), "--kl_target"),
+        (("--reward_model_name_or_path", "{house}/broken adapter config"), "broken adapter config"),
         (("--critic", "none"), "--critic"),
     ],
 }
@@ -226,6 +237,7 @@ MERGES = [
     ("{llama}", "{house}/adapter", "{out}", ("--dtype", "int8"), "int8"),
     ("{llama}", "{house}/adapter", "{out}", ("--max_shard_size", "big"), "--max_shard_size"),
 ]
+QUESTIONS = "--data_file", "{house}/questions.txt"
 INFERENCE = [
     ((), "--base_model is missing"),
     (("--base_model", "{house}/missing", "--data_file", "{house}/questions.txt"), "{house}/missing"),
@@ -234,6 +246,11 @@ INFERENCE = [
         ("--base_model", "{llama}", "--lora_model", "{house}/missing", "--data_file", "{house}/questions.txt"),
         "missing",
     ),
+    (
+        ("--base_model", "{llama}", "--lora_model", "{house}/broken adapter config", *QUESTIONS),
+        "broken adapter config",
+    ),
+    (("--base_model", "{house}/both", *QUESTIONS), "holds a whole model and an adapter"),
     (("--base_model", "{llama}", "--lora_model", "{house}/rm", "--data_file", "{house}/questions.txt"), "rm"),
     (("--base_model", "{llama}", "--data_file", "{house}/questions.txt", "--max_new_tokens", 0), "--max_new_tokens"),
     (("--base_model", "{llama}", "--data_file", "{house}/questions.txt", "--temperature", -1), "--temperature"),

@@ -25,7 +25,7 @@ import arguments.checkpoints
 import arguments.data
 import arguments.run
 from arguments import AdapterArguments
-from arguments.checkpoints import checkpoint_fault
+from arguments.checkpoints import checkpoint_fault, clear_output
 from arguments.command_line import Fault
 from arguments.stops import FiniteGradients, StopAtSignal
 from arguments.whole import write_whole
@@ -294,10 +294,42 @@ def test_fresh_leaves_nothing_of_another_kind(tiny, records, tmp_path):
     assert "eval_accuracy_short" not in results(output)
     in_process(*stage("rm", tiny("llama"), records, output, "--fresh")).ok()
     assert kinds() == {"adapter_config.json", "base.json", ADAPTER} and not (output / "model.safetensors").exists()
-    # an adapter to go on with in its own folder is a source of the run
-    flags = ("--fresh", "--peft_path", output)
-    ended = in_process(*stage("rm", tiny("llama"), records, output, *flags, "--learning_rate", "nan"))
-    assert ended.code != 0 and (output / ADAPTER).exists()
+
+
+@pytest.mark.parametrize("place", ["", "adapter", "checkpoint-2"])
+def test_fresh_leaves_what_the_run_starts_from(place, tmp_path):
+    for folder in ("", "adapter", "checkpoint-1", "checkpoint-2"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / ADAPTER).touch()
+    clear_output(tmp_path, ["base", str(tmp_path / place)])
+    left = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob(ADAPTER)}
+    assert left == {place or "."}
+
+
+def test_an_evaluation_alone_leaves_the_figures_of_a_training(tiny, records, tmp_path):
+    in_process(*stage("sft", tiny("llama"), records, tmp_path / "out")).ok()
+    before = results(tmp_path / "out")
+    ended = in_process(*stage("sft", tiny("llama"), records, tmp_path / "out", "--do_train", "False"))
+    assert ended.code == 2 and "name another --output_dir" in ended.errors[0]
+    assert results(tmp_path / "out") == before
+    flags = "--do_train", "False", "--peft_path", tmp_path / "out"
+    for _ in range(2):
+        in_process(*stage("sft", tiny("llama"), records, tmp_path / "again", *flags)).ok()
+        assert results(tmp_path / "again")["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+
+
+def test_a_metric_that_an_evaluation_does_not_have(tiny, records, tmp_path):
+    flags = "--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1
+    command = stage("pt", tiny("llama"), records, tmp_path / "out", *flags, "--metric_for_best_model", "bleu")
+    ended = in_process(*command)
+    assert ended.code == 2 and "--metric_for_best_model" in ended.errors[0] and "eval_loss" in ended.errors[0]
+
+
+def test_blocks_have_one_length(tiny, records, tmp_path):
+    for strategy in ("group_by_length", "random"):
+        flags = "--train_sampling_strategy", strategy
+        in_process(*stage("pt", tiny("llama"), records, tmp_path / strategy, *flags)).ok()
+    assert not differences(trained(tmp_path / "group_by_length"), trained(tmp_path / "random"))
 
 
 @pytest.mark.parametrize("all_weights", [(), ("--use_peft", "False")])

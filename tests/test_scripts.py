@@ -602,6 +602,14 @@ def test_a_run_script_follows_its_flags_and_variables(told, tmp_path):
     assert code == 0
     assert "--train_file_dir mine/chat --validation_file_dir mine/chat" in calls["supervised_finetuning.py"]
     assert f"--output_dir {output}-merged --trust_remote_code" in calls["merge_peft_adapter.py"]
+    (tmp_path / "both" / "validation").mkdir(parents=True)
+    for inside, train in (("", "both"), ("train", "both/train")):
+        (tmp_path / "both" / inside).mkdir(exist_ok=True)
+        _, calls, _ = told("scripts/run_sft.sh", TRAIN=f"{tmp_path}/both")
+        folders = f"--train_file_dir {tmp_path}/{train} --validation_file_dir {tmp_path}/both/validation"
+        assert folders in calls["supervised_finetuning.py"]
+    _, calls, _ = told("scripts/run_sft.sh", TRAIN=f"{tmp_path}/both", VALIDATION="other")
+    assert f"--train_file_dir {tmp_path}/both --validation_file_dir other" in calls["supervised_finetuning.py"]
     _, calls, _ = told("scripts/run_sft.sh", OUTPUT=str(output), MERGED=f"{tmp_path}/elsewhere")
     assert "data/finetune/train --validation_file_dir data/finetune/validation" in calls["supervised_finetuning.py"]
     assert calls["merge_peft_adapter.py"].endswith(f"--output_dir {tmp_path}/elsewhere")
