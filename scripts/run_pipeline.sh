@@ -67,7 +67,8 @@ stage() {
     state=$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$name" "${inputs[@]}" -- "$@" "${FLAGS[@]}")
   fi
   [ "$state" = ended ] && echo "$name: done already" && return
-  TRAIN=$data VALIDATION="" MODEL=$model OUTPUT=$output MERGED=$output-merged supervise bash "scripts/run_$name.sh" "$@" "${FLAGS[@]}"
+  TRAIN=$data VALIDATION="" MODEL=$model OUTPUT=$output MERGED=$output-merged \
+    supervise bash "scripts/run_$name.sh" "$@" "${FLAGS[@]}"
   "$PYTHON" scripts/ledger.py finish "$OUTPUTS" "$name"
 }
 # result name: the model that a stage made, merged or trained whole.
