@@ -235,6 +235,7 @@ def vote(path: Path, histories: list[list[dict]], best: int) -> int:
     *prompt, chosen = histories[best]
     others = [messages[-1]["content"] for messages in histories if messages[:-1] == prompt]
     rejected = [text for text in dict.fromkeys(others) if text != chosen["content"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for text in rejected:
             row = {"prompt": prompt, "chosen": chosen["content"], "rejected": text}
@@ -249,6 +250,7 @@ def web(args: InferenceArguments) -> None:
         import gradio
     except ImportError as error:
         raise UserError("--web needs gradio: pip install gradio") from error
+    votes = writable("votes_file", args.votes_file)
     names = args.compare or [args.base_model]
     answerers = [Answerer(name, args, None if args.compare else args.lora_model) for name in names]
     start = [[{"role": "system", "content": args.system}] if args.system else [] for _ in names]
@@ -263,7 +265,7 @@ def web(args: InferenceArguments) -> None:
     def choose(best, histories):
         if not histories[best][-1:] or histories[best][-1]["role"] != "assistant":
             raise gradio.Error("Ask first, then vote.")
-        pairs = vote(Path(args.votes_file), histories, best)
+        pairs = vote(votes, histories, best)
         gradio.Info(f"{pairs} preference pairs in {args.votes_file}; all go on from the answer that won.")
         return shown([histories[best]] * len(names))
 
@@ -289,8 +291,8 @@ def load_questions(args: InferenceArguments) -> list[list[dict]]:
     return source.load_questions()[: args.max_eval_samples]
 
 
-def writable(file: str) -> Path:
-    """The predictions_file, looked at before models work for hours on what it is to hold.
+def writable(flag: str, file: str) -> Path:
+    """The file that `flag` names, looked at before models work for hours on what it is to hold.
 
     Raises:
         UserError: when it cannot be written, nor made.
@@ -298,7 +300,7 @@ def writable(file: str) -> Path:
     path = Path(file)
     there = next(above for above in (path, *path.absolute().parents) if above.exists())
     if path.is_dir() or not (there == path or there.is_dir()) or not os.access(there, os.W_OK):
-        raise UserError(f"--predictions_file {file} cannot be written: name a file, in a folder where this user may")
+        raise UserError(f"--{flag} {file} cannot be written: name a file, in a folder where this user may")
     return path
 
 
@@ -326,7 +328,7 @@ def already_answered(path: Path, questions: list[list[dict]], model: str) -> int
 
 
 def answer_file(args: InferenceArguments) -> None:
-    path, questions = writable(args.predictions_file), load_questions(args)
+    path, questions = writable("predictions_file", args.predictions_file), load_questions(args)
     name = args.lora_model or args.base_model
     done = already_answered(path, questions, name)
     if done:
@@ -344,7 +346,7 @@ def answer_file(args: InferenceArguments) -> None:
 @torch.no_grad()
 def compare(args: InferenceArguments) -> None:
     """Let each model answer all questions; print mean reward, length and wins against the first model."""
-    path, questions = writable(args.predictions_file), load_questions(args)
+    path, questions = writable("predictions_file", args.predictions_file), load_questions(args)
     for name in args.compare:  # a wrong one is told before the first has answered
         args.model_args(name).load_config()
     answers = {name: list(Answerer(name, args).answer_all(questions)) for name in args.compare}

@@ -52,7 +52,6 @@ def test_votes_are_pairs_that_stage_3_reads(models, records, tmp_path):
         return [*prompt, {"role": "assistant", "content": text}]
 
     path = tmp_path / "votes" / "votes.jsonl"
-    path.parent.mkdir()
     histories = [said("不知道。"), said("一种病毒感染。"), said("不知道。"), said("其他。", prompt[1:])]
     assert vote(path, histories, best=1) == 1, "equal answers count once, answers to something else not at all"
     assert vote(path, [said("好。"), said("好。")], best=0) == 0
