@@ -157,7 +157,7 @@ def main():
         callbacks=training_args.callbacks(),
     )
     if training_args.do_train:
-        sources = model_args.model_name_or_path, adapter_args.peft_path
+        sources = model_args.model_name_or_path, adapter_args.adapter_path
         result = trainer.train(resume_from_checkpoint=training_args.checkpoint(*sources))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)

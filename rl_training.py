@@ -635,7 +635,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         return torch.zeros((), device=self.args.device)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        self.control.should_save &= not self.stopped  # a run that went on behind it would train past its guard
+        if self.stopped:  # a run that went on from a checkpoint behind it would train past its guard
+            self.control.should_save = self.control.should_evaluate = False  # the best one is saved by an evaluation
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # evaluation, logging, saving
@@ -789,7 +790,7 @@ def main():
         callbacks=training_args.callbacks(),
     )
     if training_args.do_train:
-        sources = model_args.model_name_or_path, adapter_args.peft_path
+        sources = model_args.model_name_or_path, adapter_args.adapter_path
         result = trainer.train(resume_from_checkpoint=training_args.checkpoint(*sources))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)

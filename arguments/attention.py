@@ -1,4 +1,4 @@
-"""Attention in blocks of rows on a CPU: PyTorch's kernel takes up to twice as long, by a mask up to seven times."""
+"""Attention in blocks of rows on a CPU: PyTorch's kernel takes up to twice as long, with a mask up to seven times."""
 
 import math
 from collections.abc import Iterator
@@ -48,8 +48,9 @@ def attend(
     """softmax(scale * query key^T) value: query [batch, heads, length, d], key and value [batch, groups, length, d].
 
     `visible` [batch or 1, 1, length, length] says which columns (keys) a row (query) sees; None: those up to its own.
-    Scores and their softmax are in float32, the other products in bfloat16, as in PyTorch's kernel, and as there the
-    backward pass computes the scores again, so that no table of them is kept. Returns [batch, length, heads, d].
+    Scores and their softmax are in float32, the other products in the dtype of `value`, as in PyTorch's kernel, and as
+    there the backward pass computes the scores again, so that no table of them is kept. Returns [batch, length, heads,
+    d].
 
     An operator, not an autograd.Function: torch.compile calls it as it is, where it would trace the loop.
     """

@@ -59,6 +59,10 @@ def to_messages(turns, closed: bool) -> list[dict]:
     return messages
 
 
+def is_answer(turn) -> bool:
+    return isinstance(turn, dict) and ROLES.get(str(turn.get("role") or turn.get("from"))) == "assistant"
+
+
 def text_of(turn: dict, role: str) -> str:
     """What a turn says.
 
@@ -84,8 +88,11 @@ def with_system(record: dict, turns: list) -> list:
         BadRecord: when tools stand beside them.
     """
     for key in ("tools", "functions"):
-        if str(record.get(key) or "").strip(INVISIBLE + "[]{}"):
-            raise BadRecord(f"the record has {key}, which no template here would show: put them into the system text")
+        if str(record.get(key) or "").strip(INVISIBLE + "[]{}").lower() not in ("", "null", "none"):
+            raise BadRecord(
+                f"the record has {key}, which no template here would show: put them into the system text, and take "
+                "the key out"
+            )
     beside = record.get("system") or record.get("system_prompt")
     named = [turn.get("role") or turn.get("from") for turn in turns if isinstance(turn, dict)]
     return turns if not beside or "system" in named else [{"role": "system", "content": beside}, *turns]
@@ -132,8 +139,10 @@ def to_prompt(record) -> list[dict]:
     form = "{prompt}, {messages}, {conversations} or {instruction, input, output}"
     record = need(record, form)
     if "messages" in record or "conversations" in record:
-        messages = to_messages(turns_of(record), closed=False)
-        messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+        turns = turns_of(record)
+        while isinstance(turns, list) and turns and is_answer(turns[-1]):
+            turns = turns[:-1]
+        messages = to_messages(turns, closed=False)
     elif "instruction" in record:
         question = "\n".join(filter(None, (clean(record["instruction"]), clean(record.get("input")))))
         messages = with_history(record, question)

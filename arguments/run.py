@@ -26,7 +26,7 @@ from arguments.stops import FiniteGradients, FiniteWeights, StopAtSignal
 from arguments.telemetry import peak_memory
 from arguments.whole import drop_cut, read_whole, write_whole
 
-RANGES = {  # what numpy's seed and PyTorch's AdamW take; the bounds are among it
+RANGES = {  # what numpy's seed and PyTorch's AdamW take; bounds included
     "seed": (0, 2**32 - 1),
     "weight_decay": (0, math.inf),
     "adam_beta1": (0, 1 - 1e-9),
@@ -165,7 +165,9 @@ class RunArguments:
             settings = json.loads(asked if asked.startswith("{") else Path(asked).read_text("utf-8"))
         except ValueError as error:
             raise UserError(f"--deepspeed {asked} is not JSON: {error}") from error
-        if self.precision != "fp32" and not settings.get(self.precision, {}).get("enabled"):  # it would take float32
+        if self.precision != "fp32" and not settings.get(self.precision, {}).get(
+            "enabled"
+        ):  # trained_dtype goes by it
             raise UserError(
                 f'--deepspeed {asked} does not enable {self.precision}: add "{self.precision}": {{"enabled": "auto"}} '
                 "as in scripts/zero2.json, or take --precision fp32"

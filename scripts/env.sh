@@ -38,16 +38,17 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 HF_UPDATE_DOWNLOA
 # supervise command...: run it, and hand on to it the SIGTERM that this script gets, as docker stop and batch systems send
 # one. bash alone would die of it, or, as a container's first process, not heed it; the command saves a checkpoint.
 supervise() {
-  local child ended
+  local child ended told=0
   trap : INT  # Ctrl-C reaches the command without us, and this waits for its end
   (trap - INT QUIT; exec "$@") <&0 &
   child=$!
-  trap 'kill -TERM "$child" || :' TERM
+  trap 'trap : TERM; told=143; kill -TERM "$child" || :' TERM  # once: torchrun bears no third one
   while
     wait "$child" && ended=0 || ended=$?  # above 128 where a signal came in between
     kill -0 "$child" 2>/dev/null
   do :; done
   trap - INT TERM
+  [ "$ended" -ne 0 ] || ended=$told  # a command that was at its end: what comes behind it is not wanted
   return "$ended"
 }
 
@@ -68,9 +69,7 @@ flag_value() {
 # split_data: a TRAIN that holds train/ and validation/ is both; one that does not, with no VALIDATION, loses a share of
 # its records to evaluation.
 split_data() {
-  [ -z "${VALIDATION:-}" ] || return 0
-  VALIDATION=$TRAIN/validation
-  [ -d "$VALIDATION" ] || VALIDATION=
+  [ -n "${VALIDATION:-}" ] || [ ! -d "$TRAIN/validation" ] || VALIDATION=$TRAIN/validation
   [ ! -d "$TRAIN/train" ] || TRAIN+=/train
   : "${VALIDATION:=$TRAIN}"
 }

@@ -90,4 +90,4 @@ judge() {
 }
 judge quiz "$QUIZ" "${models[@]:0:3}"
 judge perplexity "$GENERAL" "${models[@]}"
-"$PYTHON" scripts/report.py "$OUTPUTS" "${models[@]}"
+supervise "$PYTHON" scripts/report.py "$OUTPUTS" "${models[@]}"

@@ -666,3 +666,10 @@ def test_missing_and_empty_folders(tmp_path):
         load_texts(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no file that ends in .txt, .json, .jsonl"):
         load_texts(tmp_path)
+
+
+def test_an_answer_that_no_prompt_shows_is_not_judged():
+    learned_no_more = QA[1] | {"weight": 0, "reasoning_content": "why"}
+    assert to_prompt({"messages": [QA[0], learned_no_more, learned_no_more], "tools": "null"}) == [QA[0]]
+    with pytest.raises(BadRecord, match="there is no question"):
+        to_prompt({"messages": [learned_no_more]})

@@ -558,7 +558,7 @@ import pathlib, signal, sys, time
 def save(number, frame):
     time.sleep(0.5)
     pathlib.Path("saved").touch()
-    sys.exit(128 + number)
+    sys.exit(0 if pathlib.Path("last").exists() else 128 + number)
 
 called = pathlib.Path(sys.argv[1]).name
 if called in {[*SCRIPTS.values()]}:
@@ -572,16 +572,24 @@ pathlib.Path(called).touch()
 
 @pytest.mark.parametrize("script", ["run_rm.sh", "run_pipeline.sh"])
 @pytest.mark.parametrize(
-    ("number", "send"),
-    [(signal.SIGTERM, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGINT, os.killpg)],
-    ids=["docker stop", "timeout", "Ctrl-C"],
+    ("number", "send", "at_its_end"),
+    [
+        (signal.SIGTERM, os.kill, False),
+        (signal.SIGTERM, os.kill, True),
+        (signal.SIGTERM, os.killpg, False),
+        (signal.SIGINT, os.killpg, False),
+    ],
+    ids=["docker stop", "docker stop at the last step", "timeout", "Ctrl-C"],
 )
-def test_a_script_that_is_stopped_lets_its_stage_save(number, send, script, tmp_path):
+def test_a_script_that_is_stopped_lets_its_stage_save(number, send, at_its_end, script, tmp_path):
+    """And goes no further, though the stage was at its last step and ends well."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     python, data = tmp_path / "python", tmp_path / "data"
     python.write_text(SAVES)
     python.chmod(0o755)
     data.mkdir()
+    if at_its_end:
+        (tmp_path / "last").touch()
     kept = {"PATH": os.environ["PATH"], "PYTHON": str(python), "MODEL": "base"}
     kept |= dict.fromkeys(("PT_DATA", "SFT_DATA", "RM_DATA", "RL_DATA", "QUIZ", "GENERAL"), str(data))
     with subprocess.Popen(["bash", f"scripts/{script}"], cwd=tmp_path, env=kept, process_group=0) as started:
@@ -609,7 +617,9 @@ def test_a_run_script_follows_its_flags_and_variables(told, tmp_path):
         folders = f"--train_file_dir {tmp_path}/{train} --validation_file_dir {tmp_path}/both/validation"
         assert folders in calls["supervised_finetuning.py"]
     _, calls, _ = told("scripts/run_sft.sh", TRAIN=f"{tmp_path}/both", VALIDATION="other")
-    assert f"--train_file_dir {tmp_path}/both --validation_file_dir other" in calls["supervised_finetuning.py"]
+    assert f"--train_file_dir {tmp_path}/both/train --validation_file_dir other" in calls["supervised_finetuning.py"]
+    _, calls, _ = told("scripts/run_sft.sh", VALIDATION="other")
+    assert "--train_file_dir data/finetune/train --validation_file_dir other" in calls["supervised_finetuning.py"]
     _, calls, _ = told("scripts/run_sft.sh", OUTPUT=str(output), MERGED=f"{tmp_path}/elsewhere")
     assert "data/finetune/train --validation_file_dir data/finetune/validation" in calls["supervised_finetuning.py"]
     assert calls["merge_peft_adapter.py"].endswith(f"--output_dir {tmp_path}/elsewhere")

@@ -98,9 +98,13 @@ def test_two_minutes_before_the_end_the_stage_saves_and_the_job_is_requeued(job,
     assert (tmp_path / "nothing-left").exists()
 
 
-@pytest.mark.parametrize(("restarts", "expected"), [("0", "--fresh --seed 1"), ("2", "--seed 1")])
-def test_a_requeued_job_goes_on(restarts, expected, job, tmp_path):
-    assert job("--fresh", "--seed", "1", SLURM_RESTART_COUNT=restarts, SHORT="yes").wait(20) == 0
+@pytest.mark.parametrize(
+    ("nodes", "restarts", "expected"),
+    [("1", "0", "--fresh --seed 1"), ("2", "0", "--fresh --seed 1"), ("1", "2", "--seed 1")],
+)
+def test_a_requeued_job_goes_on(nodes, restarts, expected, job, tmp_path):
+    given = {"SLURM_NNODES": nodes, "SLURM_RESTART_COUNT": restarts, "SHORT": "yes"}
+    assert job("--fresh", "--seed", "1", **given).wait(20) == 0
     assert read(tmp_path, "arguments") == expected and (tmp_path / "merged").exists()
-    assert read(tmp_path, "place") == "0 1 host-a" and "--cpus-per-task=4" in read(tmp_path, "options")
+    assert read(tmp_path, "place") == f"0 {nodes} host-a" and "--cpus-per-task=4" in read(tmp_path, "options")
     assert not (tmp_path / "requeued").exists()
