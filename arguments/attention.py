@@ -49,8 +49,8 @@ def attend(
 
     `visible` [batch or 1, 1, length, length] says which columns (keys) a row (query) sees; None: those up to its own.
     Scores and their softmax are in float32, the other products in the dtype of `value`, as in PyTorch's kernel, and as
-    there the backward pass computes the scores again, so that no table of them is kept. Returns [batch, length, heads,
-    d].
+    there the backward pass computes the scores again, so that no table of them is kept.
+    Returns [batch, length, heads, d].
 
     An operator, not an autograd.Function: torch.compile calls it as it is, where it would trace the loop.
     """

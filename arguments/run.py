@@ -165,9 +165,8 @@ class RunArguments:
             settings = json.loads(asked if asked.startswith("{") else Path(asked).read_text("utf-8"))
         except ValueError as error:
             raise UserError(f"--deepspeed {asked} is not JSON: {error}") from error
-        if self.precision != "fp32" and not settings.get(self.precision, {}).get(
-            "enabled"
-        ):  # trained_dtype goes by it
+        enabled = isinstance(settings, dict) and settings.get(self.precision, {}).get("enabled")
+        if self.precision != "fp32" and not enabled:  # trained_dtype goes by it
             raise UserError(
                 f'--deepspeed {asked} does not enable {self.precision}: add "{self.precision}": {{"enabled": "auto"}} '
                 "as in scripts/zero2.json, or take --precision fp32"

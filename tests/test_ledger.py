@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.ledger import digest, finish, main, start
+import arguments.files
+from scripts.ledger import all_files, digest, finish, main, start
 
 
 @pytest.fixture
@@ -157,3 +158,14 @@ def test_digest_knows_names_and_what_lies_below(tmp_path):
     with_log = digest(tmp_path)
     (tmp_path / "runs" / "log").write_text("changed")
     assert digest(tmp_path) == with_log, "of a model folder only the top level counts, not its logs"
+
+
+def test_the_ledger_counts_the_files_that_training_finds(tmp_path):
+    """It has the function too: the one of arguments comes with four seconds of imports, at each of its calls."""
+    for name in ("a/b.txt", "a/.b.txt", ".hidden/c.txt", "a.txt", "other/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "back").symlink_to(tmp_path)
+    found = arguments.files.all_files(tmp_path)
+    assert found == all_files(tmp_path) and tmp_path / "a" / "link" / "d.txt" in found and len(found) == 4
