@@ -92,6 +92,41 @@ class MergeArguments:
             raise UserError(f"--max_shard_size is {self.max_shard_size}, expected a size such as 5GB or 500MB")
 
 
+def give_memory_back() -> None:
+    """Let glibc return each freed tensor: what it keeps for later piles up, layer by layer (and env.sh makes it)."""
+    threshold, most = (-3, 2**20), (-4, 2**16)  # M_MMAP_THRESHOLD, M_MMAP_MAX of mallopt(3)
+    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
+        set_option(*threshold)
+        set_option(*most)
+
+
+def check(args: MergeArguments, config: PeftConfig, adapter: Path) -> None:
+    """Refuse what cannot end well, before anything is loaded or written."""
+    base = args.base_model_name_or_path
+    if not base:
+        raise UserError(f"{adapter} does not say which base it was trained on: name it with --base_model_name_or_path")
+    if Path(args.output_dir).resolve() == Path(base).resolve():
+        raise UserError(f"--output_dir {args.output_dir} is the base model's own folder: name another")
+    if args.gguf and config.task_type == "SEQ_CLS":
+        raise UserError(f"{adapter} is of a reward model, for which GGUF has no head: leave --gguf out")
+    try:
+        settings = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--base_model_name_or_path {base} is no model: {str(error).splitlines()[0]}") from error
+    if getattr(settings, "quantization_config", None):
+        raise UserError(f"{base} is quantised and cannot hold what a merge makes of it: name what it was made from")
+
+
+def load_tokenizer(args: MergeArguments):
+    """The adapter's tokenizer, else the base's."""
+    own = (Path(args.peft_model_path) / "tokenizer_config.json").exists()
+    source = args.peft_model_path if own else args.base_model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer in {source}: {str(error).strip().splitlines()[0]}") from error
+
+
 def auto_class(config: PeftConfig):
     return AutoModelForSequenceClassification if config.task_type == "SEQ_CLS" else AutoModelForCausalLM
 
@@ -106,6 +141,14 @@ def load(args: MergeArguments, config: PeftConfig, folder: Path, dtype: torch.dt
         if explained(error):  # the disk, not the model
             raise
         raise UserError(f"--base_model_name_or_path {name} is no model: {str(error).splitlines()[0]}") from error
+
+
+def stored_dtype(args: MergeArguments) -> str:
+    """The dtype to write, as text: the flag's, or what the base's config names."""
+    if args.dtype != "auto":
+        return args.dtype
+    config = AutoConfig.from_pretrained(args.base_model_name_or_path, trust_remote_code=args.trust_remote_code)
+    return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
 @torch.no_grad()
@@ -135,72 +178,6 @@ def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict:
         return facts
     same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten().float() for a, b in pairs]).mean().item()
     return facts | {"equal_top1": same}
-
-
-def move_files(staging: Path, folder: Path) -> None:
-    """The merged files into `folder`, whose adapter goes aside first. config.json, without which from_pretrained
-    refuses the folder, goes first where an earlier merge left one, and comes last."""
-    new = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
-    (folder / "config.json").unlink(missing_ok=True)
-    for stale in {*folder.glob("model*.safetensors*"), *folder.glob("model.gguf")} - {folder / p.name for p in new}:
-        stale.unlink()
-    if (folder / "adapter_config.json").exists():
-        (folder / "adapter").mkdir(exist_ok=True)
-        for name in (
-            "README.md",
-            "base.json",
-            "adapter_model.bin",
-            "adapter_model.safetensors",
-            "adapter_config.json",
-        ):
-            if (folder / name).exists():
-                os.replace(folder / name, folder / "adapter" / name)
-    for path in new:
-        os.replace(path, folder / path.name)
-    staging.rmdir()
-
-
-def move_into_place(staging: Path, output: Path) -> None:
-    """Make `output` the merged model in one step: killed at any moment, it is as it was or all new.
-
-    The new folder is put together beside it (the rest of the old one as hard links) and the two change places. Where
-    nothing can stand beside it (a mount point, no rights) the files move one by one.
-    """
-    if os.path.ismount(output) or not os.access(output.parent, os.W_OK):
-        return move_files(staging, output)
-    new = output.with_name(f".{output.name}.merging")
-    shutil.rmtree(new, ignore_errors=True)
-
-    def staged(folder, names):
-        return [staging.name] if Path(folder) == output else []
-
-    try:
-        shutil.copytree(output, new, copy_function=link_or_copy, ignore=staged, symlinks=True)
-        shutil.move(staging, new)
-        move_files(new / staging.name, new)
-        exchange(new, output)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
-
-
-def exchange(first: Path, second: Path) -> None:
-    """Let two folders change places in one step, or, where the file system cannot, in three."""
-    libc, here, both = ctypes.CDLL(None, use_errno=True), -100, 2  # AT_FDCWD, RENAME_EXCHANGE of renameat2(2)
-    names = os.fsencode(first), os.fsencode(second)
-    if hasattr(libc, "renameat2") and libc.renameat2(here, names[0], here, names[1], both) == 0:
-        return
-    aside = second.with_name(first.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(second, aside)
-    os.rename(first, second)
-    os.rename(aside, first)
 
 
 def sha256(path: Path) -> str:
@@ -253,6 +230,101 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     }
 
 
+def write_gguf(llama_cpp: Path, folder: Path, tokenizer) -> dict:
+    """Convert the merged model to folder/model.gguf in its own dtype, read that back, and return how they compare."""
+    target = folder / "model.gguf"
+    command = [sys.executable, llama_cpp / "convert_hf_to_gguf.py", folder, "--outfile", target, "--outtype", "auto"]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if ended.returncode:
+        said = (ended.stderr.strip() or ended.stdout.strip() or f"exit code {ended.returncode}").splitlines()[-1]
+        raise Fault(f"llama.cpp's converter failed, nothing was kept: {said}")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = probe(model, tokenizer)
+    config = GgufConfig(dequantize=True)
+    found = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=target.name, quantization_config=config, dtype=torch.float32
+    )
+    parity = compare(expected, probe(found, tokenizer))
+    if not parity["relative_difference"] <= TOLERANCE["bfloat16"]:
+        raise Fault(f"model.gguf differs from the merged model, nothing was kept: {parity}")
+    logger.info(f"model.gguf: logits differ by {parity['largest_difference']:.2g}, top-1 {parity['equal_top1']:.1%}")
+    return parity
+
+
+def move_into_place(staging: Path, output: Path) -> None:
+    """Make `output` the merged model in one step: killed at any moment, it is as it was or all new.
+
+    The new folder is put together beside it (the rest of the old one as hard links) and the two change places. Where
+    nothing can stand beside it (a mount point, no rights) the files move one by one.
+    """
+    if os.path.ismount(output) or not os.access(output.parent, os.W_OK):
+        return move_files(staging, output)
+    new = output.with_name(f".{output.name}.merging")
+    shutil.rmtree(new, ignore_errors=True)
+
+    def staged(folder, names):
+        return [staging.name] if Path(folder) == output else []
+
+    try:
+        shutil.copytree(output, new, copy_function=link_or_copy, ignore=staged, symlinks=True)
+        shutil.move(staging, new)
+        move_files(new / staging.name, new)
+        exchange(new, output)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def move_files(staging: Path, folder: Path) -> None:
+    """The merged files into `folder`, whose adapter goes aside first. config.json, without which from_pretrained
+    refuses the folder, goes first where an earlier merge left one, and comes last."""
+    new = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
+    (folder / "config.json").unlink(missing_ok=True)
+    for stale in {*folder.glob("model*.safetensors*"), *folder.glob("model.gguf")} - {folder / p.name for p in new}:
+        stale.unlink()
+    if (folder / "adapter_config.json").exists():
+        (folder / "adapter").mkdir(exist_ok=True)
+        for name in (
+            "README.md",
+            "base.json",
+            "adapter_model.bin",
+            "adapter_model.safetensors",
+            "adapter_config.json",
+        ):
+            if (folder / name).exists():
+                os.replace(folder / name, folder / "adapter" / name)
+    for path in new:
+        os.replace(path, folder / path.name)
+    staging.rmdir()
+
+
+def link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Let two folders change places in one step, or, where the file system cannot, in three."""
+    libc, here, both = ctypes.CDLL(None, use_errno=True), -100, 2  # AT_FDCWD, RENAME_EXCHANGE of renameat2(2)
+    names = os.fsencode(first), os.fsencode(second)
+    if hasattr(libc, "renameat2") and libc.renameat2(here, names[0], here, names[1], both) == 0:
+        return
+    aside = second.with_name(first.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(second, aside)
+    os.rename(first, second)
+    os.rename(aside, first)
+
+
+def upload(folder: Path, name: str) -> None:
+    """Put the merged model into the hub repository `name`, private when it is new."""
+    HfApi().create_repo(name, private=True, exist_ok=True)
+    of_model = ["config.json", "generation_config.json", "model*", "tokenizer*", "*.jinja", "merge.json"]
+    HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=of_model, ignore_patterns=["*/*"])
+    logger.info(f"Uploaded to https://huggingface.co/{name}")
+
+
 def main():
     (args,) = parse_arguments(MergeArguments)
     give_memory_back()
@@ -291,78 +363,6 @@ def main():
     )
     if args.push_to_hub:
         upload(output, args.push_to_hub)
-
-
-def check(args: MergeArguments, config: PeftConfig, adapter: Path) -> None:
-    """Refuse what cannot end well, before anything is loaded or written."""
-    base = args.base_model_name_or_path
-    if not base:
-        raise UserError(f"{adapter} does not say which base it was trained on: name it with --base_model_name_or_path")
-    if Path(args.output_dir).resolve() == Path(base).resolve():
-        raise UserError(f"--output_dir {args.output_dir} is the base model's own folder: name another")
-    if args.gguf and config.task_type == "SEQ_CLS":
-        raise UserError(f"{adapter} is of a reward model, for which GGUF has no head: leave --gguf out")
-    try:
-        settings = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--base_model_name_or_path {base} is no model: {str(error).splitlines()[0]}") from error
-    if getattr(settings, "quantization_config", None):
-        raise UserError(f"{base} is quantised and cannot hold what a merge makes of it: name what it was made from")
-
-
-def load_tokenizer(args: MergeArguments):
-    """The adapter's tokenizer, else the base's."""
-    own = (Path(args.peft_model_path) / "tokenizer_config.json").exists()
-    source = args.peft_model_path if own else args.base_model_name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer in {source}: {str(error).strip().splitlines()[0]}") from error
-
-
-def write_gguf(llama_cpp: Path, folder: Path, tokenizer) -> dict:
-    """Convert the merged model to folder/model.gguf in its own dtype, read that back, and return how they compare."""
-    target = folder / "model.gguf"
-    command = [sys.executable, llama_cpp / "convert_hf_to_gguf.py", folder, "--outfile", target, "--outtype", "auto"]
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if ended.returncode:
-        said = (ended.stderr.strip() or ended.stdout.strip() or f"exit code {ended.returncode}").splitlines()[-1]
-        raise Fault(f"llama.cpp's converter failed, nothing was kept: {said}")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    expected = probe(model, tokenizer)
-    config = GgufConfig(dequantize=True)
-    found = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=target.name, quantization_config=config, dtype=torch.float32
-    )
-    parity = compare(expected, probe(found, tokenizer))
-    if not parity["relative_difference"] <= TOLERANCE["bfloat16"]:
-        raise Fault(f"model.gguf differs from the merged model, nothing was kept: {parity}")
-    logger.info(f"model.gguf: logits differ by {parity['largest_difference']:.2g}, top-1 {parity['equal_top1']:.1%}")
-    return parity
-
-
-def upload(folder: Path, name: str) -> None:
-    """Put the merged model into the hub repository `name`, private when it is new."""
-    HfApi().create_repo(name, private=True, exist_ok=True)
-    of_model = ["config.json", "generation_config.json", "model*", "tokenizer*", "*.jinja", "merge.json"]
-    HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=of_model, ignore_patterns=["*/*"])
-    logger.info(f"Uploaded to https://huggingface.co/{name}")
-
-
-def give_memory_back() -> None:
-    """Let glibc return each freed tensor: what it keeps for later piles up, layer by layer (and env.sh makes it)."""
-    threshold, most = (-3, 2**20), (-4, 2**16)  # M_MMAP_THRESHOLD, M_MMAP_MAX of mallopt(3)
-    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
-        set_option(*threshold)
-        set_option(*most)
-
-
-def stored_dtype(args: MergeArguments) -> str:
-    """The dtype to write, as text: the flag's, or what the base's config names."""
-    if args.dtype != "auto":
-        return args.dtype
-    config = AutoConfig.from_pretrained(args.base_model_name_or_path, trust_remote_code=args.trust_remote_code)
-    return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
 if __name__ == "__main__":
