@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from arguments.rehearsal import NF4_BITS, Load, Rehearsal, rehearse_pairs, rehearse_tokens
 from arguments.rehearsal_ppo import rehearse_ppo
+from arguments.rows import token_lengths
 
 GIB = 2**30
 PROCESS = "process"
@@ -113,8 +114,7 @@ def amounts(train, args) -> tuple[str, str]:
     """Rows and tokens of an epoch, and optimizer steps of the run."""
     if not isinstance(train, Dataset):
         return "rows, tokens, steps", f"streamed; {args.max_steps:,} optimizer steps"
-    names = [name for name in train.column_names if name.endswith("_ids") and name != "position_ids"]
-    count = sum(len(ids) for name in names for ids in train.select_columns([name])[name])
+    count = token_lengths(train)["total"]
     batches = math.ceil(len(train) / (args.per_device_train_batch_size * args.world_size))
     steps = math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
     steps = args.max_steps if args.max_steps > 0 else steps

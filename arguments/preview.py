@@ -6,6 +6,8 @@ from itertools import groupby
 import numpy as np
 from datasets import Dataset
 
+from arguments.rows import id_columns
+
 LIMITS = (64, 128, 256, 512, 1024, 2048, 4096)
 BAR = 40
 
@@ -16,7 +18,7 @@ def preview(dataset: Dataset, tokenizer, count: int, max_source_length: int, max
     Rows hold token ids in columns that end in _ids, with "labels" where tokens are trained; columns that end in
     _tokens hold lengths before any cut, and source_kept what max_source_length leaves of source_tokens.
     """
-    names = [name for name in dataset.column_names if name.endswith("_ids") and name != "position_ids"]
+    names = id_columns(dataset)
     first = dataset.select(range(min(count, len(dataset))))
     parts = [shown(row, names, number, tokenizer) for number, row in enumerate(first, 1)]
     lengths = np.concatenate([row_lengths(dataset, name) for name in names])

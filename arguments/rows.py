@@ -126,9 +126,14 @@ def tokenizer_key(tokenizer) -> str:
         return fingerprint([digest(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()])
 
 
+def id_columns(rows: Dataset) -> list[str]:
+    """Names of the columns that hold token ids."""
+    return [name for name in rows.column_names if name.endswith("_ids") and name != "position_ids"]
+
+
 def token_lengths(rows: Dataset) -> dict:
     """How many tokens the rows have: {"total", "median", "longest", "counts" [20], "edges" [21]} (a histogram)."""
-    names = [name for name in rows.column_names if name.endswith("_ids") and name != "position_ids"]
+    names = id_columns(rows)
     batches = rows.select_columns(names).with_format("arrow").iter(batch_size=10_000)
     lengths = np.concatenate([pc.list_value_length(batch[name]).to_numpy() for batch in batches for name in names])
     counts, edges = np.histogram(lengths, bins=20)
