@@ -41,7 +41,7 @@ from transformers import (
 
 from arguments import UserError, adapter_config, adapter_folder, check_base, parse_arguments, run_stage
 from arguments.base import fingerprint, weight_files
-from arguments.command_line import Fault, explained
+from arguments.command_line import Fault, explained, first_line
 from arguments.streamed import MergedWeights, adapted, grown_vocabulary, opened, running, save_merged, untie
 
 PROBES = (
@@ -112,7 +112,7 @@ def check(args: MergeArguments, config: PeftConfig, adapter: Path) -> None:
     try:
         settings = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"--base_model_name_or_path {base} is no model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--base_model_name_or_path {base} is no model: {first_line(error)}") from error
     if getattr(settings, "quantization_config", None):
         raise UserError(f"{base} is quantised and cannot hold what a merge makes of it: name what it was made from")
 
@@ -124,7 +124,7 @@ def load_tokenizer(args: MergeArguments):
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer in {source}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"no tokenizer in {source}: {first_line(error)}") from error
 
 
 def auto_class(config: PeftConfig):
@@ -140,7 +140,7 @@ def load(args: MergeArguments, config: PeftConfig, folder: Path, dtype: torch.dt
     except (OSError, ValueError, SafetensorError) as error:
         if explained(error):  # the disk, not the model
             raise
-        raise UserError(f"--base_model_name_or_path {name} is no model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--base_model_name_or_path {name} is no model: {first_line(error)}") from error
 
 
 def stored_dtype(args: MergeArguments) -> str:

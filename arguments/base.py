@@ -21,7 +21,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from arguments.command_line import UserError
+from arguments.command_line import UserError, first_line
 from arguments.whole import write_whole
 
 BASE_FILE = "base.json"  # beside an adapter
@@ -79,9 +79,9 @@ def pickled_tensors(path: Path) -> dict[str, torch.Tensor]:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle raises whatever it stumbles on
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{path} is damaged, or holds more than tensors ({said}): copy or download it again, best as safetensors"
+            f"{path} is damaged, or holds more than tensors ({first_line(error)}): copy or download it again, best as "
+            "safetensors"
         ) from error
 
 

@@ -131,6 +131,11 @@ def explained(error: Exception) -> UserError | None:
     return None
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; its type, if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def without_secrets(argv: list[str]) -> list[str]:
     """A command line's words, but for what is given to --hub_token and to any other flag that ends in token."""
     words = []

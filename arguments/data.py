@@ -15,7 +15,7 @@ from datasets import Dataset, concatenate_datasets, get_dataset_split_names, loa
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from loguru import logger
 
-from arguments.command_line import UserError
+from arguments.command_line import UserError, first_line
 from arguments.encoding import encode_turns, judged, prompt_ids, without_oldest
 from arguments.files import SUFFIXES, find_files, other_files
 from arguments.preview import preview
@@ -321,7 +321,7 @@ class DataArguments:
                 "name their folder as --train_file_dir: that reads each record by itself"
             ) from error
         except (OSError, ValueError, DatasetsError) as error:
-            raise UserError(f"--dataset_name {self.dataset_name}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"--dataset_name {self.dataset_name}: {first_line(error)}") from error
 
     def _read(self, folder: str | None, split: str, form: str) -> Dataset:
         """All records of a folder, or of the hub data set, as rows of `form`; bad ones say so."""

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from arguments.attention import attend_in_blocks
-from arguments.command_line import UserError
+from arguments.command_line import UserError, first_line
 from arguments.run import native_bf16
 
 # For base models without a chat template. A turn ends with eos, so that the model learns to stop.
@@ -96,9 +96,8 @@ class ModelArguments:
         except (OSError, ValueError) as error:
             adapter = Path(self.model_name_or_path) / "adapter_config.json"
             hint = " It holds an adapter: merge it first with merge_peft_adapter.py." if adapter.exists() else ""
-            first_line = str(error).strip().splitlines()[0]
             raise UserError(
-                f"--model_name_or_path {self.model_name_or_path} is no model: {first_line}{hint}"
+                f"--model_name_or_path {self.model_name_or_path} is no model: {first_line(error)}{hint}"
             ) from error
         if self.model_type not in (None, "auto", config.model_type):
             logger.warning(
@@ -136,7 +135,7 @@ class ModelArguments:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **self.hub_kwargs)
         except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer in {source}: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"no tokenizer in {source}: {first_line(error)}") from error
         tokenizer.padding_side = "right"
         if tokenizer.eos_token is None:
             raise UserError(f"the tokenizer in {source} has no eos token: answers could never end")
@@ -165,7 +164,7 @@ class ModelArguments:
                 **kwargs,
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
-            raise UserError(f"cannot load {self.model_name_or_path}: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"cannot load {self.model_name_or_path}: {first_line(error)}") from error
         keep_unpacked(model)
         parameters = model.num_parameters() or count_parameters(model.parameters())  # ZeRO-3: 0
         logger.info(

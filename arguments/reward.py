@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from arguments.base import adapter_config, adapter_folder
-from arguments.command_line import UserError
+from arguments.command_line import UserError, first_line
 from arguments.data import DataArguments
 from arguments.model import ModelArguments, keep_unpacked, pad_candidate
 from arguments.reward_functions import load_functions
@@ -73,7 +73,7 @@ class RewardSourceArguments:
             )
             tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"--reward_model_name_or_path {path}: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"--reward_model_name_or_path {path}: {first_line(error)}") from error
         if not adapter and loading["missing_keys"]:
             missing = ", ".join(sorted(loading["missing_keys"]))
             raise UserError(

@@ -23,7 +23,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from arguments.base import local_file, stored_tensors, weight_files
-from arguments.command_line import Fault, UserError
+from arguments.command_line import Fault, UserError, first_line
 
 PREFIX = "base_model.model."  # of every name inside a PeftModel
 WRAPPED = (".base_layer", ".original_module", ".token_adapter")  # what peft puts into the names of the base's tensors
@@ -105,7 +105,7 @@ def adapter_shapes(adapter: Path) -> dict[str, torch.Size]:
     try:
         return {plain(name): tensor.shape for name, tensor in load_peft_weights(str(adapter), device="cpu").items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{adapter} holds no whole adapter weights ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{adapter} holds no whole adapter weights ({first_line(error)})") from error
 
 
 def grown_vocabulary(model: nn.Module, adapter: Path) -> int | None:

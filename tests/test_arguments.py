@@ -21,7 +21,7 @@ from arguments import (
 )
 from arguments.base import adapter_folder, check_base, difference, facts_of, fingerprint, record_base
 from arguments.checkpoints import CheckpointSeal
-from arguments.command_line import RENAMED_FLAGS, explained, modern_flags, without_secrets
+from arguments.command_line import RENAMED_FLAGS, explained, first_line, modern_flags, without_secrets
 from arguments.run import native_bf16, plot_curves
 from merge_peft_adapter import MergeArguments
 from pretraining import PretrainingArguments
@@ -625,3 +625,8 @@ def test_adapter_of_another_base_is_refused(tiny, tmp_path, caplog):
     with pytest.raises(UserError, match="is not the base of"):
         check_base(tmp_path, tiny("qwen3"))
     check_base(tmp_path, tiny("qwen3"), force=True)
+
+
+@pytest.mark.parametrize(("error", "line"), [(OSError("\n no such file\nmore"), "no such file"), (OSError(), "OSError")])
+def test_the_first_line_of_an_error(error, line):
+    assert first_line(error) == line
