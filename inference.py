@@ -117,7 +117,7 @@ class InferenceArguments:
             load_in_4bit=self.load_in_4bit,
             trust_remote_code=self.trust_remote_code,
         )
-        args.settle_dtype(best_precision(), trains_all=False)
+        args.resolve_dtype(best_precision(), trains_all=False)
         return args
 
     def placed(self, model: torch.nn.Module) -> torch.nn.Module:

@@ -126,7 +126,7 @@ def main():
     model_args.check(
         training_args.block_size, trains_all=not adapter_args.use_peft, output_dir=training_args.output_dir
     )
-    model_args.settle_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
+    model_args.resolve_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
 
     tokenizer = model_args.load_tokenizer()
     train_rows, eval_rows = data_args.load_documents(training_args.output_dir)
@@ -144,7 +144,7 @@ def main():
     if training_args.isolate_documents and not keeps_apart(model):
         raise UserError(f"--isolate_documents: {model.config.model_type} does not go by position_ids, leave it out")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)
-    training_args.keep_casts(model)
+    training_args.avoid_casts(model)
     training_args.compile_layers(model)
 
     trainer = PretrainingTrainer(

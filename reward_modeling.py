@@ -152,7 +152,7 @@ def main():
     )
     set_seed(training_args.seed)
     model_args.check(data_args.longest, trains_all=not adapter_args.use_peft, output_dir=training_args.output_dir)
-    model_args.settle_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
+    model_args.resolve_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
     training_args.disable_dropout &= not adapter_args.lora_dropout  # trl's True would take LoRA's away as well
 
     tokenizer = model_args.load_tokenizer()
@@ -171,7 +171,7 @@ def main():
     train_dataset = with_length(train_dataset, shared)
     eval_dataset = with_length(eval_dataset, shared).sort("length")  # less padding
     model = adapter_args.apply(model, TaskType.SEQ_CLS)
-    training_args.keep_casts(model)
+    training_args.avoid_casts(model)
     training_args.compile_layers(model)
 
     trainer = PairTrainer(

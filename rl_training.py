@@ -758,7 +758,7 @@ def main():
     model_args.check(data_args.longest, trains_all=not adapter_args.use_peft, output_dir=training_args.output_dir)
     # on a CPU also under bf16: logits have to be finer there
     precision = "fp32" if training_args.device.type == "cpu" else training_args.precision
-    model_args.settle_dtype(precision, trains_all=not adapter_args.use_peft)
+    model_args.resolve_dtype(precision, trains_all=not adapter_args.use_peft)
 
     tokenizer = model_args.load_tokenizer()
     train_rows, eval_rows = data_args.load_prompts(training_args.output_dir)
@@ -773,7 +773,7 @@ def main():
     url, folder = training_args.vllm_server, Path(training_args.output_dir) / "vllm"
     server = RolloutServer(url, folder) if url else None
     model, reward_model = build_actor_critic(model_args, adapter_args, data_args, reward_args, training_args.critic)
-    training_args.keep_casts(model)
+    training_args.avoid_casts(model)
 
     trainer = PPOTrainer(
         model=model,

@@ -114,7 +114,7 @@ def main():
     )
     set_seed(training_args.seed)
     model_args.check(data_args.longest, trains_all=not adapter_args.use_peft, output_dir=training_args.output_dir)
-    model_args.settle_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
+    model_args.resolve_dtype(training_args.precision, trains_all=not adapter_args.use_peft)
     if training_args.packing and training_args.packing_length < data_args.longest:
         raise UserError(
             f"--packing_length {training_args.packing_length} cannot hold a conversation of {data_args.longest} tokens"
@@ -141,7 +141,7 @@ def main():
     elif training_args.packing:
         logger.warning(f"{model.config.model_type} does not go by position_ids: batches of like length, not packing")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)
-    training_args.keep_casts(model)
+    training_args.avoid_casts(model)
     training_args.compile_layers(model)
 
     trainer = FinetuningTrainer(

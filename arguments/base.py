@@ -21,8 +21,8 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from arguments.atomic import write_atomically
 from arguments.command_line import UserError, first_line
-from arguments.whole import write_whole
 
 BASE_FILE = "base.json"  # beside an adapter
 WRAPPERS = ("rope_parameters", "rope_scaling", "text_config")  # where versions of transformers keep the same fields
@@ -164,7 +164,7 @@ def record_base(folder: Path, facts: dict | None = None) -> None:
     if facts is None and (folder / "adapter_config.json").exists():
         facts = facts_of(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
     if facts is not None:
-        write_whole(folder / BASE_FILE, json.dumps(facts, indent=1))
+        write_atomically(folder / BASE_FILE, json.dumps(facts, indent=1))
 
 
 def other_base(folder: Path, model: str) -> str | None:

@@ -11,9 +11,9 @@ from loguru import logger
 from transformers import TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
+from arguments.atomic import write_atomically
 from arguments.base import record_base
 from arguments.command_line import without_secrets
-from arguments.whole import write_whole
 
 SEAL = "seal.json"  # in a checkpoint: which stage made it, size and hash of each of its files
 
@@ -34,7 +34,7 @@ class CheckpointSeal(TrainerCallback):
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             seal = {"stage": type(args).__name__, "arguments": without_secrets(sys.argv[1:])}
             seal["files"] = {str(p.relative_to(folder)): digest(p) for p in files}
-            write_whole(folder / SEAL, json.dumps(seal, indent=1))
+            write_atomically(folder / SEAL, json.dumps(seal, indent=1))
             thin_out(folder, args.checkpoints_kept, state.best_model_checkpoint)
 
 

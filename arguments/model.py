@@ -123,7 +123,7 @@ class ModelArguments:
                 "--block_size, or --max_source_length and --max_target_length"
             )
 
-    def settle_dtype(self, precision: str, trains_all: bool) -> None:
+    def resolve_dtype(self, precision: str, trains_all: bool) -> None:
         """Of --dtype auto: frozen weights in what the products of `precision` take, weights that train in float32."""
         if self.dtype in (None, "auto"):
             self.dtype = "float32" if trains_all else PRODUCTS[precision]

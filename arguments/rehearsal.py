@@ -51,12 +51,12 @@ class Rehearsal(TokenLoss):
         self.hold_optimizer(accumulates)
 
     def with_casts(self, model: nn.Module) -> nn.Module:
-        """RunArguments.keep_casts; on a CPU the file stays mapped, though what it held is kept in another dtype.
+        """RunArguments.avoid_casts; on a CPU the file stays mapped, though what it held is kept in another dtype.
 
         Its pages count as resident while any weight, such as the embedding, is still a view of it.
         """
         before = [(parameter, parameter.nbytes) for parameter in model.parameters() if not parameter.requires_grad]
-        self.args.keep_casts(model)
+        self.args.avoid_casts(model)
         files = weight_files(self.model_args.model_name_or_path)
         numbers = sum(parameter.numel() for parameter, _ in before)
         stored = sum(path.stat().st_size for path in files if path.suffix == ".safetensors") / max(numbers, 1)

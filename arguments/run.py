@@ -18,13 +18,13 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import sort_checkpoints
 
+from arguments.atomic import drop_if_cut, read_json, write_atomically
 from arguments.base import facts_of, other_base, record_base
 from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, warn_of_changes
 from arguments.command_line import UserError, without_secrets
 from arguments.data import DataArguments
 from arguments.stops import FiniteGradients, FiniteWeights, StopAtSignal
 from arguments.telemetry import peak_memory
-from arguments.whole import drop_cut, read_whole, write_whole
 
 RANGES = {  # what numpy's seed and PyTorch's AdamW take; bounds included
     "seed": (0, 2**32 - 1),
@@ -244,7 +244,7 @@ class RunArguments:
                 f"--do_train False evaluates what --model_name_or_path and --peft_path name, and its figures would "
                 f"replace those of the training in {output}: name another --output_dir"
             )
-        run = read_whole(output / "run.json") or {}
+        run = read_json(output / "run.json") or {}
         if run.get("script", script) != script:
             raise UserError(
                 f"{output} holds what {run['script']} made: name another --output_dir, or --fresh to replace it"
@@ -294,7 +294,7 @@ class RunArguments:
                 "to start over"
             )
 
-    def keep_casts(self, model: torch.nn.Module) -> None:
+    def avoid_casts(self, model: torch.nn.Module) -> None:
         """Leave out casts that autocast makes or takes back in every product: the same numbers, sooner.
 
         peft widens each input to the float32 of its matrices, which autocast then narrows again. And in bf16 frozen
@@ -330,7 +330,7 @@ class RunArguments:
 
     def callbacks(self) -> list[TrainerCallback]:
         """What every stage's trainer does beside training."""
-        drop_cut(Path(self.output_dir) / "all_results.json")  # transformers reads it to add to it
+        drop_if_cut(Path(self.output_dir) / "all_results.json")  # transformers reads it to add to it
         return [StopAtSignal(self.steps_between_saves), FiniteGradients(), FiniteWeights(), CheckpointSeal()]
 
     def finish(self, trainer, data_args: DataArguments) -> None:
@@ -340,16 +340,16 @@ class RunArguments:
         trainer.save_state()
         run = {"script": Path(sys.argv[0]).name, "arguments": without_secrets(sys.argv[1:])}
         run["versions"] = {name: version(name) for name in PACKAGES}
-        write_whole(Path(self.output_dir) / "run.json", json.dumps(run, ensure_ascii=False, indent=1))
-        write_whole(Path(self.output_dir) / "data.json", json.dumps(data_args.facts))
+        write_atomically(Path(self.output_dir) / "run.json", json.dumps(run, ensure_ascii=False, indent=1))
+        write_atomically(Path(self.output_dir) / "data.json", json.dumps(data_args.facts))
         if (Path(self.output_dir) / "adapter_config.json").exists():
             record_base(Path(self.output_dir), self.base_facts)
         start = [row for row in trainer.state.log_history if row.get("step") == 0]
         first = next((row for row in start if any(key.startswith("eval_") for key in row)), {})
         before = {f"{key}_before": value for key, value in first.items() if key.startswith("eval_")}
         path = Path(self.output_dir) / "all_results.json"
-        results = read_whole(path) or {}
-        write_whole(path, json.dumps(results | before | peak_memory(), indent=4, sort_keys=True))
+        results = read_json(path) or {}
+        write_atomically(path, json.dumps(results | before | peak_memory(), indent=4, sort_keys=True))
         plot_curves(trainer.state.log_history, Path(self.output_dir))
 
 

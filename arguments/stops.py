@@ -8,8 +8,8 @@ import torch
 from loguru import logger
 from transformers import TrainerCallback
 
+from arguments.atomic import read_json
 from arguments.command_line import Fault
-from arguments.whole import read_whole
 
 
 class StopAtSignal(TrainerCallback):
@@ -60,7 +60,7 @@ class EndsOnce:
 
     def save_metrics(self, split: str, metrics: dict, **kwargs):
         if split == "train" and self.state.global_step == self._initial_global_step:
-            metrics = read_whole(Path(self.args.output_dir) / "train_results.json") or metrics
+            metrics = read_json(Path(self.args.output_dir) / "train_results.json") or metrics
         super().save_metrics(split, metrics, **kwargs)
 
 

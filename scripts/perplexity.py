@@ -27,7 +27,7 @@ LONGEST = 2048  # tokens of a text, whose logits are in memory at once
 def load_judged(path: str) -> tuple:
     """A model, on the GPU if there is one and in the precision that suits, and its tokenizer."""
     model_args = ModelArguments(path)
-    model_args.settle_dtype(best_precision(), trains_all=False)
+    model_args.resolve_dtype(best_precision(), trains_all=False)
     model = model_args.load_model(AutoModelForCausalLM).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(path)
 

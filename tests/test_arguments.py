@@ -283,7 +283,7 @@ def test_dtype_of_frozen_weights(flag, expected):
 )
 def test_frozen_weights_follow_the_precision(flag, precision, trains_all, expected):
     args = ModelArguments(model_name_or_path="m", dtype=flag)
-    args.settle_dtype(precision, trains_all)
+    args.resolve_dtype(precision, trains_all)
     assert args.torch_dtype() == expected
 
 
@@ -627,6 +627,8 @@ def test_adapter_of_another_base_is_refused(tiny, tmp_path, caplog):
     check_base(tmp_path, tiny("qwen3"), force=True)
 
 
-@pytest.mark.parametrize(("error", "line"), [(OSError("\n no such file\nmore"), "no such file"), (OSError(), "OSError")])
+@pytest.mark.parametrize(
+    ("error", "line"), [(OSError("\n no such file\nmore"), "no such file"), (OSError(), "OSError")]
+)
 def test_the_first_line_of_an_error(error, line):
     assert first_line(error) == line

@@ -25,10 +25,10 @@ import arguments.checkpoints
 import arguments.data
 import arguments.run
 from arguments import AdapterArguments
+from arguments.atomic import write_atomically
 from arguments.checkpoints import checkpoint_fault, clear_output
 from arguments.command_line import Fault
 from arguments.stops import FiniteGradients, StopAtSignal
-from arguments.whole import write_whole
 
 
 def flags_of(name, tiny, records, tmp_path):
@@ -193,11 +193,11 @@ def test_results_that_a_kill_cut_short_are_made_again(tiny, records, tmp_path):
 
 def test_our_results_are_written_in_one_step(tmp_path, monkeypatch):
     path = tmp_path / "all_results.json"
-    write_whole(path, "{}")
+    write_atomically(path, "{}")
     monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     child = os.fork()
     if child == 0:
-        write_whole(path, '{"eval_loss": 2.5}')
+        write_atomically(path, '{"eval_loss": 2.5}')
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL and path.read_text() == "{}"
 
 
@@ -388,7 +388,7 @@ def test_kept_casts_change_no_number(name, tiny, records, tmp_path, monkeypatch)
         in_process(*stage("rm", tiny("llama"), records, tmp_path / "reward")).ok()
         flags += ("--reward_model_name_or_path", tmp_path / "reward")
     in_process(*stage(name, tiny("llama"), records, tmp_path / "kept", *flags)).ok()
-    monkeypatch.setattr(arguments.run.RunArguments, "keep_casts", lambda self, model: None)
+    monkeypatch.setattr(arguments.run.RunArguments, "avoid_casts", lambda self, model: None)
     in_process(*stage(name, tiny("llama"), records, tmp_path / "cast", *flags)).ok()
     kept, cast = trained(tmp_path / "kept"), trained(tmp_path / "cast")
     assert kept.keys() == cast.keys() and all(torch.equal(kept[key], cast[key]) for key in kept)
@@ -399,7 +399,7 @@ def test_kept_casts_change_no_number(name, tiny, records, tmp_path, monkeypatch)
 def test_only_frozen_linear_layers_are_kept_cast(tiny, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     run = SimpleNamespace(bf16=True)
-    arguments.run.RunArguments.keep_casts(run, model.requires_grad_(False))
+    arguments.run.RunArguments.avoid_casts(run, model.requires_grad_(False))
     dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
     linear = {name for name in dtypes if "proj" in name}
     assert linear and all((dtypes[name] == torch.bfloat16) == (name in linear) for name in dtypes)
@@ -410,6 +410,6 @@ def test_a_head_that_is_saved_in_full_stays_as_it_is(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny("gemma3"))
     adapter_args = AdapterArguments(target_modules="q_proj", modules_to_save="lm_head")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)
-    arguments.run.RunArguments.keep_casts(SimpleNamespace(bf16=True), model)
+    arguments.run.RunArguments.avoid_casts(SimpleNamespace(bf16=True), model)
     assert model.get_input_embeddings().weight.dtype == torch.float32
     assert model.get_submodule("base_model.model.lm_head.original_module").weight.dtype == torch.float32
