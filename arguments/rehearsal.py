@@ -9,17 +9,13 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    Trainer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
 from arguments.adapter import cast_trained
 from arguments.base import weight_files
 from arguments.loss import TokenLoss
 from arguments.pairs import collate_pairs, may_share, score_pairs, shared_tokens, with_length
+from arguments.run import frozen_linears
 from arguments.shapes import Footprint, without_storage
 
 NF4_BITS = 4.127  # a weight, with its share of the doubly quantised scales (arXiv 2305.14314)
@@ -74,7 +70,7 @@ class Rehearsal(TokenLoss):
             of_adapter = lora and (tensor.requires_grad or "lora_" in name)
             self.footprint.label("adapters" if of_adapter else "weights", [tensor])
         self.footprint.now["mapped"] = 0 if bits else self.mapped
-        for weight in quantised(self.model) if bits else ():
+        for weight in (layer.weight for layer in frozen_linears(self.model)) if bits else ():  # as bitsandbytes does
             self.footprint.now["weights"] -= weight.nbytes - math.ceil(weight.numel() * bits / 8)
 
     def hold_optimizer(self, accumulates: bool) -> None:
@@ -103,14 +99,6 @@ class Rehearsal(TokenLoss):
 
 
 # --- models
-
-
-def quantised(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that bitsandbytes would quantise: of frozen linear layers, but for heads."""
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    heads = {id(head.weight) for part in parts if (head := part.get_output_embeddings()) is not None}
-    linear = [layer.weight for part in parts for layer in part.modules() if type(layer) is nn.Linear]
-    return list({id(w): w for w in linear if not w.requires_grad and id(w) not in heads}.values())
 
 
 def base_model(model_args, auto_class, **settings) -> nn.Module:
