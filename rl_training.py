@@ -28,7 +28,6 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from loguru import logger
-from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -699,10 +698,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.policy.save_pretrained(folder, **({"selected_adapters": ["default"]} if self.model.lora else {}))
-        (folder / "value").mkdir(exist_ok=True)
-        for name, tensors in self.model.critic_parts().items():
-            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "value" / f"{name}.safetensors")
+        self.model.save(folder)
         state = {"kl_coef": self.kl_coef, "score_scale": self.score_scale, "history": self.history}
         (folder / "value" / "state.json").write_text(json.dumps(state))
         self.processing_class.save_pretrained(folder)
@@ -711,21 +707,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        folder, lora = Path(resume_from_checkpoint), self.model.lora
-        critic = {path.stem: load_file(path) for path in (folder / "value").glob("*.safetensors")}
-        if critic.keys() != self.model.critic_parts().keys():
-            raise UserError(f"{folder} was trained with another --critic: give the same, or start over with --fresh")
-        if lora:
-            policy = load_file(folder / "adapter_model.safetensors")
-            set_peft_model_state_dict(self.model.policy, policy, adapter_name="default")
-        else:
-            shards = [load_file(path) for path in sorted(folder.glob("model*.safetensors"))]
-            self.model.policy.load_state_dict({k: v for s in shards for k, v in s.items()}, strict=False)
-        if "model" in critic and lora:
-            set_peft_model_state_dict(self.model.policy, critic["model"], adapter_name="value")
-        elif "model" in critic:
-            self.model.copies["value"].load_state_dict(critic["model"], strict=False)
-        self.model.value_head.load_state_dict(critic["head"])
+        folder = Path(resume_from_checkpoint)
+        self.model.load(folder)
         state = json.loads((folder / "value" / "state.json").read_text())
         self.kl_coef, self.score_scale, self.history = (state[k] for k in ("kl_coef", "score_scale", "history"))
         if (folder / "good.safetensors").exists():

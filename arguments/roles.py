@@ -2,16 +2,19 @@
 
 import copy
 from contextlib import contextmanager
+from pathlib import Path
 from types import MethodType
 
 import torch
 from loguru import logger
-from peft import TaskType, get_peft_model_state_dict
+from peft import TaskType, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from arguments.adapter import cast_trained
 from arguments.base import adapter_config, check_base, is_base
+from arguments.command_line import UserError
 from arguments.loss import logits_at
 from arguments.reward import RewardModel, adapter_head
 
@@ -109,6 +112,34 @@ class ActorCritic(nn.Module):
         elif self.trains_critic_body:
             parts["model"] = {name: weight.detach() for name, weight in self.copies["value"].named_parameters()}
         return parts
+
+    def save(self, folder: Path) -> None:
+        """Write the policy (its adapter, or all weights) into `folder` and the value function into its value/."""
+        self.policy.save_pretrained(folder, **({"selected_adapters": ["default"]} if self.lora else {}))
+        (folder / "value").mkdir(exist_ok=True)
+        for name, tensors in self.critic_parts().items():
+            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "value" / f"{name}.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: when it was trained with another --critic.
+        """
+        critic = {path.stem: load_file(path) for path in (folder / "value").glob("*.safetensors")}
+        if critic.keys() != self.critic_parts().keys():
+            raise UserError(f"{folder} was trained with another --critic: give the same, or start over with --fresh")
+        self.value_head.load_state_dict(critic["head"])
+        if self.lora:
+            policy = load_file(folder / "adapter_model.safetensors")
+            set_peft_model_state_dict(self.policy, policy, adapter_name="default")
+        else:
+            shards = [load_file(path) for path in sorted(folder.glob("model*.safetensors"))]
+            self.policy.load_state_dict({k: v for shard in shards for k, v in shard.items()}, strict=False)
+        if self.trains_critic_body and self.lora:
+            set_peft_model_state_dict(self.policy, critic["model"], adapter_name="value")
+        elif self.trains_critic_body:
+            self.copies["value"].load_state_dict(critic["model"], strict=False)
 
     def trained(self) -> tuple[list, list]:
         """Trained parameters of the policy and of the value function."""
