@@ -54,6 +54,7 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
+from arguments.answers import describe, mean_kl
 from arguments.plan import plan_ppo
 from arguments.reward_functions import function_scores, recorders
 from arguments.roles import at_columns, build_actor_critic, last_token
@@ -246,15 +247,6 @@ def explained_variance(values, returns, mask):
     return 1 - (returns - values)[kept].var() / returns[kept].var().clamp(min=1e-8)
 
 
-def kl_estimate(logp, ref_logp, estimator: str):
-    """Per-token estimates of KL(policy || reference) from the policy's samples (John Schulman, "Approximating KL").
-
-    k1 is unbiased and can be negative, k2 has less variance and some bias, k3 is unbiased and never negative.
-    """
-    log_ratio = logp - ref_logp
-    return {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": torch.exp(-log_ratio) - 1 + log_ratio}[estimator]
-
-
 def adapted_kl_coef(coef: float, kl: float, target: float, samples: int, horizon: int) -> float:
     """Proportional controller of Ziegler et al. (arXiv 1909.08593): at most +-20% of the error counts."""
     return coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * samples / horizon)
@@ -267,22 +259,6 @@ def prompt_order(prompts: int, per_rollout: int, rollouts: int, repeats: int, se
         order += torch.randperm(prompts, generator=generator).tolist()
     chunks = [order[i * per_rollout : (i + 1) * per_rollout] for i in range(rollouts)]
     return [index for chunk in chunks for _ in range(repeats) for index in chunk]
-
-
-# --- answers
-
-
-def distinct(ids: list[int], n: int) -> float:
-    """Share of different n-grams among all of an answer's (arXiv 1510.03055); 1 where it has none."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
-def correlation(first: list[float], second: list[float]) -> float:
-    """Pearson's, or 0 where one side is constant."""
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return 0.0
-    return torch.corrcoef(torch.tensor([first, second], dtype=torch.float64))[0, 1].item()
 
 
 def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.Tensor]:
@@ -535,8 +511,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         for i, answer in enumerate(self.rollout):
             n = len(answer["ids"])
             answer |= {"advantages": advantages[i, :n], "returns": returns[i, :n]}
-        self.history.append(self.describe(self.rollout))
-        seen = {"kl": self.mean_kl(self.rollout, args.kl_estimator), "kl_coef": self.kl_coef}
+        self.history.append(describe(self.rollout, self.reward_weights))
+        seen = {"kl": mean_kl(self.rollout, args.kl_estimator), "kl_coef": self.kl_coef}
         if self.server:
             seen["sampler_difference"] = sampler_difference(self.rollout)
         seen["explained_variance"] = explained_variance(batch["values"], returns, mask).item()
@@ -544,29 +520,6 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         if args.adap_kl_ctrl:
             kl = self.history[-1]["kl"]
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, args.kl_target, len(self.rollout), args.kl_horizon)
-
-    def mean_kl(self, answers: list[dict], estimator: str) -> float:
-        """Nats an answer, from the reference."""
-        return statistics.fmean(kl_estimate(a["logp"], a["ref_logp"], estimator).sum().item() for a in answers)
-
-    def describe(self, answers: list[dict]) -> dict[str, float]:
-        """Means over the answers: reward, KL (nats an answer), entropy (nats a token), length, repetition ...
-
-        The KL is k1's here whatever is logged: the guards and the controller have limits in nats.
-        """
-        scores, lengths = [answer["score"] for answer in answers], [len(answer["ids"]) for answer in answers]
-        stats = {
-            "reward": statistics.fmean(scores),
-            "reward_std": torch.tensor(scores, dtype=torch.float64).std(correction=0).item(),
-            "reward_length": correlation(scores, lengths),
-            "kl": self.mean_kl(answers, "k1"),
-            "entropy": sum(answer["entropy"].sum().item() for answer in answers) / sum(lengths),
-            "length": statistics.fmean(lengths),
-            "eos_rate": statistics.fmean(answer["finished"] for answer in answers),
-            "distinct_2": statistics.fmean(distinct(answer["ids"], 2) for answer in answers),
-        }
-        sources = self.reward_weights if len(self.reward_weights) > 1 else ()
-        return stats | {f"reward_{name}": statistics.fmean(a["scores"][name] for a in answers) for name in sources}
 
     # update
 
@@ -662,8 +615,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             self.take_told()
         pairs = list(zip((answer["score"] for answer in answers), self.reference_scores, strict=True))
         wins = statistics.fmean((policy > other) + 0.5 * (policy == other) for policy, other in pairs)
-        found = told | self.describe(answers) | {"win_rate": wins, "prompts": len(rows)}
-        found["kl"] = self.mean_kl(answers, self.args.kl_estimator)
+        found = told | describe(answers, self.reward_weights) | {"win_rate": wins, "prompts": len(rows)}
+        found["kl"] = mean_kl(answers, self.args.kl_estimator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)  # opens TensorBoard's file again, which the end of training closed
         self.show(rows, answers)

@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from arguments import GuardArguments
+from arguments.answers import correlation, distinct, kl_estimate
 from arguments.roles import ActorCritic, last_token, score_head
 from arguments.sampling import InverseTransformSampling, uniforms
 from rl_training import (
@@ -19,10 +20,7 @@ from rl_training import (
     adapted_kl_coef,
     advantages_and_returns,
     collate,
-    correlation,
-    distinct,
     explained_variance,
-    kl_estimate,
     policy_loss,
     prompt_order,
     token_rewards,
