@@ -32,13 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from arguments import (
@@ -59,7 +53,7 @@ from arguments.plan import plan_ppo
 from arguments.reward_functions import function_scores, recorders
 from arguments.roles import at_columns, build_actor_critic, last_token
 from arguments.rollout_server import RolloutServer, sampler_difference
-from arguments.sampling import InverseTransformSampling, Tick, uniforms
+from arguments.sampling import sample_answers, uniforms
 
 
 @dataclass
@@ -329,29 +323,15 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
     # rollout
 
     def generate(self, role: str, prompts: list[list[int]], seeds: list[str]) -> list[list[int]]:
-        """One sampled answer per prompt, up to and with its eos. Prompts of like length are sampled together."""
-        args, order = self.args, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        numbers = uniforms(seeds, self.data_args.max_target_length).to(args.device)
-        answers: dict[int, list[int]] = {}
-        with self.model.role(role) as model, self.accelerator.autocast():
-            kept, model.generation_config = model.generation_config, self.decoding()
-            at_once = 8 * args.micro_batch_size  # no activations are kept here
-            starts, most = range(0, len(order), at_once), self.data_args.max_target_length
-            bar = self.bar("Sampling tokens", len(starts) * most)
-            for number, start in enumerate(starts):
-                chunk = order[start : start + at_once]
-                padded = self.processing_class.pad(
-                    {"input_ids": [prompts[i] for i in chunk]}, padding_side="left", return_tensors="pt"
-                ).to(args.device)
-                width = padded["input_ids"].shape[1]
-                sampling = InverseTransformSampling(numbers[chunk], width, args.temperature)
-                processors = LogitsProcessorList([sampling, Tick(bar)])
-                sampled = model.generate(**padded, logits_processor=processors)
-                bar.update((number + 1) * most - bar.n)  # all may have ended before the last token
-                answers |= {i: self.until_eos(ids) for i, ids in zip(chunk, sampled[:, width:].tolist(), strict=True)}
-            bar.close()
-            model.generation_config = kept
-        return [answers[i] for i in range(len(prompts))]
+        """One sampled answer per prompt, up to and with its eos."""
+        args, most = self.args, self.data_args.max_target_length
+        rows = 8 * args.micro_batch_size  # no activations are kept here
+        numbers = uniforms(seeds, most).to(args.device)
+        bar = self.bar("Sampling tokens", math.ceil(len(prompts) / rows) * most)
+        with self.model.role(role) as model, self.accelerator.autocast(), bar:
+            return sample_answers(
+                model, self.processing_class, prompts, numbers, self.decoding(), args.temperature, rows, bar
+            )
 
     def generate_on_server(self, role: str, prompts: list[list[int]], seeds: list[str]) -> list[dict]:
         """What `generate` does, by the server: {"ids", "sampler_logp"} per prompt."""
@@ -379,10 +359,6 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             eos_token_id=self.eos_ids,
             pad_token_id=self.processing_class.pad_token_id,
         )
-
-    def until_eos(self, ids: list[int]) -> list[int]:
-        end = next((i + 1 for i, token in enumerate(ids) if token in self.eos_ids), len(ids))
-        return ids[:end]
 
     def micro_batches(self, answers: list[dict]) -> Iterator[tuple[list[dict], dict[str, torch.Tensor]]]:
         """The answers with their batches, those of like length together: less padding."""

@@ -1,10 +1,10 @@
-"""Sampling that depends on a seed for each answer alone."""
+"""Sampling answers, each a function of its own seed alone."""
 
 import random
 
 import torch
 from tqdm import tqdm
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 
 def uniforms(seeds: list[str], count: int) -> torch.Tensor:
@@ -40,3 +40,37 @@ class Tick(LogitsProcessor):
     def __call__(self, input_ids, scores):
         self.bar.update()
         return scores
+
+
+def until_eos(ids: list[int], eos_ids: list[int]) -> list[int]:
+    end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
+    return ids[:end]
+
+
+def sample_answers(
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    numbers: torch.Tensor,
+    config: GenerationConfig,
+    temperature: float,
+    rows: int,
+    bar: tqdm,
+) -> list[list[int]]:
+    """One answer per prompt, up to and with its eos, drawn by `numbers` [prompts, config.max_new_tokens].
+
+    `rows` prompts at once, those of like length together. `config` decodes greedily and lists the ids of eos; it
+    takes the place of the model's own, which may ask for top-k or penalties.
+    """
+    order, answers = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    kept, model.generation_config = model.generation_config, config
+    for number, start in enumerate(range(0, len(order), rows), 1):
+        chunk = order[start : start + rows]
+        padded = tokenizer.pad({"input_ids": [prompts[i] for i in chunk]}, padding_side="left", return_tensors="pt")
+        width = padded["input_ids"].shape[1]
+        processors = LogitsProcessorList([InverseTransformSampling(numbers[chunk], width, temperature), Tick(bar)])
+        sampled = model.generate(**padded.to(numbers.device), logits_processor=processors)[:, width:].tolist()
+        bar.update(number * config.max_new_tokens - bar.n)  # all may have ended before the last token
+        answers |= {i: until_eos(ids, config.eos_token_id) for i, ids in zip(chunk, sampled, strict=True)}
+    model.generation_config = kept
+    return [answers[i] for i in range(len(prompts))]

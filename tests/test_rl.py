@@ -39,6 +39,7 @@ from transformers import (
 import rl_training
 from arguments import DataArguments, ModelArguments, RewardModel
 from arguments.roles import disable_dropout
+from arguments.sampling import until_eos
 
 # --- the roles of PPO
 
@@ -486,7 +487,7 @@ def test_an_answer_ends_at_the_first_of_several_ends(tiny, records, tmp_path, mo
     assert trainer.eos_ids == sorted([eos, turn]) and eos != turn
     assert trainer.decoding().eos_token_id == trainer.eos_ids
     for ids, kept in (([9, turn, 9, eos], 2), ([9, 9, eos, turn], 3), ([9, 9, 9, 9], 4), ([turn], 1)):
-        assert trainer.until_eos(ids) == ids[:kept]
+        assert until_eos(ids, trainer.eos_ids) == ids[:kept]
 
 
 def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
