@@ -65,9 +65,11 @@ def pack(documents: Iterable[dict], pad_token_id: int, block_size: int, isolate:
     ids, positions = [], []
     for document in documents:
         ids, positions = ids + document["input_ids"], positions + list(range(len(document["input_ids"])))
-        while len(ids) >= block_size:
-            yield block(ids[:block_size], positions[:block_size], pad_token_id, block_size, isolate)
-            ids, positions = ids[block_size:], positions[block_size:]
+        rest = len(ids) - len(ids) % block_size
+        for start in range(0, rest, block_size):
+            taken = slice(start, start + block_size)
+            yield block(ids[taken], positions[taken], pad_token_id, block_size, isolate)
+        ids, positions = ids[rest:], positions[rest:]
     if ids:
         yield block(ids, positions, pad_token_id, block_size, isolate)
 
