@@ -210,26 +210,29 @@ class RunArguments:
             logger.warning("--torch_compile has no effect with --deepspeed and --fsdp")
             self.compile_settings = None
         elif asked:
-            from torch._dynamo import list_backends  # a second and a half
-            from torch._inductor import list_mode_options
-            from torch._inductor.cpp_builder import get_cpp_compiler
-            from torch._inductor.exc import InvalidCxxCompiler
+            self._check_compiler(backend, mode)
 
-            if backend not in list_backends(None):
-                raise UserError(
-                    f"--torch_compile_backend {backend} is unknown: expected one of {', '.join(list_backends())}"
-                )
-            if mode and mode not in list_mode_options():
-                raise UserError(
-                    f"--torch_compile_mode {mode} is unknown: expected one of {', '.join(list_mode_options())}"
-                )
-            try:
-                if backend == "inductor" and self.use_cpu:
-                    get_cpp_compiler()
-            except InvalidCxxCompiler as error:
-                raise UserError(
-                    "--torch_compile needs a C++ compiler: apt install g++, or name yours in the variable CXX"
-                ) from error
+    def _check_compiler(self, backend: str, mode: str | None) -> None:
+        from torch._dynamo import list_backends  # a second and a half
+        from torch._inductor import list_mode_options
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        if backend not in list_backends(None):
+            raise UserError(
+                f"--torch_compile_backend {backend} is unknown: expected one of {', '.join(list_backends())}"
+            )
+        if mode and mode not in list_mode_options():
+            raise UserError(
+                f"--torch_compile_mode {mode} is unknown: expected one of {', '.join(list_mode_options())}"
+            )
+        try:
+            if backend == "inductor" and self.use_cpu:
+                get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise UserError(
+                "--torch_compile needs a C++ compiler: apt install g++, or name yours in the variable CXX"
+            ) from error
 
     def _check_output(self) -> None:
         """Refuse an output folder that holds what this run would destroy."""

@@ -69,7 +69,7 @@ def index_by_name(model: nn.Module, files: list[Path], grown: bool) -> dict | No
         if shape == tuple(tensor.shape):
             dtype = str(tensor.dtype).removeprefix("torch.")
             index[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": dtype}
-        elif name in stored and not grown or name not in stored and name.startswith(body):
+        elif (name in stored and not grown) or (name not in stored and name.startswith(body)):
             return None
     for name, source in model.all_tied_weights_keys.items():
         index.setdefault(name, index.get(source))

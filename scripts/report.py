@@ -15,18 +15,17 @@ from loguru import logger
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from inference import Answerer, InferenceArguments  # noqa: E402
-from scripts.page import read_lines, write_page  # noqa: E402
+from scripts.page import STAGES, read_lines, write_page  # noqa: E402
 from scripts.table import table_rows  # noqa: E402
 
 PROMPTS = 3
 
 
 def print_table(outputs: Path) -> None:
-    stages = ("pt", "sft", "rm", "rl")
     print(f"\n{'':4} {'on held-out data':30} {'before':>9} {'after':>9}   n")
-    for stage, what, before, after, count in table_rows({name: outputs / name for name in stages}, outputs):
+    for stage, what, before, after, count in table_rows({name: outputs / name for name in STAGES}, outputs):
         print(f"{stage:4} {what:30} {before:>9} {after:>9}   {count}")
-    results = {name: json.loads((outputs / name / "all_results.json").read_text()) for name in stages}
+    results = {name: json.loads((outputs / name / "all_results.json").read_text()) for name in STAGES}
     spent = [f"{n.upper()} {r['train_runtime']:.0f} s (peak {r['peak_rss_gib']:.1f} GiB)" for n, r in results.items()]
     print(f"\n     time per stage: {', '.join(spent)}")
 
