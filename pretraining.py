@@ -44,7 +44,7 @@ class PretrainingArguments(RunArguments, TrainingArguments):
         default=False, metadata={"help": "Documents in a block do not see each other (models with position_ids)."}
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Tokenize while training, in passes without end (needs --max_steps)."}
+        default=False, metadata={"help": "Tokenize while training, in endless passes (needs --max_steps)."}
     )
 
     def __post_init__(self):
@@ -59,8 +59,8 @@ def pack(documents: Iterable[dict], pad_token_id: int, block_size: int, isolate:
     """Blocks of block_size tokens out of the documents' input_ids; the shorter last block is kept, padded.
 
     Yields {"input_ids", "attention_mask", "labels"}, each of length block_size; padding is -100 in the labels. With
-    `isolate` position_ids, which start anew with each document, take the mask's place, and a document's first token
-    is no label.
+    `isolate`, position_ids that restart with each document replace the mask, and a document's first token is not a
+    label.
     """
     ids, positions = [], []
     for document in documents:
@@ -84,9 +84,9 @@ def block(ids: list[int], positions: list[int], pad_token_id: int, length: int, 
 
 
 def stream(rows: Dataset, encode: Callable, seed: int | None, settings: dict) -> Iterator[dict]:
-    """Blocks of documents, tokenized as they are wanted: in order; with `seed` without end, each pass mixed anew.
+    """Blocks of documents tokenized on demand: one pass in order or, with `seed`, endless reshuffled passes.
 
-    A Trainer that resumes counts blocks from the start of the stream: with an end in it, it would count wrongly.
+    A Trainer that resumes skips blocks from the start of the stream: it would miscount one that ends and restarts.
     """
     passes = [rows] if seed is None else (rows.shuffle(seed=seed + number) for number in itertools.count())
     yield from pack((encode(row) for one in passes for row in one), **settings)
@@ -95,7 +95,7 @@ def stream(rows: Dataset, encode: Callable, seed: int | None, settings: dict) ->
 def build_blocks(
     rows: Dataset, tokenizer, data_args: DataArguments, args: PretrainingArguments, seed: int | None = None
 ):
-    """The blocks of all documents, mixed by `seed`, as a Dataset (or, streaming, an IterableDataset)."""
+    """The blocks of all documents, shuffled by `seed`, as a Dataset (or, streaming, an IterableDataset)."""
 
     def encode(row):
         text = row["text"] if args.keep_linebreaks else " ".join(row["text"].split())
@@ -111,13 +111,13 @@ def build_blocks(
         kwargs = {"rows": rows, "encode": encode, "seed": seed, "settings": settings}
         return IterableDataset.from_generator(stream, gen_kwargs=kwargs)
     documents = data_args.tokenize(rows, encode, tokenizer, keep_linebreaks=args.keep_linebreaks)
-    if seed is not None:  # blocks are cut through documents: mix those first
+    if seed is not None:  # before packing: a block holds parts of several documents
         documents = documents.shuffle(seed=seed)
     return data_args.cached(pack, {"documents": documents} | settings, documents._fingerprint, settings)
 
 
 class PretrainingTrainer(LogLine, EndsOnce, SeededOrder, TokenLoss, Trainer):
-    """transformers.Trainer with a loss that needs little memory, token-weighted held-out loss and perplexity."""
+    """transformers.Trainer with a memory-saving loss, token-weighted held-out loss and perplexity."""
 
 
 def main():
@@ -144,7 +144,7 @@ def main():
 
     model = model_args.load_model(AutoModelForCausalLM)
     if training_args.isolate_documents and not keeps_apart(model):
-        raise UserError(f"--isolate_documents: {model.config.model_type} does not go by position_ids, leave it out")
+        raise UserError(f"--isolate_documents: {model.config.model_type} does not go by position_ids: leave it out")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)
     training_args.avoid_casts(model)
     training_args.compile_layers(model)

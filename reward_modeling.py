@@ -47,7 +47,7 @@ class RewardArguments(RunArguments, RewardConfig):
         default=None, metadata={"help": "Not to be set: the limits are max_source_length and max_target_length."}
     )
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "Pairs of like length share a batch: less padding."}
+        default="group_by_length", metadata={"help": "Pairs of similar length share a batch: less padding."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The sampler above reads a column, length."})
     center_rewards_coefficient: float | None = field(
@@ -65,9 +65,9 @@ class RewardArguments(RunArguments, RewardConfig):
 
 def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
     """Rows {"chosen_ids", "rejected_ids", "length", "together"}: the conversation with each answer up to its end,
-    the longer one's length, and that of both behind one prompt.
+    the length of the longer one, and that of one row with both answers after a single prompt.
 
-    A pair whose answers differ behind max_target_length alone is a bad record: nothing can be learned from it.
+    A pair whose answers differ only beyond max_target_length is a bad record: nothing can be learned from it.
     """
 
     def encode(row):
@@ -104,8 +104,8 @@ def accuracies(margins: torch.Tensor, kinds: list[str]) -> dict[str, float]:
 class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
     """trl.RewardTrainer with exact held-out figures, also by kind of rejected answer, and the length-only accuracy.
 
-    The library's are means over batches of each batch's: pairs of a small last batch weigh more, and over several
-    processes those that fill it up count twice.
+    The library averages over batches: pairs of a small last batch weigh more, and with several processes the pairs
+    that fill it up count twice.
     """
 
     def _get_eval_sampler(self, eval_dataset):

@@ -281,7 +281,7 @@ def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.T
 
 
 class PPOTrainer(LogLine, EndsOnce, Trainer):
-    """transformers.Trainer whose training step takes mini-batches from a rollout that it samples itself.
+    """transformers.Trainer whose training steps take mini-batches from a rollout that it samples itself.
 
     An answer is a dict: prompt and ids (tokens), text, finished, score, and one number a token in the tensors logp,
     ref_logp, entropy, values, advantages, returns. Every rank holds the answers of all. Checkpoints fall between
@@ -301,7 +301,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         self.kl_coef, self.score_scale, self.history = self.args.init_kl_coef, 0.0, []  # a scale of 0 is not known yet
         self.rollout, self.stats, self.good, self.policy_stopped, self.stopped = [], [], [], False, False
         self.reference_scores: list[float] = []
-        self.told: list[dict[str, float]] = []  # what reward functions log
+        self.function_metrics: list[dict[str, float]] = []  # what reward functions log
         self.eos_ids = data_args.eos_ids(self.model.policy, self.processing_class)
 
     def _get_train_sampler(self, dataset=None):
@@ -334,7 +334,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             )
 
     def generate_on_server(self, role: str, prompts: list[list[int]], seeds: list[str]) -> list[dict]:
-        """What `generate` does, by the server: {"ids", "sampler_logp"} per prompt."""
+        """`generate` on the server: {"ids", "sampler_logp"} per prompt."""
         name = self.server.base
         if role == "policy":
             with self.accelerator.main_process_first():
@@ -346,12 +346,12 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         return self.server.sample(name, prompts, [random.Random(seed).getrandbits(31) for seed in seeds], **limits)
 
     def bar(self, what: str, total: int) -> tqdm:
-        """Progress and time left of what the trainer's own bar does not count; gone when it is done."""
+        """A progress bar for what the trainer's own does not count; it disappears when done."""
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         return tqdm(desc=what, total=total, disable=quiet, leave=False, mininterval=1.0)
 
     def decoding(self) -> GenerationConfig:
-        """Nothing but the sampling above: the model's own generation_config may ask for top-k or penalties."""
+        """Greedy, for InverseTransformSampling leaves one token to choose; and without the model's own settings."""
         return GenerationConfig(
             do_sample=False,
             max_new_tokens=self.data_args.max_target_length,
@@ -361,7 +361,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         )
 
     def micro_batches(self, answers: list[dict]) -> Iterator[tuple[list[dict], dict[str, torch.Tensor]]]:
-        """The answers with their batches, those of like length together: less padding."""
+        """The answers with their batches, those of similar length together: less padding."""
         by_length = sorted(answers, key=lambda answer: len(answer["prompt"]) + len(answer["ids"]))
         for start in range(0, len(answers), self.args.micro_batch_size):
             chosen = by_length[start : start + self.args.micro_batch_size]
@@ -395,7 +395,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         return self.model.value_head(states).squeeze(-1) * batch["answer_mask"]
 
     def scores(self, batch: dict, frozen, answers: list[dict], rows: list[dict]) -> dict[str, list[float]]:
-        """What each reward source says of the answers, unweighted; `frozen` [batch, time, size] is the adapter's."""
+        """Each reward source's scores, unweighted; `frozen` [batch, time, size] are the reward adapter's states."""
         found = {}
         turns = [[{"role": "assistant", "content": answer["text"]}] for answer in answers]
         if self.reward_model is not None:
@@ -409,14 +409,14 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         columns = {key: [record.get(key) for record in records] for key in {k for record in records for k in record}}
         columns |= {"prompts": [row["prompt"] for row in rows], "completions": turns}
         columns |= {"completion_ids": [answer["ids"] for answer in answers], "trainer_state": self.state}
-        columns |= recorders(answers, self.told)
+        columns |= recorders(answers, self.function_metrics)
         for name, function in self.reward_functions.items():
             found[name] = function_scores(name, function, columns)
         return found
 
     @torch.no_grad()
     def sample(self, role: str, rows: list[dict], seeds: list[str]) -> list[dict]:
-        """This rank's answers to its `rows`, as far as sampling knows them: prompt, ids, text, finished."""
+        """This rank's answers to its `rows`, with what sampling knows of them: prompt, ids, text, finished."""
         self.model.eval()
         prompts = [row["input_ids"] for row in rows]
         if self.server:
@@ -449,14 +449,14 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
                 answer["score"] = sum(self.reward_weights[k] * v for k, v in answer["scores"].items())
             bar.update(len(chosen))
         bar.close()
-        self.told = gather_object(self.told)
+        self.function_metrics = gather_object(self.function_metrics)
         return gather_object(answers)
 
-    def take_told(self) -> dict[str, float]:
-        """Means of what the reward functions logged since last asked, over all their calls."""
-        told, self.told = self.told, []
-        names = {name for row in told for name in row}
-        return {name: statistics.fmean(row[name] for row in told if name in row) for name in sorted(names)}
+    def take_function_metrics(self) -> dict[str, float]:
+        """Means of what the reward functions logged since the last call."""
+        rows, self.function_metrics = self.function_metrics, []
+        names = {name for row in rows for name in row}
+        return {name: statistics.fmean(row[name] for row in rows if name in row) for name in sorted(names)}
 
     @contextmanager
     def timed(self, phase: str):
@@ -492,7 +492,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         if self.server:
             seen["sampler_difference"] = sampler_difference(self.rollout)
         seen["explained_variance"] = explained_variance(batch["values"], returns, mask).item()
-        self.stats.append(self.take_told() | self.history[-1] | seen)
+        self.stats.append(self.take_function_metrics() | self.history[-1] | seen)
         if args.adap_kl_ctrl:
             kl = self.history[-1]["kl"]
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, args.kl_target, len(self.rollout), args.kl_horizon)
@@ -500,7 +500,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
     # update
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        self.count_tokens(0)  # what is sampled and what is learned from take times of their own
+        self.count_tokens(0)  # starts the clock alone: sampling and updating have times of their own
         args = self.args
         number, step = divmod(self.state.global_step, args.steps_per_rollout)
         if step == 0:
@@ -550,21 +550,21 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
 
     @torch.no_grad()
     def stop(self) -> torch.Tensor:
-        """End the training with the weights that sampled the last rollout that no guard stopped."""
+        """End training with the weights that sampled the last rollout that no guard stopped."""
         trained = sum(self.model.trained(), [])
         for parameter, good in zip(trained, self.good or trained, strict=True):
             parameter.copy_(good)
             parameter.grad = torch.zeros_like(parameter)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0  # the step that follows moves nothing
-        if self.accelerator.scaler is not None:  # it has no scale before its first use, and the step asks for one
+        if self.accelerator.scaler is not None:  # it gets a scale at its first use, and the step needs one
             self.accelerator.scaler.scale(torch.zeros((), device=self.args.device))
         self.control.should_training_stop = self.stopped = True
         return torch.zeros((), device=self.args.device)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        if self.stopped:  # a run that went on from a checkpoint behind it would train past its guard
-            self.control.should_save = self.control.should_evaluate = False  # the best one is saved by an evaluation
+        if self.stopped:  # a run resumed from a checkpoint saved now would train past its guard
+            self.control.should_save = self.control.should_evaluate = False  # an evaluation may save a best one
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # evaluation, logging, saving
@@ -580,21 +580,21 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Sample one answer per held-out prompt, always with the same numbers, all ranks sharing the work."""
+        """Sample one answer per held-out prompt, with the same random numbers each time; all ranks share the work."""
         rows = list(eval_dataset or self.eval_dataset)
         answers = self.answer_all("policy", rows)
-        told = self.take_told()
+        found = self.take_function_metrics()
         if len(self.reference_scores) != len(rows):  # a policy that has not moved yet is the reference
             moved = any(not torch.equal(answer["logp"], answer["ref_logp"]) for answer in answers)
             reference = self.answer_all("reference", rows) if moved else answers
             self.reference_scores = [answer["score"] for answer in reference]
-            self.take_told()
+            self.take_function_metrics()
         pairs = list(zip((answer["score"] for answer in answers), self.reference_scores, strict=True))
         wins = statistics.fmean((policy > other) + 0.5 * (policy == other) for policy, other in pairs)
-        found = told | describe(answers, self.reward_weights) | {"win_rate": wins, "prompts": len(rows)}
+        found |= describe(answers, self.reward_weights) | {"win_rate": wins, "prompts": len(rows)}
         found["kl"] = mean_kl(answers, self.args.kl_estimator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        self.log(metrics)  # opens TensorBoard's file again, which the end of training closed
+        self.log(metrics)  # reopens TensorBoard's file, which the end of training closed
         self.show(rows, answers)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -668,7 +668,7 @@ def main():
     if training_args.vllm_server and not adapter_args.use_peft:
         raise UserError("--vllm_server takes the policy as an adapter: leave --use_peft False out")
     model_args.check(data_args.longest, trains_all=not adapter_args.use_peft, output_dir=training_args.output_dir)
-    # on a CPU also under bf16: logits have to be finer there
+    # on a CPU the weights are float32 even under bf16, too coarse there for log-probabilities
     precision = "fp32" if training_args.device.type == "cpu" else training_args.precision
     model_args.resolve_dtype(precision, trains_all=not adapter_args.use_peft)
 

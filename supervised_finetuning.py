@@ -42,7 +42,7 @@ class FinetuningArguments(RunArguments, TrainingArguments):
 
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak rate. 2e-4 suits LoRA; all weights want 2e-5."})
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "Rows of like length share a batch: less padding."}
+        default="group_by_length", metadata={"help": "Rows of similar length share a batch: less padding."}
     )
     train_on_inputs: bool = field(
         default=False, metadata={"help": "Train all turns: system texts, questions and tools' output too."}
@@ -57,7 +57,7 @@ class FinetuningArguments(RunArguments, TrainingArguments):
 def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments, train_on_inputs: bool = False) -> Dataset:
     """Rows {"input_ids", "labels", "length"}; labels are -100 outside the assistant's turns.
 
-    With `train_on_inputs` all tokens but the first are labels: in a packed row that would be foretold by another text.
+    With `train_on_inputs` all tokens but the first are labels: a packed row would predict that from another text.
     """
 
     def encode(row):
@@ -72,7 +72,7 @@ def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments, train_on_i
 def pack(dataset: Dataset, length: int) -> Dataset:
     """Rows {"input_ids", "labels", "position_ids", "length"} of at most `length` tokens, of whole conversations.
 
-    position_ids start anew with each conversation, and tell the model where it begins.
+    position_ids restart with each conversation, which tells the model where it begins.
     """
     packed = pack_dataset(dataset.select_columns(["input_ids", "labels"]), length)  # best fit decreasing
 
@@ -89,9 +89,9 @@ def packing_told(packed: Dataset, length: int) -> str:
 
 
 def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Rows padded to the longest: with an attention mask, or, where they are packed, with position_ids instead.
+    """Rows padded to the longest, with an attention mask or, if they are packed, with position_ids instead.
 
-    A padding token of a packed row is at position 0, as the first of a sequence of its own.
+    Each padding token of a packed row is at position 0: a sequence of its own.
     """
 
     def padded(lists, value):
@@ -105,7 +105,7 @@ def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 
 class FinetuningTrainer(LogLine, EndsOnce, SeededOrder, TokenLoss, Trainer):
-    """transformers.Trainer with logits of trained tokens alone; trl.SFTTrainer's on a CPU are of the prompt's too."""
+    """transformers.Trainer with logits of trained tokens only; on a CPU trl.SFTTrainer computes the prompt's too."""
 
 
 def main():

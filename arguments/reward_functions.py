@@ -1,4 +1,4 @@
-"""Rewards from the user's own Python functions, with the signature that trl gave them."""
+"""Rewards from the user's own Python functions, called as trl calls them."""
 
 import asyncio
 import importlib.util
@@ -31,10 +31,10 @@ def load_functions(source: str) -> dict[str, Callable]:
     return functions
 
 
-def recorders(answers: list[dict], told: list[dict[str, float]]) -> dict[str, Callable]:
-    """What trl hands to reward functions to log with: log_extra(column, values) and log_metric(name, value).
+def recorders(answers: list[dict], metrics: list[dict[str, float]]) -> dict[str, Callable]:
+    """What trl gives reward functions to log with: log_extra(column, values) and log_metric(name, value).
 
-    A column is written with the answers shown at each evaluation, a metric with the others of a rollout or evaluation.
+    Columns are written beside the answers shown at each evaluation, metrics logged with those of the rollout.
     """
 
     def log_extra(column: str, values: list) -> None:
@@ -44,7 +44,7 @@ def recorders(answers: list[dict], told: list[dict[str, float]]) -> dict[str, Ca
             answer.setdefault("extra", {})[column] = value
 
     def log_metric(name: str, value: float) -> None:
-        told.append({name: float(value)})
+        metrics.append({name: float(value)})
 
     return {"log_extra": log_extra, "log_metric": log_metric}
 

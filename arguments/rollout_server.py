@@ -10,7 +10,7 @@ import torch
 
 from arguments.command_line import Fault, UserError
 
-SECONDS = 10, 3600  # to be reached; to answer, for a rollout may take long
+SECONDS = 10, 3600  # to connect; to answer, as a rollout may take long
 AT_ONCE = 256  # requests; the server makes batches of them
 LARGEST_DIFFERENCE = 0.3  # nats a token: 16 bits on both sides leave some 0.01, a 4-bit base here some 0.1
 
@@ -18,7 +18,7 @@ LARGEST_DIFFERENCE = 0.3  # nats a token: 16 bits on both sides leave some 0.01,
 class RolloutServer:
     """A `vllm serve` of the policy's base, which reads the policy's adapter from a folder that both machines see.
 
-    It was started so that adapters may come and go, and with the log-probabilities of what it really sampled from:
+    It must allow adapters to come and go, and report the log-probabilities of what it really sampled from:
 
         VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve outputs/sft-merged --enable-lora --max-lora-rank 8 \
             --logprobs-mode processed_logprobs
@@ -29,7 +29,7 @@ class RolloutServer:
 
     Args:
         url: where it listens, e.g. http://localhost:8000.
-        folder: where the adapter lies while the server needs it; nothing else is kept there.
+        folder: for the adapter while the server needs it; everything else in it is deleted.
 
     Raises:
         UserError: when nothing answers there.
@@ -54,8 +54,8 @@ class RolloutServer:
         return answer.json() if "json" in answer.headers.get("content-type", "") else {}
 
     def load(self, model) -> None:
-        """Let the server sample with the adapter "default" of a PeftModel, and forget the one before."""
-        name = f"policy-{uuid.uuid4().hex}"  # one that no run has used: a server keeps what a killed one loaded
+        """Let the server sample with the adapter "default" of a PeftModel, and forget the previous one."""
+        name = f"policy-{uuid.uuid4().hex}"  # unused by any run: a server keeps what a killed one loaded
         model.save_pretrained(self.folder / name, selected_adapters=["default"])
         self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=str(self.folder / name))
         if self.policy != self.base:
@@ -65,7 +65,7 @@ class RolloutServer:
         self.policy = name
 
     def close(self) -> None:
-        """Leave neither an adapter on the server nor its files."""
+        """Remove the adapter from the server, and its files."""
         if self.policy != self.base:
             self.ask("/v1/unload_lora_adapter", lora_name=self.policy)
             shutil.rmtree(self.folder)

@@ -32,7 +32,7 @@ class InverseTransformSampling(LogitsProcessor):
 
 
 class Tick(LogitsProcessor):
-    """Moves a progress bar at each token, and leaves the scores alone."""
+    """Advances a progress bar at each token; the scores stay as they are."""
 
     def __init__(self, bar: tqdm):
         self.bar = bar
@@ -59,8 +59,8 @@ def sample_answers(
 ) -> list[list[int]]:
     """One answer per prompt, up to and with its eos, drawn by `numbers` [prompts, config.max_new_tokens].
 
-    `rows` prompts at once, those of like length together. `config` decodes greedily and lists the ids of eos; it
-    takes the place of the model's own, which may ask for top-k or penalties.
+    `rows` prompts at once, those of similar length together. `config` decodes greedily and lists the eos ids; it
+    replaces the model's own, which may ask for top-k or penalties.
     """
     order, answers = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     kept, model.generation_config = model.generation_config, config
