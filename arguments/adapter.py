@@ -35,9 +35,9 @@ class AdapterArguments:
     modules_to_save: str | None = field(
         default=None, metadata={"help": "Comma list of modules trained and saved in full, e.g. embed_tokens,lm_head."}
     )
-    peft_path: str | None = field(default=None, metadata={"help": "Go on training this adapter."})
+    peft_path: str | None = field(default=None, metadata={"help": "Continue training this adapter."})
     force: bool = field(
-        default=False, metadata={"help": "Take an adapter (--peft_path, reward model) on another base than its own."}
+        default=False, metadata={"help": "Accept an adapter (--peft_path, reward model) on a base other than its own."}
     )
 
     def __post_init__(self):
@@ -105,9 +105,8 @@ class AdapterArguments:
 class QuickDropout(nn.Dropout):
     """nn.Dropout, whose random numbers on a CPU come in words of 64 bits from numpy.
 
-    4 x 512 x 576 numbers take 1.7 ms so, and 7.6 ms torch's way, on two cores. They follow from one number of torch's
-    generator, so a run that goes on, or computes activations again, drops the same. The share dropped is p to within
-    1/131072.
+    4 x 512 x 576 numbers take 1.7 ms so, and 7.6 ms torch's way, on two cores. They derive from one number of torch's
+    generator, so resumed runs and recomputed activations drop the same. The share dropped is p to within 1/131072.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,7 +119,7 @@ class QuickDropout(nn.Dropout):
 
 
 def quicken_dropout(model: nn.Module) -> None:
-    """Let the adapters of a model drop by QuickDropout."""
+    """Replace the dropout of a model's adapters by QuickDropout."""
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
         for name, dropout in layer.lora_dropout.items():
             if type(dropout) is nn.Dropout:
@@ -128,9 +127,9 @@ def quicken_dropout(model: nn.Module) -> None:
 
 
 def trained_dtype() -> torch.dtype:
-    """Of weights that train: float32, since float16 gradients cannot be scaled, and bfloat16 loses small updates.
+    """Dtype of trained weights: float32, as float16 gradients cannot be scaled and bfloat16 loses small updates.
 
-    DeepSpeed computes in the weights' own dtype, without autocast, and keeps the float32 that it trains beside them.
+    DeepSpeed computes in the weights' own dtype, without autocast, and keeps float32 copies that it trains.
     """
     config = deepspeed_config() or {}
     halves = (("bf16", torch.bfloat16), ("fp16", torch.float16))
@@ -138,11 +137,11 @@ def trained_dtype() -> torch.dtype:
 
 
 def cast_trained(model: nn.Module) -> None:
-    """Cast what is trained to trained_dtype.
+    """Cast trained weights to trained_dtype; call it again after adding an adapter.
 
-    peft does so for LoRA's own matrices, not for a score head or other modules saved in full. Those then take their
-    input in float32, and hand on the dtype of the frozen layers behind them, which only autocast would mend. Heads,
-    which lie outside of the base model, have none behind them. To be called again when more adapters came.
+    peft casts LoRA's own matrices, but not a score head or other modules saved in full. Those get hooks, for where
+    autocast is off: inputs are cast to float32 and, inside the base model, outputs back to the dtype of the frozen
+    layers that follow. No layer follows a head.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -161,13 +160,13 @@ def cast_trained(model: nn.Module) -> None:
 
 
 def cast_inputs(module: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
-    """Before a module's call: its inputs in the dtype of its weights, which FSDP gathers in 16 bits."""
+    """Forward pre-hook: inputs in the dtype of the module's weights, which FSDP gathers in 16 bits."""
     dtype = next(module.parameters()).dtype
     return cast(inputs, dtype), {name: cast(value, dtype) for name, value in named.items()}
 
 
 def cast(value, dtype: torch.dtype):
-    """A tensor in `dtype`, if it is of floating point; so in tuples; all else as it is."""
+    """Floating-point tensors, also those in tuples, in `dtype`; everything else as it is."""
     if isinstance(value, tuple):
         return tuple(cast(part, dtype) for part in value)
     return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value

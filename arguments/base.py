@@ -37,7 +37,7 @@ def local_file(name_or_path: str, name: str) -> str | None:
     """Path of a file of a folder, or of a hub model that was loaded before; None where there is none."""
     try:
         return cached_file(name_or_path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
-    except OSError:  # no folder, no name of a hub model: loading it will say so
+    except OSError:  # neither a folder nor a hub model: loading it will say so
         return None
 
 
@@ -61,7 +61,7 @@ def open_safetensors(path: Path):
 
 
 def stored_tensors(path: Path) -> Iterator[tuple[str, tuple, object]]:
-    """Name, shape and something to slice of each tensor in a file, without reading it whole."""
+    """Name, shape and a handle to slice of each tensor in a file, without reading the whole file."""
     if path.suffix == ".safetensors":
         with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
@@ -73,7 +73,7 @@ def stored_tensors(path: Path) -> Iterator[tuple[str, tuple, object]]:
 
 
 def pickled_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .bin file, on disk where its format allows (torch before 1.6 wrote none that does)."""
+    """The tensors of a .bin file, memory-mapped unless a torch before 1.6 wrote it."""
     try:
         return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except OSError:
@@ -86,9 +86,9 @@ def pickled_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def numeric_fields(config: dict, prefix: str = "") -> dict[str, float]:
-    """The numbers and switches of a config.json that its logits hang on, by their path in it.
+    """The numbers and switches of a config.json that affect the logits, by their path in it.
 
-    Only what two configs both name is ever compared: versions of transformers write more or fewer defaults.
+    Only fields that both configs have are compared: versions of transformers write more or fewer defaults.
     """
     found = {}
     for name, value in config.items():
@@ -103,7 +103,7 @@ def numeric_fields(config: dict, prefix: str = "") -> dict[str, float]:
 
 
 def fingerprint(name_or_path: str) -> dict:
-    """What tells this base from another one, read from its files in milliseconds; {} when they are not found.
+    """What tells this base from another, read from its files in milliseconds; {} if they are not found.
 
     "model_type"; "config": the numbers in its config.json; "shapes": SHA-256 of all names and shapes; "weights":
     {name: [dtype, first numbers of its middle row]} of TENSORS matrices spread over the model, chosen by the hash of
@@ -137,7 +137,7 @@ def same_numbers(first: list, second: list) -> bool:
 
 
 def difference(known: dict, found: dict) -> str | None:
-    """In which way two fingerprints are of different bases, in words; None when they are of the same."""
+    """How the base of fingerprint `found` differs from that of `known`, in words; None if it is the same."""
     if not known or not found:
         return None
     if known["model_type"] != found["model_type"]:
@@ -160,7 +160,7 @@ def facts_of(base: str) -> dict:
 
 
 def record_base(folder: Path, facts: dict | None = None) -> None:
-    """Write `facts` of the base into `folder`; without them, those of the base that an adapter there names."""
+    """Write `facts` about the base into `folder`; by default those of the base that an adapter there names."""
     if facts is None and (folder / "adapter_config.json").exists():
         facts = facts_of(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
     if facts is not None:
@@ -168,13 +168,13 @@ def record_base(folder: Path, facts: dict | None = None) -> None:
 
 
 def other_base(folder: Path, model: str) -> str | None:
-    """In which way `model` is another base than that of `folder`, an adapter or a checkpoint, in words; else None."""
+    """How `model` differs from the base of `folder` (an adapter or a checkpoint), in words; None if it does not."""
     found = fingerprint(model)
     return difference(known_base(folder, found, model).get("fingerprint", {}), found)
 
 
 def known_base(folder: Path, found: dict, model: str) -> dict:
-    """What `folder` says of its base; {} when nothing. A line is logged when `found` cannot be compared with it."""
+    """What base.json in `folder` says, {} if there is none; warns if `found` cannot be compared with it."""
     path = folder / BASE_FILE
     known = json.loads(path.read_text()) if path.exists() else {}
     if known and not (known["fingerprint"] and found):
@@ -195,7 +195,7 @@ def adapter_config(folder: Path) -> PeftConfig:
     """The adapter_config.json of a folder.
 
     Raises:
-        UserError: when it is damaged, or no adapter's.
+        UserError: when it is damaged, or not an adapter's.
     """
     try:
         return PeftConfig.from_pretrained(folder)
@@ -215,10 +215,10 @@ def is_base(adapter: Path, model: str) -> bool:
 
 
 def check_base(adapter: Path, base: str, force: bool = False) -> None:
-    """See that `base` is what the adapter was trained on, as far as it says so.
+    """Check that `base` is what the adapter was trained on, as far as its base.json tells.
 
     Raises:
-        UserError: when it is not, unless `force`; then one warning says what is overridden.
+        UserError: when it is not; with `force` that is a warning.
     """
     found = fingerprint(base)
     known = known_base(adapter, found, base)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: sealed last, thinned out only then, and looked at before a run goes on."""
+"""Checkpoints that are whole or absent: sealed last, older ones deleted only then, verified before a run resumes."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ SEAL = "seal.json"  # in a checkpoint: which stage made it, size and hash of eac
 
 
 class CheckpointSeal(TrainerCallback):
-    """Writes the size and hash of every file of a checkpoint into it once all are there: no seal, not whole.
+    """Writes the sizes and hashes of a checkpoint's files into it when all are there: unsealed, it is not whole.
 
     Only then are older checkpoints deleted, so that at any moment one is whole.
     """
@@ -30,7 +30,7 @@ class CheckpointSeal(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / SEAL).unlink(missing_ok=True)
-            record_base(folder, args.base_facts)  # where all weights are trained, nothing else says what they were
+            record_base(folder, args.base_facts)  # if all weights are trained, nothing else names their base
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             seal = {"stage": type(args).__name__, "arguments": without_secrets(sys.argv[1:])}
             seal["files"] = {str(p.relative_to(folder)): digest(p) for p in files}
@@ -45,7 +45,7 @@ def digest(path: Path) -> list:
 
 
 def thin_out(newest: Path, kept: int | None, best: str | None) -> None:
-    """Delete checkpoints older than `newest`, a whole one: those that are not whole, and all whole ones but the last.
+    """Leave `kept` whole checkpoints with `newest`; also delete those that are older than it and not whole.
 
     As in transformers the best one stays and counts among the `kept`; None or 0 keeps all.
     """
@@ -77,9 +77,9 @@ def checkpoint_fault(folder: Path, hashes: bool = True) -> str | None:
 
 
 def warn_of_changes(folder: Path) -> None:
-    """Say which flags are not those that the checkpoint was made with."""
+    """Warn about flags that differ from those that the checkpoint was made with."""
 
-    def flags(words: list[str]) -> dict[str, str]:  # of a flag that is given twice the last value counts
+    def flags(words: list[str]) -> dict[str, str]:  # if a flag is given twice, the last value counts
         parts = " ".join(words).removeprefix("--").split(" --")
         pairs = [part.replace("=", " ", 1).partition(" ")[::2] for part in parts]
         return {name.replace("-", "_"): value for name, value in pairs if name}
@@ -89,7 +89,7 @@ def warn_of_changes(folder: Path) -> None:
         return
     before, now = flags(before), flags(without_secrets(sys.argv[1:]))
     changed = {name for name in before | now if before.get(name) != now.get(name)}
-    names = sorted(changed - {"fresh", "overwrite_output_dir", "resume_from_checkpoint"})  # where to begin, not how
+    names = sorted(changed - {"fresh", "overwrite_output_dir", "resume_from_checkpoint"})  # where to start, not how
     if names:
         changes = [f"--{name} {now.get(name, 'not given')} (was {before.get(name, 'not given')})" for name in names]
         logger.warning(
@@ -99,7 +99,7 @@ def warn_of_changes(folder: Path) -> None:
 
 
 def clear_output(folder: Path, sources: list[str]) -> None:
-    """Remove what an earlier run left there and would be taken for this run's, but not the `sources` of this run."""
+    """Remove what an earlier run left in `folder` and could be taken for this run's, except this run's `sources`."""
     names = ["checkpoint-*", "adapter", "merge.json", "run.json", "*_results.json"]
     names += [f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
     of_a_run = any(next(folder.glob(name), None) for name in ("checkpoint-*", "merge.json", "run.json"))

@@ -1,4 +1,4 @@
-"""The command line: flags of today and of 2023, and bad input that ends with one message."""
+"""The command line: today's flags and those of 2023, and one clear message for bad input."""
 
 import dataclasses
 import difflib
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-# Flags of the 2023 scripts and what transformers 5 calls them. None: it does by default what the flag asked for.
+# Flags of the 2023 scripts and their names today. None: what the flag asked for happens by default.
 RENAMED_FLAGS = {
     "--overwrite_output_dir": "--fresh",
     "--warmup_ratio": "--warmup_steps",  # a value below 1 is a share of all steps
@@ -57,9 +57,9 @@ class Fault(UserError):
 
 
 def run_stage(main):
-    """Call `main()`; bad input ends with its one message on stderr and exit code 2, and without a traceback.
+    """Call `main()`; bad input ends with one message on stderr and exit code 2, without a traceback.
 
-    So does a disk that is full or cannot be written, with exit code 1, and Ctrl-C outside training, with 130.
+    So do a disk that is full or cannot be written to, with exit code 1, and Ctrl-C outside training, with 130.
     """
     logger.remove()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -67,7 +67,7 @@ def run_stage(main):
     rank, several = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") != "1"
     line = "{time:HH:mm:ss} {level: <7} " + (f"rank {rank}: " if several else "") + "{message}"
     logger.add(beside_bars, format=line, level="INFO" if rank == "0" else "ERROR")
-    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # that it took the tokenizer's pad token
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # a note on the tokenizer's pad token
     if not sys.warnoptions:  # python -W default shows what libraries say about each other's calls
         warnings.simplefilter("ignore", FutureWarning)
     try:
@@ -85,12 +85,11 @@ def run_stage(main):
 
 
 def leave_group() -> None:
-    """Part from the other processes of a run that has ended well.
+    """Leave the process group of a run that has succeeded.
 
-    A thread of gloo lets go of the last collective's tensors after the collective has returned. If Python is ending by
-    then, that aborts the process, and torchrun calls the run failed: seen in 26 of 120 short FSDP2 runs (PyTorch
-    2.13), and in none of 60 with this pause, in which the thread gets Python's lock. Destroying the group alone does
-    not wait for the thread.
+    A thread of gloo frees the last collective's tensors after the collective has returned. If Python is exiting by
+    then, that aborts the process, and torchrun reports a failure: seen in 26 of 120 short FSDP2 runs (PyTorch 2.13),
+    and in none of 60 with this pause, in which the thread gets the GIL. Destroying the group alone does not wait.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         time.sleep(0.1)
@@ -98,12 +97,12 @@ def leave_group() -> None:
 
 
 def beside_bars(line: str) -> None:
-    """Write a log line to stderr, where progress bars may stand."""
+    """Write a log line to stderr without breaking progress bars."""
     tqdm.write(line, file=sys.stderr, end="")
 
 
 def explained(error: Exception) -> UserError | None:
-    """What the libraries' errors mean that come from disks and folders, not from a mistake in this project."""
+    """A plain message for a library's error whose cause is a file, a disk or a flag; None for any other error."""
     text = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "size mismatch for" in text:
         return UserError(
@@ -117,16 +116,16 @@ def explained(error: Exception) -> UserError | None:
     if isinstance(error, pickle.UnpicklingError) or "PytorchStreamReader" in text:
         return UserError(f"a file of weights is damaged, or holds more than tensors: {text[:200]}")
     gone = next((e for e in (error, error.__cause__) if isinstance(e, FileNotFoundError) and e.filename), None)
-    if gone:  # what a flag names is looked for when the flags are read; this one was there then
+    if gone:  # what flags name was checked when they were read, so this one was there then
         return Fault(f"{gone.filename} is not there, or not any more: put it back, then run the same command")
     shut = next((e for e in (error, error.__cause__) if isinstance(e, PermissionError) and e.filename), None)
     if shut and os.path.exists(shut.filename) and not os.access(shut.filename, os.R_OK, effective_ids=True):
-        return UserError(f"{shut.filename} cannot be read: this user has no right to, so mend that or name another")
+        return UserError(f"{shut.filename} cannot be read: this user lacks the permission. Grant it, or name another")
     # torch.save raises RuntimeError for a write that failed
     if isinstance(error, OSError | SafetensorError | RuntimeError) and DISK.search(text):
         return Fault(
-            f"cannot write or read: {text}. Free some space, mend the rights or name another --output_dir, then run "
-            "the same command: it goes on from the last whole checkpoint"
+            f"cannot write or read: {text}. Free some space, fix the permissions or name another --output_dir, then "
+            "run the same command: it goes on from the last whole checkpoint"
         )
     return None
 
@@ -137,7 +136,7 @@ def first_line(error: Exception) -> str:
 
 
 def without_secrets(argv: list[str]) -> list[str]:
-    """A command line's words, but for what is given to --hub_token and to any other flag that ends in token."""
+    """A command line's words, with the values of --hub_token and all other flags that end in token masked."""
     words = []
     for word in argv:
         name, equals, _ = word.partition("=")

@@ -1,4 +1,4 @@
-"""Which records: folders, forms, splits, lengths; read once, kept as memory-mapped Arrow files, tokenized once."""
+"""Which records: folders, forms, splits, lengths; read and tokenized once, then kept as memory-mapped Arrow files."""
 
 import inspect
 import json
@@ -60,7 +60,7 @@ class DataArguments:
     )
     keep_duplicates: bool = field(
         default=False,
-        metadata={"help": "Keep training records that stand there twice, or among the held-out ones too."},
+        metadata={"help": "Keep training records that occur twice, or are held out as well."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Take only that many training records."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Take only that many held-out records."})
@@ -75,7 +75,7 @@ class DataArguments:
             "choices": ["error", "skip"],
         },
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Read and tokenize anew."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Read and tokenize again."})
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes for tokenizing. Default: all cores for 20,000 records and more."}
     )
@@ -126,7 +126,7 @@ class DataArguments:
         return self._load("prompt", output_dir)
 
     def load_questions(self) -> list[list[dict]]:
-        """All of train_file_dir as conversations that await an answer, in order; a line of a .txt is a question."""
+        """All of train_file_dir as conversations that await an answer, in order; each line of a .txt is a question."""
         return self._all("question")["prompt"][:]
 
     def load_texts(self) -> list[str]:
@@ -142,9 +142,9 @@ class DataArguments:
         """Tokens of a conversation that ends with an answer.
 
         Returns input_ids and labels of equal length; labels are -100 except on assistant turns and on the token that
-        ends each. Both stop with the last answer's end. What comes before the last answer is cut to max_source_length
-        as encode_prompt does, the end of the answer beyond max_target_length is cut off. source_tokens and
-        target_tokens tell what both were before any cut, source_kept what is left of the first.
+        ends each. Both stop at the last answer's end. What comes before the last answer is cut to max_source_length
+        as in encode_prompt; the answer is cut off after max_target_length. source_tokens and target_tokens are the
+        lengths of both before any cut, source_kept what is left of the first.
         """
         ids, labels, start = encode_turns(tokenizer, messages)
         lengths = {"source_tokens": start, "target_tokens": len(ids) - start}
@@ -158,8 +158,8 @@ class DataArguments:
     def encode_prompt(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
         """Tokens of a conversation that awaits an answer, input_ids: at most max_source_length of them.
 
-        Of a long one the oldest exchanges go first, the system text stays; then the start of what is left is cut.
-        source_tokens tells their number before any cut, source_kept the one that is left.
+        A long one loses its oldest exchanges first, but keeps the system text; then the start of what is left is cut.
+        source_tokens is the length before any cut, source_kept what is left.
         """
         ids = prompt_ids(tokenizer, messages)
         source_tokens = len(ids)
@@ -178,10 +178,10 @@ class DataArguments:
         return sorted({tokenizer.eos_token_id, trained, *(i for i in configured if i is not None)})
 
     def tokenize(self, rows: Dataset, encode: Callable, tokenizer, keep: tuple[str, ...] = (), **settings) -> Dataset:
-        """`encode` of every row beside its columns `keep`: in parallel, once on a machine, and kept on disk.
+        """Every row as `encode` returns it, with its columns `keep`: in parallel, once per machine, cached on disk.
 
-        A row that `encode` refuses (UserError) is a bad record. The rest is found again only under the same rows,
-        tokenizer, template, code (of `encode`'s module and of what encodes conversations), lengths and `settings`.
+        A row that `encode` refuses (UserError) is a bad record. The cache is reused only for the same rows, tokenizer,
+        template, code (of `encode`'s module and of what encodes conversations), lengths and `settings`.
         """
         code = [inspect.getsource(inspect.getmodule(made_by)) for made_by in (encode, encode_turns, DataArguments)]
         lengths = self.max_source_length, self.max_target_length
@@ -192,26 +192,26 @@ class DataArguments:
         if refused:
             encoded = encoded.select(np.flatnonzero(~is_bad(encoded)))
         encoded = encoded.remove_columns("bad")
-        self._tell_of_cut_answers(encoded)
+        self._report_cut_answers(encoded)
         if "tokens" not in self.facts:  # the training rows come first
             self.facts["tokens"] = token_lengths(encoded)
         return encoded
 
     def _mapped(self, rows: Dataset, function: Callable, keep: tuple[str, ...], key: str) -> Dataset:
-        """`function` of every row beside its columns `keep`: a machine's first process makes it for all."""
-        anew = self.overwrite_cache and PartialState().is_local_main_process
+        """Every row as `function` returns it, with its columns `keep`, made by a machine's first process for all."""
+        fresh = self.overwrite_cache and PartialState().is_local_main_process
         with PartialState().local_main_process_first():
             return rows.map(
                 function,
                 remove_columns=[name for name in rows.column_names if name not in keep],
                 num_proc=self.preprocessing_num_workers or (os.cpu_count() if len(rows) >= 20_000 else None),
                 new_fingerprint=key,
-                load_from_cache_file=not anew,
+                load_from_cache_file=not fresh,
                 desc="Tokenizing",
             )
 
-    def _tell_of_cut_answers(self, encoded: Dataset) -> None:
-        """Log how many answers are longer than their limit: a model does not learn how those end."""
+    def _report_cut_answers(self, encoded: Dataset) -> None:
+        """Log how many answers are longer than their limit: the model does not learn how those end."""
         names = {"target_tokens", "chosen_tokens", "rejected_tokens"} & set(encoded.column_names)
         lengths = np.array([encoded[name][:] for name in sorted(names)])
         if cut := int((lengths > self.max_target_length).sum()):
@@ -225,7 +225,7 @@ class DataArguments:
         return cached(generator, kwargs, None, *key, fresh=self.overwrite_cache)
 
     def show(self, dataset: Dataset, tokenizer) -> None:
-        """Print the first records as the model will see them, and what the length limits cut."""
+        """Print the first records as the model will see them, and what the length limits cut off."""
         print(preview(dataset, tokenizer, self.preview, self.max_source_length, self.max_target_length))
 
     def _load(self, form: str, output_dir: str | None) -> tuple[Dataset, Dataset]:
@@ -259,7 +259,7 @@ class DataArguments:
         return rows.select(train).select_columns(columns), held_rows.select(held).select_columns(columns)
 
     def _held_out_apart(self) -> bool:
-        """Whether held-out records stand apart, in a folder or split; the 2023 scripts gave one folder for both."""
+        """Whether held-out records have a folder or split of their own; the 2023 scripts named one folder for both."""
         if self.dataset_name and not self.validation_file_dir:
             return "validation" in self._hub(get_dataset_split_names)
         folders = [folder and os.path.normpath(folder) for folder in (self.train_file_dir, self.validation_file_dir)]
@@ -270,7 +270,7 @@ class DataArguments:
         return self.validation_file_dir is not None
 
     def _without_duplicates(self, train: np.ndarray, keys: np.ndarray, held_keys: np.ndarray) -> np.ndarray:
-        """The training rows that stand neither before nor among the held-out ones."""
+        """The training rows without repetitions, and without those that are held out too."""
         _, first = np.unique(keys[train], return_index=True)
         once = train[np.sort(first)]
         kept = once[~np.isin(keys[once], held_keys)]
@@ -284,7 +284,7 @@ class DataArguments:
         return kept
 
     def _hold_out(self, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A fixed random share of the training rows, apart from the rest; both in order."""
+        """The training rows without a fixed random share, and that share; both in order."""
         share = self.validation_split_percentage
         share = share if share < 1 else share / 100
         count = self.validation_split_count or max(1, round(share * len(train)))
@@ -311,10 +311,10 @@ class DataArguments:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
 
     def _hub(self, function: Callable, **kwargs):
-        """`function` of datasets, called for the hub data set."""
+        """Call a function of datasets for the hub data set."""
         try:
             return function(self.dataset_name, self.dataset_config_name, **kwargs)
-        except DatasetGenerationError as error:  # the reason is another error's
+        except DatasetGenerationError as error:  # the reason is in its cause
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             raise UserError(
                 f"--dataset_name {self.dataset_name}: its files disagree or are broken ({reason}). Download them and "
@@ -324,7 +324,7 @@ class DataArguments:
             raise UserError(f"--dataset_name {self.dataset_name}: {first_line(error)}") from error
 
     def _read(self, folder: str | None, split: str, form: str) -> Dataset:
-        """All records of a folder, or of the hub data set, as rows of `form`; bad ones say so."""
+        """All records of a folder, or of the hub data set, as rows of `form`; bad ones are marked."""
         if folder is None:
             hub = self._hub(load_dataset, split=split)
             source = {"hub": hub, "name": f"{self.dataset_name}[{split}]"}
@@ -341,7 +341,7 @@ class DataArguments:
         contents = [(str(path), digest(path)) for path in paths]
         try:
             return rows_of(form, file_rows, source, contents, fresh=self.overwrite_cache)
-        except ValueError:  # what datasets says of no rows at all
+        except ValueError:  # datasets raises it when there are no rows at all
             if next(file_rows(form, **source), None) is None:
                 raise UserError(f"{folder} holds no records: its {len(paths)} file(s) are empty") from None
             raise
@@ -360,19 +360,19 @@ def weighted_folders(folders: str) -> list[tuple[str, float]]:
             found.append((name, float(weight)) if colon and not Path(part).exists() else (part, 1.0))
         except ValueError:
             raise UserError(f"{part}: expected a folder, or folder:weight with a number") from None
-        if not 0 < found[-1][1] < math.inf:  # NaN is not either
+        if not 0 < found[-1][1] < math.inf:  # also refuses NaN
             raise UserError(f"{part}: the weight is {weight}, expected a number above 0: how often its records count")
     return found
 
 
 def repeated(indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Each index as often as its row weighs; of the fraction of a weight, a fixed random choice gets one more."""
+    """Each index as often as its row's weight; for a weight's fraction a fixed random choice of rows gets one more."""
     whole, fraction = np.divmod(weights[indices], 1)
     return np.repeat(indices, whole.astype(int) + (np.random.RandomState(42).rand(len(indices)) < fraction))
 
 
 def sample(indices: np.ndarray, count: int | None) -> np.ndarray:
-    """At most `count` rows, picked over all files alike (a folder's first rows are often of one file), in order."""
+    """At most `count` rows in order, drawn from all files (a folder's first rows are often from one file)."""
     if count is None or count >= len(indices):
         return indices
     return indices[sorted(random.Random(42).sample(range(len(indices)), count))]
