@@ -116,7 +116,7 @@ attend_backward.register_autocast("cpu", torch.bfloat16)
 
 
 def takes_blocks(module, query, key, attention_mask, is_causal=None, dropout=0.0, **settings) -> bool:
-    """Whether a call of sdpa_attention_forward is one for blocks: causal, or by a mask alike for all heads."""
+    """Whether a call of sdpa_attention_forward can go in blocks: causal, or with one mask for all heads."""
     if type(query) is not torch.Tensor or query.device.type != "cpu":
         return False  # shards, and stand-ins without storage, are other types
     if dropout or any(settings.get(name) is not None for name in ("position_bias", "softcap")):
@@ -134,7 +134,7 @@ def takes_blocks(module, query, key, attention_mask, is_causal=None, dropout=0.0
 
 
 def blockwise_attention(module, query, key, value, attention_mask, scaling=None, **settings):
-    """transformers' attention interface: in blocks where they are for it, else by sdpa_attention_forward."""
+    """transformers' attention interface: in blocks if the call allows it, else by sdpa_attention_forward."""
     if not takes_blocks(module, query, key, attention_mask, **settings):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -142,8 +142,8 @@ def blockwise_attention(module, query, key, value, attention_mask, scaling=None,
 
 
 def attend_in_blocks() -> None:
-    """From now on what models call "sdpa" is blockwise_attention.
+    """Register blockwise_attention as "sdpa" from now on.
 
-    By that name, since models and libraries go by it: which masks they make, and what they leave to a kernel.
+    Under that name, since models and libraries decide by it which masks they make and what they leave to a kernel.
     """
     AttentionInterface.register("sdpa", blockwise_attention)

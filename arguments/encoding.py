@@ -22,7 +22,7 @@ def without_oldest(messages: list[dict]) -> list[dict] | None:
 
 
 def render(tokenizer, messages: list[dict], **kwargs) -> str:
-    """The chat template's text. A template that knows no system role gets it at the head of the first question."""
+    """The chat template's text. If the template refuses a system role, its text is put before the first question."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except TemplateError as error:
@@ -40,11 +40,11 @@ def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
 def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int], int]:
     """input_ids and labels of a whole conversation (see DataArguments.encode), and where the last answer starts.
 
-    The last answer's labels begin where the template's generation prompt ends: what a template puts in between (the
-    empty thoughts of Qwen3) a model must say itself, and text that stands in a prompt only (Mistral's system text) is
-    seen in training too. Templates are rendered with a marker in place of each answer, so that an answer is found by
-    place and not by its words, whatever the template does around it. Of an answer that has thoughts of its own the
-    template so knows nothing: they take the place of the empty ones that it puts in, or opens in the prompt.
+    The last answer's labels begin where the template's generation prompt ends: what the template puts in between
+    (Qwen3's empty thoughts) the model must say itself, and text that only prompts have (Mistral's system text) is seen
+    in training too. Templates are rendered with a marker in place of each answer, so that an answer is found by its
+    place, not by its words. The template thus does not see an answer's own thoughts: they replace the empty ones that
+    it inserts, or continue the <think> that its prompt ends with.
     """
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     marker = "\ue000{}\ue001".format
@@ -79,10 +79,11 @@ def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int],
 
 
 def mask_answers(tokenizer, ids, offsets, spans) -> tuple[list[int], list[int], int]:
-    """Labels that are -100 outside the character `spans` and the special token that follows each.
+    """input_ids, labels that are -100 outside the character `spans` and the special token that follows each, and where
+    the last answer starts.
 
-    Everything after the last answer's end is cut off; where the template puts no special token there, eos is added. A
-    token that begins before its span ("Assistant:" + " a") is the answer's. Returns where the last answer starts too.
+    Everything after the last answer's end is cut off; if the template puts no special token there, eos is added. A
+    token that begins before a span and ends in it ("Assistant:" + " a") belongs to the answer.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     labels, position, answer = [-100] * len(ids), 0, 0
@@ -103,11 +104,11 @@ def mask_answers(tokenizer, ids, offsets, spans) -> tuple[list[int], list[int], 
 
 
 def judged(encode: Callable, rows: Dataset) -> Callable:
-    """`encode` as a function for Dataset.map: of a row that it refuses, nothing but the reason, in the column bad."""
+    """`encode` for Dataset.map: a row that it refuses becomes empty, with the reason in the column "bad"."""
 
     @cache
     def nothing():
-        """Values of the right types, which an Arrow file wants in each row."""
+        """Empty values of the right types, which an Arrow file needs in every row."""
         reason = None
         for row in rows:
             try:
@@ -127,5 +128,5 @@ def judged(encode: Callable, rows: Dataset) -> Callable:
 
 
 def compact(encoded: dict) -> dict:
-    """Lists of token ids in 4 bytes a number on disk; they come back as lists of int."""
+    """Lists of token ids as int32, 4 bytes each on disk; datasets returns them as lists of int."""
     return {k: np.asarray(v, dtype=np.int32) if isinstance(v, list) else v for k, v in encoded.items()}

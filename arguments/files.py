@@ -1,7 +1,7 @@
-"""Data files: which there are, and the records in them, each with its place.
+"""Data files: finding them, and reading their records, each with its place.
 
-A record is what the file holds, a dict as a rule; what cannot be read comes as a BadRecord in its place, so that the
-rest of the file is still seen.
+A record is what the file holds, usually a dict; what cannot be read comes as a BadRecord in its place, so that the
+rest of the file is still read.
 """
 
 import codecs
@@ -45,9 +45,9 @@ def other_files(folder: str) -> list[Path]:
 
 
 def all_files(folder: str | Path, above: tuple[Path, ...] = ()) -> list[Path]:
-    """Without hidden ones below the folder: old copies of a notebook, what macOS lays beside each file.
+    """All files but hidden ones below the folder (a notebook's old copies, what macOS puts beside each file).
 
-    Links to folders are followed, but for those that lead back into one `above`.
+    Links to folders are followed, except those that lead back to one `above`.
 
     Raises:
         PermissionError: for a folder that cannot be listed.
@@ -64,7 +64,7 @@ def all_files(folder: str | Path, above: tuple[Path, ...] = ()) -> list[Path]:
 def read_file(path: Path) -> Iterator[tuple[str, object]]:
     """Yield (file:line, record) for each record; a record of a .txt file is {"text": document}.
 
-    Files are read as they are used, a line at a time; only a JSON array is held in memory as a whole.
+    Files are read lazily, a line at a time; only a JSON array is held in memory as a whole.
     """
     try:
         name = path.name.lower().removesuffix(".gz")
@@ -82,7 +82,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def unpacked(path: Path):
-    """What a gzipped file holds, on disk: .parquet is read from its end, where gzip knows no way to."""
+    """A gzipped file's content in a temporary file: .parquet is read from its end, to which gzip cannot seek."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the ParquetFile that reads it)
     with gzip.open(path) as packed:
         shutil.copyfileobj(packed, file)
@@ -119,12 +119,12 @@ def encoding_of(path: Path) -> str:
         if fault is None:
             return encoding
         faults.append(fault)
-    line, held = max(faults)  # the encoding that was right for longer is likelier the file's
+    line, held = max(faults)  # the encoding that failed later is likelier the file's
     raise BadRecord(f"neither UTF-8 nor GB18030 text: line {line} holds {held}")
 
 
 def undecodable(path: Path, encoding: str) -> tuple[int, bytes] | None:
-    """Line and bytes of the first place in a file that is not of the encoding."""
+    """Line and bytes of the first place that the encoding cannot decode; None if there is none."""
     decoder, line = codecs.getincrementaldecoder(encoding)(), 1
     with open_bytes(path) as file:
         while chunk := file.read(1 << 20):
@@ -137,7 +137,7 @@ def undecodable(path: Path, encoding: str) -> tuple[int, bytes] | None:
 
 
 def fault_in(decoder, chunk: bytes, final: bool = False) -> tuple[int, bytes] | None:
-    """Of the first bytes that are wrong: the line breaks before them in the chunk, and themselves."""
+    """Line breaks before the first undecodable bytes in the chunk, and these bytes; None if there are none."""
     try:
         decoder.decode(chunk, final)
     except UnicodeDecodeError as error:
@@ -153,7 +153,7 @@ def starts_array(path: Path, encoding: str) -> bool:
 def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
     """(line it ends on, record) of each row; the first row names the columns. Cells with a JSON list become lists.
 
-    A quote that is not closed would make one cell of the rest of the file: that is a bad record of the line it is on.
+    A quote that is not closed would turn the rest of the file into one cell: that is a bad record at its line.
     """
     reader = csv.DictReader(lines, strict=True)
     columns = len(reader.fieldnames or [])
@@ -199,9 +199,9 @@ def read_documents(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
 
 
 def is_hard_wrapped(lines: list[str]) -> bool:
-    """Whether a .txt holds paragraphs, set apart by blank lines and broken at a column, not one document a line.
+    """Whether a .txt holds paragraphs (wrapped at a column, separated by blank lines), not one document a line.
 
-    Lines that another follows are then alike in length, at most 120 characters long, and mostly end inside a sentence.
+    Wrapped lines are similar in length, at most 120 characters long, and mostly end inside a sentence.
     """
     texts = [line.strip(INVISIBLE) for line in lines]
     broken = [line for line, following in itertools.pairwise(texts) if line and following]

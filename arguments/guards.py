@@ -1,4 +1,4 @@
-"""When reinforcement learning has gone wrong: what is watched, and what happens then."""
+"""Guards against reinforcement learning gone wrong: what is watched, and what happens then."""
 
 import json
 import math
@@ -83,7 +83,7 @@ class GuardArguments:
             if os.environ.get("RANK", "0") == "0":
                 line = json.dumps({"step": step, "guard": guard, "reason": found[guard], "stopped": ends}) + "\n"
                 path = Path(output_dir) / "guards.jsonl"
-                if not (path.exists() and line in path.read_text("utf-8")):  # a run that goes on meets it again
+                if not (path.exists() and line in path.read_text("utf-8")):  # a resumed run meets it again
                     with path.open("a", encoding="utf-8") as file:
                         file.write(line)
         self.fired |= set(found)

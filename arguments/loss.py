@@ -1,4 +1,4 @@
-"""The loss of language modelling: logits of trained tokens alone, of a part at a time, and no copies of them."""
+"""The language-modelling loss in little memory: logits of trained tokens only, a part at a time, without copies."""
 
 import math
 from collections.abc import Iterator
@@ -9,23 +9,23 @@ from accelerate import DistributedType
 
 from arguments.command_line import Fault
 
-ROWS = 512  # whose logits are there at once: 256 took up to 4% longer, 1,024 hold nearly what 2,048 do
-# Logits that are in float32 at once. On a CPU they stay in a cache: 2**24 took 30 to 70% longer. A GPU's kernels ought
-# to take longer than their launches, which has not been seen on one.
+ROWS = 512  # logits in memory at once: 256 took up to 4% longer, 1,024 need nearly the memory of 2,048
+# Logits in float32 at once. On a CPU this many stay in a cache: 2**24 took 30 to 70% longer. On a GPU, kernels should
+# take longer than their launches, which has not been measured.
 CHUNK, CHUNK_OF_GPU = 2**20, 2**24
 
 
 def at_places(states, rows, columns):
-    """states [batch, time, hidden] at n places: [n, hidden]; with a device map they are not where the labels are."""
+    """states [batch, time, hidden] at n places: [n, hidden]. With a device map they may be on another device."""
     return states[rows.to(states.device), columns.to(states.device)]
 
 
 @contextmanager
 def logits_at(model, rows, columns):
-    """Inside, the output layer of `model` sees the n places (rows, columns) alone: logits are [1, n, vocabulary].
+    """Inside, the output layer of `model` sees only the n places (rows, columns): logits are [1, n, vocabulary].
 
-    transformers' logits_to_keep takes the same columns of all rows, which for answers of several lengths, behind
-    prompts of several lengths, are half as many again; and not every model knows it.
+    transformers' logits_to_keep takes the same columns of all rows, half as many logits again where prompts and
+    answers differ in length; and not every model supports it.
     """
 
     chosen = []
@@ -47,9 +47,9 @@ def logits_at(model, rows, columns):
 
 @contextmanager
 def loss_at(model, rows, columns, targets):
-    """Inside, what `model` returns as logits is their SummedCrossEntropy at the n places (rows, columns), in parts.
+    """Inside, `model` returns as its logits their SummedCrossEntropy at the n places (rows, columns), made in parts.
 
-    For a model whose output layer is frozen and the last thing it computes. DDP so finds the loss among its outputs.
+    For models whose output layer is frozen and computes last. DDP needs the loss among the model's outputs.
     """
     states, layer = [], model.get_output_embeddings()
 
@@ -77,8 +77,8 @@ def parts_of(logits) -> Iterator[slice]:
 class SummedCrossEntropy(torch.autograd.Function):
     """Sum in float32 of -log softmax(logits)[target] over logits [n, vocabulary] of any dtype and targets [n].
 
-    PyTorch's keeps a log-softmax of the same size beside them until the gradient is there, this one number a row, and
-    the gradient takes the place of the logits, which nobody may read after it.
+    PyTorch's keeps a log-softmax of the same size until the backward pass, this one a number per row; and the gradient
+    overwrites the logits, which must not be read after it.
     """
 
     @staticmethod
@@ -100,9 +100,9 @@ class SummedCrossEntropy(torch.autograd.Function):
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """SummedCrossEntropy of head(states), for states [n, hidden], of ROWS at a time: all logits are never there.
+    """SummedCrossEntropy of head(states), for states [n, hidden], ROWS at a time: never all logits at once.
 
-    The gradient of the states is computed with the loss, so `head`, a function, must have nothing to train.
+    The gradient of the states is computed with the loss; `head`, a function, gets none, so it must be frozen.
     """
 
     @staticmethod
@@ -129,10 +129,10 @@ class HeadCrossEntropy(torch.autograd.Function):
 
 
 def head_is_last(model, inputs: dict) -> bool:
-    """Whether a model's logits are what its output layer returns, neither scaled nor capped: seen on one token."""
+    """Whether a model's logits are what its output layer returns, neither scaled nor capped: tried on one token."""
     made, training = [], model.training
     hook = model.get_output_embeddings().register_forward_hook(lambda *call: made.append(call[-1]))
-    model.eval()  # nothing is drawn
+    model.eval()  # draws no random numbers
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             logits = model(**{name: tensor[:1, :1] for name, tensor in inputs.items()}, use_cache=False).logits
@@ -145,7 +145,7 @@ def head_is_last(model, inputs: dict) -> bool:
 def return_narrow(model, accelerator) -> None:
     """Let a model that accelerate prepared return logits in the dtype that autocast computes them in.
 
-    Its wrapper hands on a copy in float32, whose gradient is another one: the largest tensors of a step.
+    accelerate's wrapper returns a float32 copy, whose gradient is one more: the largest tensors of a step.
     """
     if "_original_forward" in vars(model):
         model.forward = accelerator.autocast()(vars(model).pop("_original_forward"))
@@ -154,14 +154,14 @@ def return_narrow(model, accelerator) -> None:
 class TokenLoss:
     """Mixed into a Trainer: cross-entropy of the tokens that have a label; held-out, the mean over all such tokens.
 
-    The library's held-out loss is the mean over batches of each batch's mean: tokens of short rows weigh more in it.
-    Perplexity and the number of tokens stand beside it. What a mixture of experts adds to balance them is left out.
+    The library's held-out loss averages the means of batches: tokens of short rows weigh more in it. Perplexity and
+    the number of tokens are logged with it. The load-balancing loss of a mixture of experts is left out.
     """
 
     _in_parts = None
 
     def in_parts(self, model, inputs) -> bool:
-        """Whether loss_at is for this model, whose output layer must be whole on each device, too."""
+        """Whether loss_at can be used: a frozen output layer that computes last and is whole on each device."""
         if self._in_parts is None:
             head, kind = model.get_output_embeddings(), self.accelerator.distributed_type
             frozen = head is not None and not any(p.requires_grad for p in head.parameters())

@@ -83,7 +83,7 @@ class ModelArguments:
         """The base model's config.
 
         Raises:
-            UserError: when there is no such model, or an adapter lies beside it, which transformers would put on top.
+            UserError: when there is no such model, or its folder also has an adapter, which transformers would apply.
         """
         folder = Path(self.model_name_or_path)
         if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
@@ -106,10 +106,10 @@ class ModelArguments:
         return config
 
     def check(self, longest: int, trains_all: bool, output_dir: str) -> None:
-        """Before anything is loaded: can this model be trained on rows of `longest` tokens, and in all its weights?
+        """Check, before anything is loaded, that this model can be trained on rows of `longest` tokens.
 
         Raises:
-            UserError: when it knows fewer positions, when its weights would be quantised, or when what is trained
+            UserError: when it has fewer positions, when `trains_all` meets quantised weights, or when what is trained
                 would be written into its own folder.
         """
         if Path(output_dir).resolve() == Path(self.model_name_or_path).resolve():
@@ -124,12 +124,12 @@ class ModelArguments:
             )
 
     def resolve_dtype(self, precision: str, trains_all: bool) -> None:
-        """Of --dtype auto: frozen weights in what the products of `precision` take, weights that train in float32."""
+        """Resolve --dtype auto: float32 for trained weights, what the products of `precision` take for frozen ones."""
         if self.dtype in (None, "auto"):
             self.dtype = "float32" if trains_all else PRODUCTS[precision]
 
     def load_tokenizer(self):
-        """The tokenizer, with a chat template and, where its vocabulary has one, a pad token other than eos."""
+        """The tokenizer, with a chat template and, if its vocabulary has one, a pad token other than eos."""
         source = self.tokenizer_name_or_path or self.model_name_or_path
         config = self.load_config()
         try:
@@ -173,7 +173,7 @@ class ModelArguments:
         return model
 
     def _placement(self) -> str | None:
-        """--device_map, which is for one process on several GPUs: of several processes each has a GPU of its own."""
+        """--device_map, unless there are several processes: each of those has a GPU of its own."""
         if self.device_map and "LOCAL_RANK" in os.environ:  # torchrun with one process, too: accelerate refuses it
             logger.warning(f"--device_map {self.device_map} has no effect with a process per GPU")
             return None
@@ -190,7 +190,7 @@ class ModelArguments:
         return torch.bfloat16 if native_bf16(gpu=True) else torch.float16
 
     def weights_in_memory(self) -> dict:
-        """What from_pretrained is to be told of the dtype and quantisation of frozen weights."""
+        """Arguments of from_pretrained for the dtype and quantisation of frozen weights."""
         dtype = self.torch_dtype()
         return {"dtype": dtype, "quantization_config": self._quantization(dtype)}
 
@@ -207,15 +207,15 @@ class ModelArguments:
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
-    """How many numbers they hold in all; ZeRO-3 leaves none in place, and notes how many there were."""
+    """How many numbers they hold in all; ZeRO-3 empties parameters and notes how many there were in ds_numel."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
 
 
 def keep_unpacked(model) -> None:
-    """Keep bitsandbytes (0.50) from packing 4-bit weights anew at the first evaluation on a CPU with avx512_bf16.
+    """Keep bitsandbytes (0.50) from repacking 4-bit weights at the first evaluation on a CPU with avx512_bf16.
 
-    They stay packed, and the product with packed weights has no backward pass: no gradient would reach what lies below
-    a layer, without an error. A model may be stored in 4 bits, so all are looked through.
+    They stay repacked, and the product with such weights has no backward pass: silently, no gradient would reach the
+    layers below. Models may be stored in 4 bits, so every model is searched for them.
     """
     for layer in model.modules():
         if "support_avx512bf16_for_cpu" in vars(layer):
@@ -224,17 +224,17 @@ def keep_unpacked(model) -> None:
 
 @torch.no_grad()
 def keeps_apart(model) -> bool:
-    """Whether sequences laid end to end in a row, told apart by position_ids alone, do not see each other.
+    """Whether position_ids alone keep sequences that are laid end to end in a row from seeing each other.
 
-    The model is asked: what stands before a sequence must not move its logits. Models without position_ids (ALiBi,
+    The model is tested: what comes before a sequence must not change its logits. Models without position_ids (ALiBi,
     recurrent ones) fail.
 
     Raises:
-        UserError: under ZeRO-3, which has split the weights between the ranks already.
+        UserError: under ZeRO-3, which has split the weights between the ranks.
     """
     if is_deepspeed_zero3_enabled():
         raise UserError(
-            "--packing and --isolate_documents ask the loaded model a question, and ZeRO-3 has split it: take "
+            "--packing and --isolate_documents test the loaded model, but ZeRO-3 has split it: take "
             "scripts/zero2.json or --fsdp instead"
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -253,12 +253,12 @@ def keeps_apart(model) -> bool:
 def pad_candidate(tokenizer, vocab_size: int) -> str:
     """A token to pad with: the one named pad, else another special token than eos, else eos itself.
 
-    Padding with eos is still right here, because padding is masked by position everywhere; but a reward model would
-    read its score one token early. `vocab_size` bounds the ids that have an embedding.
+    Padding with eos would still be right here, as padding is masked by position everywhere, but a reward model would
+    read its score one token early. Ids from `vocab_size` on have no embedding.
     """
     special = [t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special and i < vocab_size]
     named = [token for token in special if "pad" in token.lower()]
     others = [token for token in (tokenizer.unk_token, *special) if token]
-    template = str(tokenizer.chat_template)  # a token that a turn starts or ends with is no padding
+    template = str(tokenizer.chat_template)  # a token that starts or ends a turn cannot be padding
     free = (t for t in (*named, *others) if t not in (tokenizer.eos_token, tokenizer.bos_token) and t not in template)
     return next(free, tokenizer.eos_token)

@@ -6,11 +6,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 class EpochSampler(Sampler):
-    """Indices of all rows, mixed anew in each epoch of `trainer`; given `lengths`, those of like length together.
+    """Indices of all rows, reshuffled in each epoch of `trainer`; given `lengths`, similar ones are put together.
 
-    transformers' sampler by length draws from the global generator: a run that went on behind its first epoch saw some
-    rows twice and others never. Its random one gets its epoch through accelerate, which on several processes does not
-    reach it in the epoch in which a run goes on.
+    transformers' sampler by length draws from the global generator: a run resumed after its first epoch saw some rows
+    twice and others never. Its random one learns the epoch from accelerate, which with several processes does not
+    reach it in the epoch in which a run resumes.
     """
 
     def __init__(self, trainer, rows: int, lengths: list[int] | None):

@@ -1,4 +1,4 @@
-"""The two answers of a pair in one row, behind the prompt they share: that is computed once."""
+"""The two answers of a pair in one row after the prompt they share, which is then computed once."""
 
 import inspect
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from arguments.rows import token_lengths
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that take a mask
-WORTH = 0.15  # share of tokens to be saved: a row of two answers has more attention to compute than two rows
+WORTH = 0.15  # least share of tokens to save: one row of two answers needs more attention than two rows
 
 
 def shared_tokens(chosen: list[int], rejected: list[int]) -> int:
-    """Length of what both begin with, at most one less than the shorter of them: each keeps a token of its own."""
+    """Length of the common prefix, but less than the shorter of the two: each keeps a token of its own."""
     shortest = min(len(chosen), len(rejected)) - 1
     return next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest)
 
@@ -27,8 +27,8 @@ def collate_pairs(pairs: list[dict], pad_token_id: int) -> dict[str, torch.Tenso
     Padding tokens at the end of an answer are dropped: transformers, too, reads a score at the last other token.
 
     Returns:
-        "input_ids" and "attention_mask" [pairs, length], and "spans" [pairs, 3]: where the shared prompt ends, where
-        the chosen answer behind it does, and where the rejected one behind that does. Both have one token or more.
+        "input_ids" and "attention_mask" [pairs, length], and "spans" [pairs, 3]: where the shared prompt, the chosen
+        answer after it and the rejected one after that end. Both answers have one token or more.
     """
     rows, spans = [], []
     for pair in pairs:
@@ -49,8 +49,8 @@ def without_end(ids: list[int], token: int) -> list[int]:
 def places(spans: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Position of each token [pairs, length], and which tokens each one sees [pairs, 1, length, length].
 
-    A rejected answer stands at the positions behind its prompt and does not see the chosen one. No answer sees the
-    padding at the end; that sees something, since a softmax over nothing is not a number.
+    A rejected answer takes the positions after its prompt and does not see the chosen one. No answer sees the padding
+    at the end; that sees something, since a softmax over nothing is NaN.
     """
     shared, chosen, end = spans.unsqueeze(-1).unbind(1)  # [pairs, 1] each
     at = torch.arange(length, device=spans.device).unsqueeze(0)
@@ -90,7 +90,7 @@ def scores_at_ends(model, spans: torch.Tensor):
 def score_pairs(model, inner, spans, input_ids, attention_mask, **kwargs):
     """Outputs of `model`, which is `inner` or wraps it, with logits [2 * pairs, labels], for a batch of collate_pairs.
 
-    `attention_mask` is there for those who count tokens; the model gets the mask of `places`.
+    `attention_mask` only serves to count tokens; the model gets the mask of `places`.
     """
     positions, seen = places(spans, input_ids.shape[1])
     with scores_at_ends(inner, spans):
@@ -103,10 +103,11 @@ def shared_share(pairs: Dataset) -> float:
 
 
 def may_share(model, args, pairs: Dataset, longest: int) -> bool:
-    """Whether, before it is asked, a model may take pairs of up to `longest` tokens an answer in one row.
+    """Whether settings and rows, of up to `longest` tokens an answer, allow pairs in one row; keeps_answers_apart then
+    tests the model.
 
-    The mask needs SDPA, the positions a parameter, and layers that look back to some tokens only would forget it.
-    ZeRO-3 has split the weights, so that there is nobody to ask.
+    The mask needs SDPA, and the positions a parameter. A given mask takes the place of a layer's own window, so none
+    may be shorter than `longest`. A model that ZeRO-3 has split cannot be tested.
     """
     config = model.config.get_text_config()
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
@@ -123,10 +124,10 @@ def may_share(model, args, pairs: Dataset, longest: int) -> bool:
 
 @torch.no_grad()
 def keeps_answers_apart(model) -> bool:
-    """Whether two answers in one row, by mask and position ids alone, are to a model what they are in two rows.
+    """Whether mask and position ids make two answers in one row the same to a model as in two rows.
 
-    It is asked: what one answer says must not move the other's last state, and both states have to be those of two
-    rows, to within what bfloat16 rounds.
+    The model is tested: changing one answer must not change the other's last state, and both states must equal those
+    of two rows up to bfloat16's rounding.
     """
     prompt, chosen, changed, rejected = [3, 4, 5, 6], [7, 8], [9, 10], [11, 12, 13]
 
@@ -159,7 +160,7 @@ def keeps_answers_apart(model) -> bool:
 
 
 def shares_prompts(model, args, pairs: Dataset, longest: int) -> bool:
-    """Whether the answers of a pair share a row: where settings and rows allow it, the model is asked."""
+    """Whether the answers of a pair share a row: if settings and rows allow it and the model passes the test."""
     shared = may_share(model, args, pairs, longest) and keeps_answers_apart(model)
     logger.info(f"Chosen and rejected answers in {'one row' if shared else 'two rows'}")
     return shared

@@ -1,4 +1,4 @@
-"""--plan: what a run would take, before anything is loaded: memory by role, disk, tokens, steps; does it fit."""
+"""--plan: what a run would take, before anything is loaded: memory by role, disk, tokens, steps; and does it fit?"""
 
 import math
 import shutil
@@ -29,7 +29,7 @@ ROLES = {  # in the order of the table
     "KV cache": "KV cache",
     "logits": "logits",
 }
-SAVERS = (  # tried one after another when it does not fit; the first is the stage's own flag for rows at once
+SAVERS = (  # tried one after another if it does not fit; the first is the stage's own flag for rows at once
     ("{} 1", {"rows": 1}),
     ("--activation_checkpointing", {"checkpointing": True}),
     ("--load_in_4bit", {"bits": NF4_BITS}),
@@ -38,7 +38,7 @@ SAVERS = (  # tried one after another when it does not fit; the first is the sta
 
 
 def plan_tokens(model_args, adapter_args, args, train: Dataset, held_out: Dataset, collate: Callable) -> None:
-    """Print the plan of stage 1 or 2, whose batches `collate` makes of rows."""
+    """Print the plan of stage 1 or 2, where `collate` makes batches of rows."""
 
     def rehearse(load):
         return rehearse_tokens(model_args, adapter_args, args, load, train, held_out, collate)
@@ -89,7 +89,7 @@ def verdict(highest: int, limit: int, device: torch.device) -> str:
 
 
 def in_use(device: torch.device) -> int:
-    """Bytes that this process holds before it loads a model; of a GPU, all that is taken there."""
+    """Bytes that this process holds before it loads a model; on a GPU, all that is in use there."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free
@@ -135,13 +135,13 @@ def disk(found: Rehearsal, adapter_args, args) -> tuple[str, str]:
 
 
 def merged_bytes(found: Rehearsal) -> int:
-    """Of the base, in the dtype that its config names, which a merge writes."""
+    """Bytes of the merged model: the base's weights in the dtype that its config names."""
     dtype = found.model_args.load_config().dtype or torch.float32
     return dtype.itemsize * sum(p.numel() for name, p in found.model.named_parameters() if "lora_" not in name)
 
 
 def table(phases: dict[str, Counter], held: int) -> str:
-    """Memory at the peak of each phase in GiB, a line for each role that takes any."""
+    """Memory in GiB at the peak of each phase, a line for each role that takes any."""
     phases = {name: phase | Counter({PROCESS: held}) for name, phase in phases.items()}
     lines = [f"{'memory, GiB':<30}" + "".join(f"{name:>10}" for name in phases)]
     for role, label in ROLES.items():

@@ -77,8 +77,8 @@ def histogram(lengths: np.ndarray) -> str:
 def limits_table(name: str, lengths: np.ndarray, flag: str, now: int, kept: np.ndarray | None = None) -> str:
     """How many records and tokens a limit cuts: the one that is set, and others.
 
-    Where whole exchanges go, more is lost than what is over the limit. With `kept` (tokens that `now` leaves) the loss
-    is told as it is for `now`, and as the least for the others.
+    Whole exchanges go, so more is lost than what exceeds the limit. With `kept` (tokens that `now` leaves) the loss is
+    exact for `now`, and a lower bound for the others.
     """
     lines = [
         f"{name}: {lengths.mean():.0f} on average, {lengths.max()} at most\n{flag:>18}  records cut     tokens lost"

@@ -19,7 +19,7 @@ ROLES = {
 }
 CALL = "which no template here would show: write the call as its content"
 THOUGHTS = "which is not trained: put the thoughts before its content, as <think>...</think>, or take the key out"
-# Keys of a turn beside its text that would change what is learned, and what to do about them.
+# Keys of a turn besides its text that would change what is learned, and what to do about them.
 BESIDE_TEXT = {"tool_calls": CALL, "function_call": CALL, "reasoning_content": THOUGHTS, "thinking": THOUGHTS}
 
 
@@ -82,10 +82,10 @@ def text_of(turn: dict, role: str) -> str:
 
 
 def with_system(record: dict, turns: list) -> list:
-    """The turns behind the system text that stands beside them in the record; a system turn among them goes before.
+    """The turns, preceded by the record's own system text unless a system turn is among them.
 
     Raises:
-        BadRecord: when tools stand beside them.
+        BadRecord: when the record holds tools, too.
     """
     for key in ("tools", "functions"):
         if str(record.get(key) or "").strip(INVISIBLE + "[]{}").lower() not in ("", "null", "none"):
@@ -117,7 +117,7 @@ def with_history(record: dict, question: str) -> list[dict]:
 
 
 def need(record, form: str) -> dict:
-    """The record without its null keys."""
+    """The record without its null values."""
     if not isinstance(record, dict):
         raise BadRecord(f"expected {form}, found {type(record).__name__}")
     return {key: value for key, value in record.items() if value is not None}
@@ -214,7 +214,7 @@ def pair_prompt(record: dict, answers: dict, form: str) -> list[dict]:
 
 
 def check_turns_before(name: str, answer, prompt: list[dict]) -> None:
-    """Refuse a side of a pair whose turns before its answer are not the prompt's; its system text may be left out."""
+    """Refuse a side of a pair whose turns before its answer are not the prompt, with or without its system text."""
     before = to_messages(answer[:-1], closed=False) if isinstance(answer, list) else []
     bare = [message for message in prompt if message["role"] != "system"]
     if before and before not in (prompt, bare):

@@ -19,7 +19,7 @@ HEADS = ("score", "classifier")  # what transformers calls the layer that gives 
 
 @dataclass
 class RewardSourceArguments:
-    """Where the score of an answer comes from: the weighted sum of a reward model's and of Python functions'."""
+    """Where an answer's score comes from: the weighted sum of a reward model's and of Python functions' scores."""
 
     reward_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Output folder of stage 3, or any sequence classification model."}
@@ -41,11 +41,11 @@ class RewardSourceArguments:
                 "--reward_model_name_or_path is missing: name the output folder of the reward stage, "
                 "or --reward_functions"
             )
-        self.weights()  # what is wrong shows now, not after the models are loaded
+        self.weights()  # fails now, not after the models are loaded
         self.functions = load_functions(self.reward_functions) if self.reward_functions else {}
 
     def find_adapter(self) -> Path | None:
-        """The folder of the reward adapter at reward_model_name_or_path."""
+        """The folder of the reward adapter at reward_model_name_or_path; None if there is none."""
         path = self.reward_model_name_or_path
         if not path or (folder := adapter_folder(path)) is None:
             return None
@@ -116,10 +116,10 @@ def adapter_head(adapter: Path) -> dict[str, torch.Tensor]:
 
 
 def pad_alike(config, tokenizer, first: str) -> None:
-    """Let model and tokenizer pad with one token: a decoder reads its score before the first one at the end.
+    """Let model and tokenizer pad with the same token: a decoder's score is read just before the padding.
 
-    Where they differ that of `first` counts: the config of a whole model was saved with its weights, but that of an
-    adapter's base knows nothing of the tokenizer that the adapter was trained with.
+    If they differ, `first` decides: the config of a whole model was saved with its weights, but that of an adapter's
+    base knows nothing of the tokenizer that the adapter was trained with.
     """
     known = [config.pad_token_id, tokenizer.pad_token_id]
     usable = [pad for pad in known if pad is not None and 0 <= pad < min(len(tokenizer), config.vocab_size)]
@@ -130,7 +130,7 @@ def pad_alike(config, tokenizer, first: str) -> None:
 
 
 class RewardModel(nn.Module):
-    """A reward model of its own: it reads conversations as text, with its own tokenizer and template."""
+    """A separate reward model, which reads conversations as text with its own tokenizer and template."""
 
     def __init__(self, model: nn.Module, tokenizer, data_args: DataArguments):
         super().__init__()
@@ -145,7 +145,7 @@ class RewardModel(nn.Module):
     def forward(self, conversations: list[list[dict]], finished: list[bool] | None = None):
         """Scores [batch] of conversations that end with an answer, in float32.
 
-        An answer that was not `finished` has no end to read, as in training one that is cut.
+        An answer that is not `finished` gets no end token, like one that was cut in training.
         """
         device = next(self.model.parameters()).device
         if self.tokenizer.chat_template:

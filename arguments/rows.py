@@ -1,4 +1,4 @@
-"""Records as rows of a memory-mapped Arrow file: read once on a machine, found again by what they were made of."""
+"""Records as rows of a memory-mapped Arrow file, cached on each machine under a hash of what they are made from."""
 
 import hashlib
 import inspect
@@ -33,20 +33,20 @@ FORMS = {
     ),
     "question": ({"prompt": MESSAGES}, lambda record: {"prompt": to_question(record)}),
 }
-# What stands beside each row: its place, what makes it the same as another, and for a bad one the reason and itself
+# Columns beside those of the form: a row's place, a hash to find duplicates by, and of a bad one the reason and record
 BESIDE = {"place": TEXT, "key": Value("int64"), "bad": TEXT, "raw": TEXT}
 
 
 def rows_of(form: str, generator: Callable, source: dict, *key, fresh: bool = False) -> Dataset:
-    """All records of a source as rows of `form`, with what stands beside each."""
+    """All records of a source as rows of `form`, with the columns of BESIDE."""
     columns = Features(FORMS[form][0] | BESIDE)
     return cached(generator, source | {"form": form}, columns, form, *key, fresh=fresh)
 
 
 def cached(generator: Callable, kwargs: dict, columns: Features | None, *key, fresh: bool = False) -> Dataset:
-    """The rows that generator(**kwargs) yields; `fresh` makes them anew.
+    """The rows that generator(**kwargs) yields, from the cache unless `fresh`.
 
-    They are kept under `key` and the code that reads and makes them; kwargs do not count.
+    The cache key is `key` and the code that reads and makes them; kwargs do not count.
     """
     code = [inspect.getsource(module) for module in (files, records, inspect.getmodule(generator))]
     name = fingerprint(generator.__name__, code, *key)
@@ -69,7 +69,7 @@ def hub_rows(form: str, hub: Dataset, name: str) -> Iterator[dict]:
 
 
 def to_row(form: str, place: str, record) -> dict:
-    """A record's row, with what stands beside it; of a bad record only that."""
+    """A record as a row, with the columns of BESIDE; a bad record has nothing else."""
     columns, convert = FORMS[form]
     try:
         if isinstance(record, BadRecord):
@@ -87,7 +87,7 @@ def to_row(form: str, place: str, record) -> dict:
 
 
 def refuse_surrogates(row: dict) -> None:
-    """Refuse half of a character, as JSON makes it of a cut escape: no encoding can store it."""
+    """Refuse half of a surrogate pair, which JSON escapes can hold but no encoding can store."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -97,7 +97,7 @@ def refuse_surrogates(row: dict) -> None:
 
 
 def storable(text: str) -> str:
-    """The text with escapes for halves of characters."""
+    """The text with lone surrogates escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 

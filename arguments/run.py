@@ -1,4 +1,4 @@
-"""How a run behaves: precision, where to go on, what it leaves behind."""
+"""How a run behaves: precision, compiling, where to resume, what it writes at its end."""
 
 import json
 import math
@@ -132,7 +132,7 @@ class RunArguments:
         for flag, (least, most) in RANGES.items():
             if not least <= (value := getattr(self, flag)) <= most:
                 raise UserError(f"--{flag} is {value}, expected a number from {least} to {most:.10g}")
-        if self.hub_token:  # saved with the arguments, it would be lying in every checkpoint
+        if self.hub_token:  # it would be saved with the arguments in every checkpoint
             os.environ["HF_TOKEN"], self.hub_token = self.hub_token, None
         # transformers would delete the old ones before the new one is whole; CheckpointSeal does it then
         self.checkpoints_kept, self.save_total_limit = self.save_total_limit, None
@@ -146,7 +146,7 @@ class RunArguments:
         self._check_reporters()
         alone = self.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
         if (self.deepspeed or self.fsdp) and alone and not torch.cuda.is_available():
-            # accelerate would go on with plain DDP, without a word
+            # accelerate would silently use plain DDP
             raise UserError("--deepspeed and --fsdp shard over GPUs, and there is none here: leave them out")
         if self.n_gpu > 1:  # transformers would wrap the model in DataParallel: slow, and not what is tested
             logger.warning(
@@ -174,7 +174,7 @@ class RunArguments:
             )
 
     def _check_reporters(self) -> None:
-        """Refuse what transformers would find missing when the model is loaded."""
+        """Refuse now what transformers would find missing only after the model is loaded."""
         for name in self.report_to:
             if name not in INTEGRATION_TO_CALLBACK:
                 raise UserError(
@@ -199,7 +199,7 @@ class RunArguments:
         logger.info(f"Device {device}; training in {asked}, trained weights in float32")
 
     def _take_over_compiling(self) -> None:
-        """Keep what --torch_compile asks for to compile_layers: accelerate would compile the model as a whole."""
+        """Leave what --torch_compile asks for to compile_layers: accelerate would compile the model as a whole."""
         launched = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no")  # by accelerate launch
         backend, mode = (self.torch_compile_backend or launched).lower(), self.torch_compile_mode
         asked = self.torch_compile or mode or backend != "no"
@@ -259,12 +259,12 @@ class RunArguments:
         return str(self.resume_from_checkpoint or "").lower() not in ("", "true", "false")
 
     def checkpoint(self, base: str, adapter: str | None = None) -> str | None:
-        """The checkpoint to go on from: the one asked for, else the newest whole one in output_dir, else None.
+        """The checkpoint to resume from: the one asked for, else the newest whole one in output_dir, else None.
 
-        `base` and `adapter` are what the run starts from, which --fresh leaves alone.
+        `base` and `adapter` are what the run starts from; --fresh clears output_dir but leaves them alone.
 
         Raises:
-            UserError: when another stage made it, or it was trained on another base model than `base`; and when the
+            UserError: when another stage made it, when it was trained on a base model other than `base`, or when the
                 one asked for is not whole.
         """
         self.base_facts = facts_of(base)
@@ -286,7 +286,7 @@ class RunArguments:
         return None
 
     def _check_origin(self, found: Path, base: str) -> None:
-        """See that a whole checkpoint is of this stage, and that it was trained on `base`."""
+        """Check that a whole checkpoint is of this stage and was trained on `base`."""
         if (made_by := json.loads((found / SEAL).read_text())["stage"]) != type(self).__name__:
             raise UserError(
                 f"{found.parent} holds checkpoints of another stage ({made_by}): name another --output_dir, or "
@@ -323,12 +323,12 @@ class RunArguments:
 
     @property
     def steps_between_saves(self) -> int:
-        """Checkpoints may only fall behind a multiple of that many optimizer steps."""
+        """Checkpoints fall on multiples of this many optimizer steps."""
         return 1
 
     def callbacks(self) -> list[TrainerCallback]:
-        """What every stage's trainer does beside training."""
-        drop_if_cut(Path(self.output_dir) / "all_results.json")  # transformers reads it to add to it
+        """What every stage's trainer does besides training."""
+        drop_if_cut(Path(self.output_dir) / "all_results.json")  # transformers reads it before adding to it
         return [StopAtSignal(self.steps_between_saves), FiniteGradients(), FiniteWeights(), CheckpointSeal()]
 
     def finish(self, trainer, data_args: DataArguments) -> None:

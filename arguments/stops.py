@@ -1,4 +1,4 @@
-"""What ends a run early, with its last checkpoint whole: a signal, or numbers that are not finite."""
+"""What ends a run early but leaves its last checkpoint whole: a signal, or numbers that are not finite."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from arguments.command_line import Fault
 class StopAtSignal(TrainerCallback):
     """SIGTERM or SIGINT: save a checkpoint, end, exit with 128 + the signal's number. A SIGINT after it exits at once.
 
-    A second SIGTERM does not: where a whole process group gets one, scripts/env.sh hands it on once more.
+    A second SIGTERM does not: when a whole process group gets one, scripts/env.sh forwards it once more.
     """
 
     def __init__(self, steps_between_saves: int):
@@ -33,7 +33,7 @@ class StopAtSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         received = torch.tensor(self.signal, device=args.device)
-        if args.world_size > 1:  # all ranks end behind the same step
+        if args.world_size > 1:  # all ranks end after the same step
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
         if received and state.global_step % self.steps_between_saves == 0:
             self.signal = int(received)
@@ -43,14 +43,14 @@ class StopAtSignal(TrainerCallback):
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if self.signal and state.global_step < state.max_steps:
-            logger.warning(f"Ended behind step {state.global_step}: the same command goes on from there")
+            logger.warning(f"Ended after step {state.global_step}: the same command goes on from there")
             raise SystemExit(128 + self.signal)
 
 
 class EndsOnce:
-    """Mixed into a Trainer: a run that goes on from its last step trains nothing more and keeps the figures it had.
+    """Mixed into a Trainer: a finished run that is started again trains nothing more and keeps its figures.
 
-    transformers 5.23 trains one step more where the end falls inside an epoch.
+    transformers 5.23 would train one more step if the run ended inside an epoch.
     """
 
     def _run_epoch(self, *args, **kwargs):
@@ -67,8 +67,8 @@ class EndsOnce:
 class FiniteGradients(TrainerCallback):
     """Ends the run before a step whose gradients are not finite, so that no such number reaches a weight.
 
-    In fp16 the loss scale is too high at times: the scaler skips such steps and lowers it. Only three in a row at a
-    scale below 1, where nothing is left to lower, end the run; and its end, if no step was made at all.
+    In fp16 the loss scale is too high at times: the scaler skips such steps and lowers it. So only three in a row at a
+    scale below 1, where lowering no longer helps, end the run; and a run whose steps were all skipped is an error.
     """
 
     def __init__(self):
@@ -100,8 +100,8 @@ class FiniteGradients(TrainerCallback):
 class FiniteWeights(TrainerCallback):
     """Ends the run rather than save a weight that is not finite: a finite gradient may still make a step too large.
 
-    Behind StopAtSignal, which asks for checkpoints, and before CheckpointSeal. Looked at only when something is saved:
-    each step would cost more than it tells, since the next one's gradients are not finite then.
+    Comes after StopAtSignal, which asks for checkpoints, and before CheckpointSeal. It checks only when something is
+    saved: a check at each step costs time and finds nothing that the next step's gradients do not show.
     """
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -119,6 +119,6 @@ class FiniteWeights(TrainerCallback):
     def check(self, model, step: int) -> None:
         if not all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
             raise Fault(
-                f"trained weights are not finite behind step {step}: they are not saved. Lower --learning_rate; the "
+                f"trained weights are not finite after step {step}: they are not saved. Lower --learning_rate; the "
                 "last checkpoint is whole"
             )

@@ -1,4 +1,4 @@
-"""What a run says while it goes: one line per logging step, with tokens a second, memory and time left."""
+"""What a run reports as it goes: one line per logging step, with tokens per second, memory and time left."""
 
 import re
 import resource
@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 def peak_memory() -> dict[str, float]:
     """GiB that this process has held at most: {"peak_rss_gib"}, and {"peak_gpu_gib"} where there is a GPU."""
-    if sys.platform == "linux":  # there ru_maxrss begins with what its parent held, which may be a large notebook
+    if sys.platform == "linux":  # where ru_maxrss starts from the parent's peak, which may be a large notebook's
         peak_rss = 2**10 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
     else:
         peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
@@ -25,15 +25,15 @@ def peak_memory() -> dict[str, float]:
 
 
 class Bars(ProgressCallback):
-    """The library's progress bars, without the dicts that it prints between them."""
+    """The library's progress bars without the dicts that it prints between them."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         pass
 
 
 class LogLine:
-    """Mixed into a Trainer: each log of a training step also has seconds a step, tokens a second (without padding, of
-    all ranks) and this rank's peak memory; and each log is one line of name=value."""
+    """Mixed into a Trainer: training logs also have seconds per step, tokens per second (of all ranks, without
+    padding) and this rank's peak memory; and each log is printed as one line of name=value."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -49,7 +49,7 @@ class LogLine:
         return super().training_step(model, inputs, *args, **kwargs)
 
     def count_tokens(self, tokens) -> None:
-        """Called when a step begins; the first call starts the clock."""
+        """Call it when a step begins; the first call starts the clock."""
         self._logged = self._logged or (time.perf_counter(), self.state.global_step)
         self._tokens += tokens
 

@@ -108,7 +108,7 @@ def test_a_step_that_is_too_large_is_not_saved(flags, tiny, records, tmp_path):
     """Its gradients are finite, what it makes of the weights is not."""
     command = stage("sft", tiny("llama"), records, tmp_path / "out", "--learning_rate", 1e39, "--max_grad_norm", 1e9)
     ended = in_process(*command, "--do_eval", "False", "--per_device_train_batch_size", 8, *flags)
-    assert ended.code == 1 and "trained weights are not finite behind step 1: they are not saved" in ended.stderr
+    assert ended.code == 1 and "trained weights are not finite after step 1: they are not saved" in ended.stderr
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
