@@ -9,15 +9,15 @@
 
 Reads   a model (--base_model), with an adapter on it or not (--lora_model); questions: a .txt with one a line, or
         prompts and conversations in any of the forms of data/README.md.
-Writes  predictions_file: JSON lines {"Input", "Output", "Model"}, behind those that an earlier call left there; with
-        --compare {"Input", "Output": {model: answer}, "Score": {model: reward}}.
-        votes_file: of --web, preference pairs for stage 3.
+Writes  predictions_file: JSON lines {"Input", "Output", "Model"}, after those of an earlier call; with --compare
+        {"Input", "Output": {model: answer}, "Score": {model: reward}}.
+        votes_file: with --web, preference pairs for stage 3.
 """
 
 import json
 import math
 import os
-import readline  # noqa: F401 - by it input() edits lines, also of Chinese characters
+import readline  # noqa: F401 - gives input() line editing, of Chinese characters too
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -50,11 +50,11 @@ class InferenceArguments:
     base_model: str | None = field(default=None, metadata={"help": "Folder or hub name of the model."})
     lora_model: str | None = field(default=None, metadata={"help": "Adapter to put on it; a merged model needs none."})
     tokenizer_path: str | None = field(default=None, metadata={"help": "If not the model's own."})
-    interactive: bool = field(default=False, metadata={"help": "Chat. Also what happens without --data_file."})
+    interactive: bool = field(default=False, metadata={"help": "Chat; the default without --data_file."})
     data_file: str | None = field(default=None, metadata={"help": "File or folder of questions."})
     predictions_file: str = field(default="predictions.jsonl", metadata={"help": "Where the answers go."})
     with_prompt: bool = field(
-        default=True, metadata={"help": "Ask through the chat template; False: go on from the bare text."}
+        default=True, metadata={"help": "Ask through the chat template; False: continue the bare text."}
     )
     system: str | None = field(default=None, metadata={"help": "System text of an interactive chat."})
     compare: list[str] = field(
@@ -67,10 +67,10 @@ class InferenceArguments:
     max_source_length: int = field(default=1024, metadata={"help": "Tokens kept of a conversation."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
     temperature: float = field(default=0.0, metadata={"help": "0 takes the most likely token each time."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample among the likeliest tokens, up to that probability."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
     batch_size: int = field(default=8, metadata={"help": "Questions answered at once."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Answer only the first so many."})
-    dtype: str | None = field(default=None, metadata={"help": "Of the weights; default: what the hardware suits."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Answer only that many, from the first on."})
+    dtype: str | None = field(default=None, metadata={"help": "Of the weights; default: what suits the hardware."})
     load_in_8bit: bool = field(default=False, metadata={"help": "8-bit weights (needs bitsandbytes)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 weights (needs bitsandbytes)."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
@@ -100,12 +100,12 @@ class InferenceArguments:
             raise UserError(f"--max_eval_samples is {self.max_eval_samples}, expected at least 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed is {self.seed}, expected 0 to {2**32 - 1}")
-        if not 0 <= self.temperature < math.inf:  # NaN is not either
+        if not 0 <= self.temperature < math.inf:  # also refuses NaN
             raise UserError(f"--temperature is {self.temperature}, expected 0 or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p is {self.top_p}, expected a share above 0, up to 1")
 
-        if self.only_cpu or self.gpus is not None:  # before CUDA is looked for
+        if self.only_cpu or self.gpus is not None:  # before CUDA is initialised
             os.environ["CUDA_VISIBLE_DEVICES"] = "" if self.only_cpu else self.gpus
 
     def model_args(self, name: str) -> ModelArguments:
@@ -179,7 +179,7 @@ class Answerer:
             try:
                 return self.answer([messages], streamer)
             finally:
-                streamer.end()  # also where generating failed, or the loop below would wait for ever
+                streamer.end()  # even if generating failed, or the loop below would wait forever
 
         with ThreadPoolExecutor(1) as thread:
             found = thread.submit(answer)
@@ -217,7 +217,7 @@ def chat(answerer: Answerer, system: str | None) -> None:
 
 
 def ask_all(question: str, histories: list[list[dict]], answerers: list[Answerer]) -> Iterator[list[list[dict]]]:
-    """The conversations with the question and, piece by piece, each model's answer to it, one model after another."""
+    """The conversations with the question and, piece by piece, the models' answers to it, one model after another."""
     histories = [[*messages, {"role": "user", "content": question}] for messages in histories]
     yield list(histories)
     for i, answerer in enumerate(answerers):
@@ -228,9 +228,9 @@ def ask_all(question: str, histories: list[list[dict]], answerers: list[Answerer
 
 
 def vote(path: Path, histories: list[list[dict]], best: int) -> int:
-    """Write the best answer against each other one as a preference pair for stage 3; returns how many there are.
+    """Write the best answer and each other one as a preference pair for stage 3; returns the number of pairs.
 
-    Pairs answer the same question, so where conversations differ before it there is none; nor of equal answers.
+    Both answers of a pair reply to the same conversation and differ: other answers make none.
     """
     *prompt, chosen = histories[best]
     others = [messages[-1]["content"] for messages in histories if messages[:-1] == prompt]
@@ -292,7 +292,7 @@ def load_questions(args: InferenceArguments) -> list[list[dict]]:
 
 
 def writable(flag: str, file: str) -> Path:
-    """The file that `flag` names, looked at before models work for hours on what it is to hold.
+    """The file that `flag` names, checked before models work for hours on its content.
 
     Raises:
         UserError: when it cannot be written, nor made.
@@ -305,9 +305,9 @@ def writable(flag: str, file: str) -> Path:
 
 
 def already_answered(path: Path, questions: list[list[dict]], model: str) -> int:
-    """How many answers an earlier call left; they must be the model's, to the first of these questions.
+    """How many answers an earlier call left; they must be by this model, to the first of these questions.
 
-    What a kill or a full disk left of a last line is taken off the file.
+    A last line that a kill or a full disk cut short is removed from the file.
     """
     if not path.exists():
         return 0
@@ -347,7 +347,7 @@ def answer_file(args: InferenceArguments) -> None:
 def compare(args: InferenceArguments) -> None:
     """Let each model answer all questions; print mean reward, length and wins against the first model."""
     path, questions = writable("predictions_file", args.predictions_file), load_questions(args)
-    for name in args.compare:  # a wrong one is told before the first has answered
+    for name in args.compare:  # a wrong name fails before the first model has answered
         args.model_args(name).load_config()
     answers = {name: list(Answerer(name, args).answer_all(questions)) for name in args.compare}
     scores = score(args, questions, answers) if args.reward_model else {}

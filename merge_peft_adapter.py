@@ -4,7 +4,7 @@
         --output_dir outputs/pt-merged
 
 Reads   the base model and an adapter of a causal language model or of a reward model (its score head comes along).
-        Weights stay on disk; what a merge holds of its own is about one file of the base.
+        Weights stay on disk: a merge holds about one file of the base in memory.
 Writes  a plain model with tokenizer and chat template, that from_pretrained loads, and merge.json with the proof:
         each merged tensor against the formula of its adapter, the logits of a few texts against the adapter model's.
         output_dir may be the adapter's own folder: the adapter then moves into its subfolder adapter/, since
@@ -93,7 +93,7 @@ class MergeArguments:
 
 
 def give_memory_back() -> None:
-    """Let glibc return each freed tensor: what it keeps for later piles up, layer by layer (and env.sh makes it)."""
+    """Let glibc return each freed tensor to the system: kept ones, as env.sh asks for, pile up layer by layer."""
     threshold, most = (-3, 2**20), (-4, 2**16)  # M_MMAP_THRESHOLD, M_MMAP_MAX of mallopt(3)
     if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
         set_option(*threshold)
@@ -101,7 +101,7 @@ def give_memory_back() -> None:
 
 
 def check(args: MergeArguments, config: PeftConfig, adapter: Path) -> None:
-    """Refuse what cannot end well, before anything is loaded or written."""
+    """Refuse what cannot succeed, before anything is loaded or written."""
     base = args.base_model_name_or_path
     if not base:
         raise UserError(f"{adapter} does not say which base it was trained on: name it with --base_model_name_or_path")
@@ -138,7 +138,7 @@ def load(args: MergeArguments, config: PeftConfig, folder: Path, dtype: torch.dt
     try:
         return opened(auto_class(config), name, folder, dtype, **labels, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
-        if explained(error):  # the disk, not the model
+        if explained(error):  # the disk is at fault, not the model
             raise
         raise UserError(f"--base_model_name_or_path {name} is no model: {first_line(error)}") from error
 
@@ -167,7 +167,7 @@ def probe(model, tokenizer) -> list[torch.Tensor]:
 def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict:
     """Largest difference, absolute and relative to the spread of the expected logits, and share of equal top-1.
 
-    Of scores there are so few that they may lie close together by chance: their size then stands for their spread.
+    Scores are so few that they may be close by chance: their mean size then stands in for their spread.
     """
     pairs = list(zip(expected, found, strict=True))
     largest = max((a - b).abs().max().item() for a, b in pairs)
@@ -252,10 +252,10 @@ def write_gguf(llama_cpp: Path, folder: Path, tokenizer) -> dict:
 
 
 def move_into_place(staging: Path, output: Path) -> None:
-    """Make `output` the merged model in one step: killed at any moment, it is as it was or all new.
+    """Make `output` the merged model atomically: killed at any moment, it is as it was or all new.
 
-    The new folder is put together beside it (the rest of the old one as hard links) and the two change places. Where
-    nothing can stand beside it (a mount point, no rights) the files move one by one.
+    The new folder is assembled beside it (the rest of the old one as hard links) and the two are swapped. If nothing
+    can be created beside it (a mount point, no permission), the files move one by one.
     """
     if os.path.ismount(output) or not os.access(output.parent, os.W_OK):
         return move_files(staging, output)
@@ -275,8 +275,8 @@ def move_into_place(staging: Path, output: Path) -> None:
 
 
 def move_files(staging: Path, folder: Path) -> None:
-    """The merged files into `folder`, whose adapter goes aside first. config.json, without which from_pretrained
-    refuses the folder, goes first where an earlier merge left one, and comes last."""
+    """Move the merged files into `folder`, after its adapter is put aside. An old config.json is removed first and the
+    new one comes last: without it from_pretrained refuses the folder."""
     new = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
     (folder / "config.json").unlink(missing_ok=True)
     for stale in {*folder.glob("model*.safetensors*"), *folder.glob("model.gguf")} - {folder / p.name for p in new}:
@@ -305,7 +305,7 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def exchange(first: Path, second: Path) -> None:
-    """Let two folders change places in one step, or, where the file system cannot, in three."""
+    """Swap two folders in one step or, if the file system cannot, in three."""
     libc, here, both = ctypes.CDLL(None, use_errno=True), -100, 2  # AT_FDCWD, RENAME_EXCHANGE of renameat2(2)
     names = os.fsencode(first), os.fsencode(second)
     if hasattr(libc, "renameat2") and libc.renameat2(here, names[0], here, names[1], both) == 0:

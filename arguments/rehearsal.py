@@ -47,7 +47,7 @@ class Rehearsal(TokenLoss):
         self.hold_optimizer(accumulates)
 
     def with_casts(self, model: nn.Module) -> nn.Module:
-        """RunArguments.avoid_casts; on a CPU the file stays mapped, though what it held is kept in another dtype.
+        """RunArguments.avoid_casts; on a CPU the file stays mapped, though its weights are now held in another dtype.
 
         Its pages count as resident while any weight, such as the embedding, is still a view of it.
         """
@@ -74,7 +74,7 @@ class Rehearsal(TokenLoss):
             self.footprint.now["weights"] -= weight.nbytes - math.ceil(weight.numel() * bits / 8)
 
     def hold_optimizer(self, accumulates: bool) -> None:
-        """Take a step, which makes the optimizer's state; gradients stay where micro-batches add to them."""
+        """Take a step, which creates the optimizer's state; gradients stay in memory if micro-batches add to them."""
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(self.args, None)
         optimizer = kind(self.trained, **kwargs)
         for parameter in self.trained:
@@ -112,7 +112,7 @@ def base_model(model_args, auto_class, **settings) -> nn.Module:
 
 
 def adapted(model, adapter_args, task_type: TaskType) -> nn.Module:
-    """AdapterArguments.apply; an adapter to go on with is made anew from its config, for its weights are not read."""
+    """AdapterArguments.apply, but an adapter to continue is built from its config: its weights are not read."""
     if not adapter_args.peft_path:
         return adapter_args.apply(model, task_type)
     config = PeftConfig.from_pretrained(adapter_args.adapter_path, inference_mode=False)

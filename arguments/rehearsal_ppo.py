@@ -15,7 +15,7 @@ from arguments.shapes import Footprint
 
 
 def actor_critic(model_args, adapter_args, reward_args, critic: str) -> nn.Module:
-    """What roles.build_actor_critic makes; a reward model that is loaded beside hangs on it as `beside`."""
+    """What roles.build_actor_critic makes; a reward model loaded beside the policy is its attribute `beside`."""
     adapter, name = reward_args.find_adapter(), reward_args.reward_model_name_or_path
     shared = bool(adapter) and adapter_args.use_peft and is_base(adapter, model_args.model_name_or_path)
     policy = base_model(model_args, AutoModelForCausalLM)
@@ -55,12 +55,12 @@ def rehearse_ppo(model_args, adapter_args, args, load: Load, train, held_out, le
 
 
 def tokens(found: Rehearsal, *shape: int) -> torch.Tensor:
-    """Token ids, which one does not matter."""
+    """Token ids; which ones does not matter."""
     return torch.ones(shape, dtype=torch.long, device=found.device)
 
 
 class CountedCache(DynamicCache):
-    """A KV cache whose tensors count as such."""
+    """A KV cache whose tensors are counted under "KV cache"."""
 
     def __init__(self, footprint: Footprint):
         super().__init__()

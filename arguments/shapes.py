@@ -41,8 +41,8 @@ def without_storage(build: Callable[[], nn.Module], device: torch.device) -> nn.
 class Footprint(TorchDispatchMode):
     """Bytes of all storages that are alive, by role, and what they were when their sum was largest.
 
-    What an operation makes is an activation, or logits if its last dimension is the vocabulary; `label` tells better.
-    Kernels' own scratch memory does not show here.
+    An operation's result counts as an activation, or as logits if its last dimension is the vocabulary, unless `label`
+    says otherwise. Scratch memory inside kernels is not seen.
     """
 
     def __init__(self, vocabulary: int):

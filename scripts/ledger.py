@@ -1,4 +1,4 @@
-"""The pipeline's memory: with what each stage ran, when, how long, and what came out.
+"""The pipeline's ledger: what each stage ran with, when, for how long, and its results.
 
     python scripts/ledger.py start outputs sft scripts/run_sft.sh outputs/pt-merged data/finetune -- --max_steps 30
     python scripts/ledger.py finish outputs sft
@@ -22,7 +22,7 @@ from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 WEIGHTS = (".safetensors", ".bin")
-LOADED = (  # of a model's folder: what else lies there (a report, figures, notes) changes no stage
+LOADED = (  # in a model's folder: other files there (a report, figures, notes) do not affect a stage
     "config.json",
     "generation_config.json",
     "*.safetensors",
@@ -53,7 +53,7 @@ def digest(path: Path) -> str:
 
 
 def all_files(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
-    """The files of a data folder as arguments.files finds them: no hidden ones, and links to folders are followed."""
+    """The files of a data folder as arguments.files finds them: without hidden ones, following links to folders."""
     if path.is_file():
         return [path]
     if not path.is_dir() or path.resolve() in above:
@@ -63,7 +63,7 @@ def all_files(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
 
 
 def whole_lines(path: Path) -> str:
-    """A file's text without a last line that a kill cut short; none where there is no file."""
+    """A file's text without a last line that a kill cut short; empty if there is no file."""
     text = path.read_bytes() if path.exists() else b""
     return text[: text.rfind(b"\n") + 1].decode()  # a cut may lie within a character
 
@@ -91,7 +91,7 @@ def present(outputs: Path, stage: str) -> bool:
 
 
 def content(name: str) -> str:
-    """Hash of what an input holds; several folders may be joined as in --train_file_dir, a,b:2."""
+    """Hash of an input's content; several folders may be joined as in --train_file_dir, a,b:2."""
     if Path(name).exists():
         return digest(Path(name))
     parts = [part if Path(part).exists() else part.rpartition(":")[0] for part in name.split(",")]
@@ -101,7 +101,7 @@ def content(name: str) -> str:
 
 
 def without_secrets(flags: list[str]) -> list[str]:
-    """The flags as they may be kept: no token among them. arguments is slow to import, so only where there may be."""
+    """The flags with tokens masked. arguments is slow to import, so only if there may be one."""
     if not any("token" in flag.lower() for flag in flags):
         return flags
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -111,7 +111,7 @@ def without_secrets(flags: list[str]) -> list[str]:
 
 
 def start(outputs: Path, stage: str, inputs: list[str], flags: list[str]) -> str:
-    """Add a line for a beginning, unless it has ended; returns the word to print."""
+    """Add a line for a stage that begins, unless it has ended with the same inputs; returns the word to print."""
     flags = without_secrets(flags)
     made = {name: content(name) for name in inputs}
     known = entries(outputs, stage)
@@ -134,7 +134,7 @@ def start(outputs: Path, stage: str, inputs: list[str], flags: list[str]) -> str
 
 
 def finish(outputs: Path, stage: str) -> None:
-    """Add a line for an end, with the figures of all_results.json."""
+    """Add a line for a stage that has ended, with the figures of all_results.json."""
     if FOLLOWS:
         return
     last = entries(outputs, stage)[-1]
@@ -152,7 +152,7 @@ def main():
     try:
         print(start(Path(outputs), stage, rest[:split], rest[split + 1 :]))
     except PermissionError as error:
-        print(f"error: {error.filename}: this user has no right to it, so mend that or name another", file=sys.stderr)
+        print(f"error: {error.filename}: this user lacks the permission. Grant it, or name another", file=sys.stderr)
         sys.exit(2)
 
 

@@ -48,7 +48,7 @@ def read_json(path: Path, empty):
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The whole JSON lines of a file; what a kill or a full disk left of a last one is no line."""
+    """The JSON lines of a file, without a last one that a kill or a full disk cut short."""
     return [json.loads(line) for line in whole_lines(path).split("\n") if line]
 
 
@@ -66,7 +66,7 @@ def svg(title: str, draw) -> str:
 
 
 def curve(history: list[dict], name: str) -> str | None:
-    """Training and held-out values of a quantity over the optimizer steps; None where there are none."""
+    """Training and held-out values of a quantity over the optimizer steps; None if there are none."""
     lines = {}
     for key, label in ((name, "train"), (f"eval_{name}", "held out")):
         points = [(row["step"], row[key]) for row in history if isinstance(row.get(key), int | float)]
@@ -102,7 +102,7 @@ def lengths(tokens: dict) -> str:
 
 
 def calibration(margins: list[float]) -> str:
-    """Of pairs whose margin promises a probability, the share in which the chosen answer does win, by fifths."""
+    """The share of pairs whose chosen answer wins against the probability that their margins predict, by fifths."""
     sure = sorted((1 / (1 + math.exp(-abs(margin))), margin > 0) for margin in margins)
     fifths = [sure[i * len(sure) // 5 : (i + 1) * len(sure) // 5] for i in range(5)]
     points = [tuple(map(statistics.fmean, zip(*fifth, strict=True))) for fifth in fifths if fifth]
@@ -138,7 +138,7 @@ def plots(name: str, folder: Path) -> list[str]:
 
 
 def describe(name: str, folder: Path, known: list[dict]) -> dict:
-    """What the page says of a stage; `known` is what the ledger holds of it."""
+    """What the page says about a stage; `known` are its entries in the ledger."""
     results, last = read_json(folder / "all_results.json", {}), known[-1] if known else {}
     run = read_json(folder / "run.json", {"arguments": []})
     ended = last.get("event") == "finish" or (not known and results)

@@ -1,11 +1,10 @@
-"""Perplexity of texts that have nothing to do with the domain, under several models: what was forgotten on the way.
+"""Perplexity of texts that have nothing to do with the domain, under several models: what training made them forget.
 
     python scripts/perplexity.py data/general models/SmolLM2-135M-Instruct outputs/pt-merged outputs/sft-merged
 
 Reads a folder of documents, in any of the forms of data/README.md, and the models; prints one JSON object
-{model: {"perplexity", "tokens"}}: exp of the mean loss of a token, of every text by itself, behind its
-beginning-of-text token where the tokenizer puts one. Of a text its first 2,048 tokens are taken, or as many as the
-model has positions.
+{model: {"perplexity", "tokens"}}: exp of the mean loss per token. Each text is read by itself, after a
+beginning-of-text token if the tokenizer adds one, up to 2,048 tokens or as many as the model has positions.
 """
 
 import json

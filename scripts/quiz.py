@@ -3,8 +3,8 @@
     python scripts/quiz.py data/quiz models/SmolLM2-135M-Instruct outputs/pt-merged outputs/sft-merged
 
 Reads a folder of {"question", "options", "answer": index} records and the models; prints one JSON object
-{model: {"accuracy", "questions", "language": {"en": accuracy, ...}}}. Of the options the one with the highest
-log-probability a UTF-8 byte counts as the model's, as in lm-evaluation-harness's acc_bytes.
+{model: {"accuracy", "questions", "language": {"en": accuracy, ...}}}. A model's answer is the option with the highest
+log-probability per UTF-8 byte, as in lm-evaluation-harness's acc_bytes.
 """
 
 import json
@@ -26,13 +26,13 @@ PROMPTS = {"en": "Question: {}\nAnswer: ", "zh": "问题：{}\n答案："}
 def choice(model, tokenizer, prompt: str, options: list[str]) -> int:
     """Index of the option that the model finds most likely after the prompt, which it reads once."""
     rows = [tokenizer(prompt + option)["input_ids"] for option in options]
-    shared = min(map(len, rows)) - 1  # of 5, 50 and 500 each keeps a token of its own
+    shared = min(map(len, rows)) - 1  # each keeps a token of its own, even of 5, 50 and 500
     shared = next((i for i in range(shared) if len({row[i] for row in rows}) > 1), shared)
     read = torch.tensor([rows[0][: shared - 1]], device=model.device)
     cache = model(read, use_cache=True, logits_to_keep=1).past_key_values
     cache.batch_repeat_interleave(len(rows))
     rest = [torch.tensor(row[shared - 1 :]) for row in rows]
-    ids = pad_sequence(rest, batch_first=True).to(model.device)  # what is padded is read by nobody
+    ids = pad_sequence(rest, batch_first=True).to(model.device)  # nothing reads the padding
     logp = model(ids[:, :-1], past_key_values=cache).logits.float().log_softmax(-1)
     logp = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)
     totals = [row[: len(tokens) - 1].sum() for row, tokens in zip(logp, rest, strict=True)]

@@ -46,7 +46,7 @@ def kind_rows(results: dict) -> list[tuple]:
 
 
 def judged(path: Path) -> list[dict]:
-    """What a script said of each model; nothing where it has not ended."""
+    """A script's results for each model; empty if it has not ended."""
     return list(json.loads(path.read_text()).values()) if path.exists() and path.read_text() else []
 
 
