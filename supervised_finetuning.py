@@ -83,7 +83,7 @@ def pack(dataset: Dataset, length: int) -> Dataset:
     return packed.map(positions, remove_columns="seq_lengths", desc="Numbering positions")
 
 
-def packing_told(packed: Dataset, length: int) -> str:
+def packing_summary(packed: Dataset, length: int) -> str:
     full = sum(packed["length"]) / (len(packed) * length)
     return f"--packing makes {len(packed):,} rows of {length} tokens, {full:.1%} full, of the records below."
 
@@ -126,7 +126,7 @@ def main():
     eval_dataset = build_dataset(eval_rows, tokenizer, data_args, training_args.train_on_inputs)
     eval_dataset = eval_dataset.sort("length")  # less padding
     if data_args.preview and training_args.packing:
-        print(packing_told(pack(train_dataset, training_args.packing_length), training_args.packing_length))
+        print(packing_summary(pack(train_dataset, training_args.packing_length), training_args.packing_length))
     if data_args.preview:
         return data_args.show(train_dataset, tokenizer)
     if training_args.plan:

@@ -135,7 +135,7 @@ class DataArguments:
 
     def _all(self, form: str) -> Dataset:
         rows = self._read(self.train_file_dir, "train", form)
-        self._judge(bad_rows(rows))
+        self._handle_bad(bad_rows(rows))
         return rows.select(np.flatnonzero(~is_bad(rows)))
 
     def encode(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
@@ -188,7 +188,7 @@ class DataArguments:
         key = fingerprint(rows._fingerprint, code, tokenizer_key(tokenizer), lengths, sorted(settings.items()))
         encoded = self._mapped(rows, judged(encode, rows), keep, key)
         refused = [rows[int(i)] | {"bad": encoded[int(i)]["bad"]} for i in np.flatnonzero(is_bad(encoded))]
-        self._judge([row | {"raw": json.dumps(row, ensure_ascii=False)} for row in refused])
+        self._handle_bad([row | {"raw": json.dumps(row, ensure_ascii=False)} for row in refused])
         if refused:
             encoded = encoded.select(np.flatnonzero(~is_bad(encoded)))
         encoded = encoded.remove_columns("bad")
@@ -239,7 +239,7 @@ class DataArguments:
             self._bad_file = Path(output_dir) / "bad_records.jsonl"
             if PartialState().is_main_process:
                 self._bad_file.unlink(missing_ok=True)  # an earlier run's
-        self._judge(bad_rows(rows) + (bad_rows(held_rows) if held_rows else []))
+        self._handle_bad(bad_rows(rows) + (bad_rows(held_rows) if held_rows else []))
         self.facts = {"read": len(rows), "bad": len(bad_rows(rows)), "duplicates": 0, "held_out_too": 0}
 
         train, keys = np.flatnonzero(~is_bad(rows)), column(rows, "key")
@@ -294,7 +294,7 @@ class DataArguments:
         picked[random.Random(42).sample(range(len(train)), count)] = True
         return train[~picked], train[picked]
 
-    def _judge(self, bad: list[dict]) -> None:
+    def _handle_bad(self, bad: list[dict]) -> None:
         """Stop at bad records {"place", "bad": reason, "raw"}, or list them in the output folder and go on."""
         bad = list({row["place"]: row for row in bad}.values())  # a weight may have repeated some
         if not bad:

@@ -120,7 +120,7 @@ class RunArguments:
         asked = str(self.resume_from_checkpoint or "")
         self.fresh |= asked.lower() == "false"
         self._check_output()
-        if self._asks_for_one() and not Path(asked).is_dir():
+        if self._names_checkpoint() and not Path(asked).is_dir():
             raise UserError(f"--resume_from_checkpoint {asked} is no folder: name a checkpoint-N of an earlier run")
         if not (self.do_train or self.do_eval):
             raise UserError("--do_train False and --do_eval False leave nothing to do")
@@ -254,7 +254,7 @@ class RunArguments:
                 f"{output} holds what {run['script']} made: name another --output_dir, or --fresh to replace it"
             )
 
-    def _asks_for_one(self) -> bool:
+    def _names_checkpoint(self) -> bool:
         """Whether --resume_from_checkpoint names a checkpoint."""
         return str(self.resume_from_checkpoint or "").lower() not in ("", "true", "false")
 
@@ -268,11 +268,11 @@ class RunArguments:
                 one asked for is not whole.
         """
         self.base_facts = facts_of(base)
-        if not self._asks_for_one() and self.fresh and Path(self.output_dir).is_dir():
+        if not self._names_checkpoint() and self.fresh and Path(self.output_dir).is_dir():
             with self.main_process_first(desc="clearing the output folder"):
                 clear_output(Path(self.output_dir), [base, adapter or base])
             return None
-        asked = [self.resume_from_checkpoint] if self._asks_for_one() else []
+        asked = [self.resume_from_checkpoint] if self._names_checkpoint() else []
         for found in asked or reversed(sort_checkpoints(self.output_dir)):
             if fault := checkpoint_fault(Path(found)):
                 if asked:
