@@ -93,11 +93,9 @@ class InferenceArguments:
                 "--lora_model goes with --base_model, and --compare takes whole models: merge the adapter "
                 "(merge_peft_adapter.py) and name the merged model in --compare"
             )
-        for flag in ("max_new_tokens", "batch_size", "max_source_length"):
-            if getattr(self, flag) < 1:
-                raise UserError(f"--{flag} is {getattr(self, flag)}, expected at least 1")
-        if self.max_eval_samples is not None and self.max_eval_samples < 1:
-            raise UserError(f"--max_eval_samples is {self.max_eval_samples}, expected at least 1")
+        for flag in ("max_new_tokens", "batch_size", "max_source_length", "max_eval_samples"):
+            if (value := getattr(self, flag)) is not None and value < 1:
+                raise UserError(f"--{flag} is {value}, expected at least 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed is {self.seed}, expected 0 to {2**32 - 1}")
         if not 0 <= self.temperature < math.inf:  # also refuses NaN

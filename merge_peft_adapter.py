@@ -12,7 +12,6 @@ Writes  a plain model with tokenizer and chat template, that from_pretrained loa
 """
 
 import ctypes
-import hashlib
 import json
 import os
 import re
@@ -41,6 +40,7 @@ from transformers import (
 
 from arguments import UserError, adapter_config, adapter_folder, check_base, parse_arguments, run_stage
 from arguments.base import fingerprint, weight_files
+from arguments.checkpoints import digest
 from arguments.command_line import Fault, explained, first_line
 from arguments.streamed import MergedWeights, adapted, grown_vocabulary, opened, running, save_merged, untie
 
@@ -180,11 +180,6 @@ def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict:
     return facts | {"equal_top1": same}
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, staging: Path) -> dict:
     """Write the merged model into `staging` and prove it; returns the facts for merge.json."""
     name, scratch = args.base_model_name_or_path, staging / "converted"
@@ -221,7 +216,7 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     tensors = {"merged": len(merged.errors), "largest_error": max(merged.errors.values(), default=0.0)}
     return {
         "base": known,
-        "adapter": {"name": str(adapter), "sha256": sha256(next(adapter.glob("adapter_model.*")))},
+        "adapter": {"name": str(adapter), "sha256": digest(next(adapter.glob("adapter_model.*")))[1]},
         "dtype": stored_dtype(args),
         "untied": apart,
         "tensors": tensors,

@@ -164,9 +164,9 @@ class PPOArguments(RunArguments, TrainingArguments):
 
     def _check_ranges(self):
         positive = "temperature", "clip_range", "value_clip_range", "kl_target", "kl_horizon", "reward_clip"
-        for flag in (*positive, *(["critic_learning_rate"] if self.critic_learning_rate is not None else [])):
-            if not getattr(self, flag) > 0:
-                raise UserError(f"--{flag} is {getattr(self, flag)}, expected a number above 0")
+        for flag in (*positive, "critic_learning_rate"):
+            if (value := getattr(self, flag)) is not None and not value > 0:
+                raise UserError(f"--{flag} is {value}, expected a number above 0")
         for flag in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected a number from 0 to 1")
@@ -191,7 +191,7 @@ class PPOArguments(RunArguments, TrainingArguments):
         return self.ppo_epochs * (self.batch_size // self.mini_batch_size)
 
 
-# --- PPO's arithmetic: pure functions of tensors [batch, time]; mask is 1 on response tokens
+# PPO's arithmetic: pure functions of tensors [batch, time]; mask is 1 on response tokens
 
 
 def token_rewards(logp, ref_logp, scores, mask, kl_coef: float):
@@ -275,9 +275,6 @@ def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.T
     carried = [name for name, value in answers[0].items() if torch.is_tensor(value)]
     batch |= {name: stacked([answer[name] for answer in answers]) for name in carried}
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-# --- the trainer
 
 
 class PPOTrainer(LogLine, EndsOnce, Trainer):

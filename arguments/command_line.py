@@ -34,13 +34,9 @@ RENAMED_FLAGS = {
     "--save_safetensors": None,
     "--fp16_opt_level": None,
 }
-
-
 DISK = re.compile(
     r"No space left|Read-only file system|Permission denied|Disk quota|PytorchStreamWriter", re.IGNORECASE
 )
-
-
 SECRET = re.compile(r"--[\w-]*token", re.IGNORECASE)  # argparse knows each flag with _ and with -
 
 

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -39,28 +40,19 @@ SAVERS = (  # tried one after another if it does not fit; the first is the stage
 
 def plan_tokens(model_args, adapter_args, args, train: Dataset, held_out: Dataset, collate: Callable) -> None:
     """Print the plan of stage 1 or 2, where `collate` makes batches of rows."""
-
-    def rehearse(load):
-        return rehearse_tokens(model_args, adapter_args, args, load, train, held_out, collate)
-
+    rehearse = partial(rehearse_tokens, model_args, adapter_args, args, train, held_out, collate)
     show(model_args, adapter_args, args, train, rehearse)
 
 
 def plan_pairs(model_args, adapter_args, args, train: Dataset, held_out: Dataset, tokenizer, longest: int) -> None:
     """Print the plan of stage 3, with answers and their prompts of up to `longest` tokens."""
-
-    def rehearse(load):
-        return rehearse_pairs(model_args, adapter_args, args, load, train, held_out, tokenizer, longest)
-
+    rehearse = partial(rehearse_pairs, model_args, adapter_args, args, train, held_out, tokenizer, longest)
     show(model_args, adapter_args, args, train, rehearse)
 
 
 def plan_ppo(model_args, adapter_args, args, train: Dataset, held_out: Dataset, length: int, reward_args) -> None:
     """Print the plan of stage 4, with answers of `length` tokens."""
-
-    def rehearse(load):
-        return rehearse_ppo(model_args, adapter_args, args, load, train, held_out, length, reward_args)
-
+    rehearse = partial(rehearse_ppo, model_args, adapter_args, args, train, held_out, length, reward_args)
     show(model_args, adapter_args, args, train, rehearse, "micro_batch_size")
 
 

@@ -98,9 +98,6 @@ class Rehearsal(TokenLoss):
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
-# --- models
-
-
 def base_model(model_args, auto_class, **settings) -> nn.Module:
     """The base model as its config describes it, in the dtype that the flags load it in."""
     config = model_args.load_config()
@@ -121,9 +118,6 @@ def adapted(model, adapter_args, task_type: TaskType) -> nn.Module:
     return model
 
 
-# --- rows
-
-
 def longest(dataset: Dataset, load: Load, rows: int | None = None) -> list[dict]:
     """The longest rows of a data set, as many as are in memory at once, their lists cut to the share to keep."""
     if not isinstance(dataset, Dataset):  # streamed, in blocks of one length
@@ -139,10 +133,7 @@ def longest(dataset: Dataset, load: Load, rows: int | None = None) -> list[dict]
     return [{name: kept(value) for name, value in row.items()} for row in found]
 
 
-# --- stages
-
-
-def rehearse_tokens(model_args, adapter_args, args, load: Load, train, held_out, collate) -> Rehearsal:
+def rehearse_tokens(model_args, adapter_args, args, train, held_out, collate, load: Load) -> Rehearsal:
     """Stages 1 and 2: TokenLoss over the longest batch; held-out rows without gradients."""
 
     def build():
@@ -171,7 +162,7 @@ def cut_pair(pair: dict, share: float) -> dict:
     return {name: cut(pair[name]) for name in ("chosen_ids", "rejected_ids")}
 
 
-def rehearse_pairs(model_args, adapter_args, args, load: Load, train, held_out, tokenizer, limit: int) -> Rehearsal:
+def rehearse_pairs(model_args, adapter_args, args, train, held_out, tokenizer, limit: int, load: Load) -> Rehearsal:
     """Stage 3: trl.RewardTrainer's loss, chosen and rejected answers in one forward pass and, if they may, one row."""
 
     def build():

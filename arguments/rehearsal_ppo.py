@@ -36,7 +36,7 @@ def actor_critic(model_args, adapter_args, reward_args, critic: str) -> nn.Modul
     return model
 
 
-def rehearse_ppo(model_args, adapter_args, args, load: Load, train, held_out, length: int, reward_args) -> Rehearsal:
+def rehearse_ppo(model_args, adapter_args, args, train, held_out, length: int, reward_args, load: Load) -> Rehearsal:
     """Stage 4: sampling with a KV cache, scoring, and an update of one micro-batch; answers of `length` tokens."""
 
     def build():

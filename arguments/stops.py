@@ -113,8 +113,7 @@ class FiniteWeights(TrainerCallback):
     def on_save(self, args, state, control, model=None, **kwargs):  # asked for by an evaluation
         self.check(model, state.global_step)
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        self.check(model, state.global_step)
+    on_train_end = on_save
 
     def check(self, model, step: int) -> None:
         if not all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):

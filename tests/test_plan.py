@@ -67,9 +67,9 @@ def rehearsals(model: str, output: Path):
     reward_args = RewardArguments(**flags)
     reward = RewardSourceArguments(reward_functions=f"{__file__}:nothing")
     return {
-        "tokens": partial(rehearse_tokens, *groups, args, load, rows, rows, default_data_collator),
-        "pairs": partial(rehearse_pairs, *groups, reward_args, load, pairs, pairs, groups[0].load_tokenizer(), 64),
-        "ppo": partial(rehearse_ppo, *groups, ppo, load, rows, rows, 8, reward),
+        "tokens": partial(rehearse_tokens, *groups, args, rows, rows, default_data_collator, load),
+        "pairs": partial(rehearse_pairs, *groups, reward_args, pairs, pairs, groups[0].load_tokenizer(), 64, load),
+        "ppo": partial(rehearse_ppo, *groups, ppo, rows, rows, 8, reward, load),
     }
 
 
