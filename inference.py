@@ -285,8 +285,7 @@ def web(args: InferenceArguments) -> None:
 
 def load_questions(args: InferenceArguments) -> list[list[dict]]:
     """The conversations of the data file, in order; a line of a .txt is a question."""
-    source = DataArguments(args.data_file, bad_records="error")
-    return source.load_questions()[: args.max_eval_samples]
+    return DataArguments(args.data_file).load_questions()[: args.max_eval_samples]
 
 
 def writable(flag: str, file: str) -> Path:

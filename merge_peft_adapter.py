@@ -278,13 +278,8 @@ def move_files(staging: Path, folder: Path) -> None:
         stale.unlink()
     if (folder / "adapter_config.json").exists():
         (folder / "adapter").mkdir(exist_ok=True)
-        for name in (
-            "README.md",
-            "base.json",
-            "adapter_model.bin",
-            "adapter_model.safetensors",
-            "adapter_config.json",
-        ):
+        weights = "adapter_model.bin", "adapter_model.safetensors"
+        for name in ("README.md", "base.json", *weights, "adapter_config.json"):
             if (folder / name).exists():
                 os.replace(folder / name, folder / "adapter" / name)
     for path in new:

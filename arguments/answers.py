@@ -1,8 +1,4 @@
-"""Figures of sampled answers: reward, KL to the reference, length, repetition.
-
-An answer is a dict as in rl_training.PPOTrainer: "ids", "score", "finished" and, one number a token, "logp",
-"ref_logp" and "entropy".
-"""
+"""Figures of sampled answers (reward, KL, length, repetition); rl_training.PPOTrainer says what an answer holds."""
 
 import statistics
 from collections.abc import Collection

@@ -34,7 +34,7 @@ RENAMED_FLAGS = {
     "--save_safetensors": None,
     "--fp16_opt_level": None,
 }
-DISK = re.compile(
+DISK = re.compile(  # what errors of a full or unwritable disk say
     r"No space left|Read-only file system|Permission denied|Disk quota|PytorchStreamWriter", re.IGNORECASE
 )
 SECRET = re.compile(r"--[\w-]*token", re.IGNORECASE)  # argparse knows each flag with _ and with -

@@ -71,13 +71,18 @@ def index_by_name(model: nn.Module, files: list[Path], grown: bool) -> dict | No
             index[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": dtype}
         elif (name in stored and not grown) or (name not in stored and name.startswith(body)):
             return None
-    for name, source in model.all_tied_weights_keys.items():
-        index.setdefault(name, index.get(source))
+    index = with_tied(model, index)
     weights = OffloadedWeightsLoader(index=index)
     for name, _ in model.named_buffers():
         if name in index:
             set_module_tensor_to_device(model, name, "cpu", value=weights[name])
-    return {name: place for name, place in index.items() if place}
+    return index
+
+
+def with_tied(model: nn.Module, index: dict) -> dict:
+    """The index with the places of tied weights, and without what has none."""
+    tied = {name: index.get(source) for name, source in model.all_tied_weights_keys.items() if name not in index}
+    return {name: place for name, place in (index | tied).items() if place}
 
 
 def running(model: nn.Module, index: dict) -> nn.Module:
@@ -90,14 +95,12 @@ def running(model: nn.Module, index: dict) -> nn.Module:
 def without_hooks(model: nn.Module) -> tuple[nn.Module, dict]:
     """A model of transformers' disk offload as an empty one, and the index of where its tensors lie."""
     hooks = [hook for module in model.modules() if (hook := getattr(module, "_hf_hook", None)) and hook.offload]
-    index = dict(hooks[0].weights_map.dataset.index)
-    for name, source in model.all_tied_weights_keys.items():
-        index.setdefault(name, index.get(source))
+    index = with_tied(model, dict(hooks[0].weights_map.dataset.index))
     for hook in hooks:
         hook.original_devices = {}  # else removing it would restore a new head from the map, which lacks it
     remove_hook_from_submodules(model)
     del model.hf_device_map  # else peft dispatches it again
-    return model, {name: place for name, place in index.items() if place}
+    return model, index
 
 
 def adapter_shapes(adapter: Path) -> dict[str, torch.Size]:

@@ -49,7 +49,7 @@ def perplexity(path: str, texts: list[str]) -> dict:
 def main():
     logger.remove()  # lines of arguments would stand between those that are printed
     folder, *models = sys.argv[1:]
-    texts = DataArguments(folder, bad_records="error").load_texts()
+    texts = DataArguments(folder).load_texts()
     print(json.dumps({path: perplexity(path, texts) for path in models}, indent=1))
 
 
