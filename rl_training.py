@@ -308,13 +308,10 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
 
     def create_optimizer(self, model=None):
         args, (policy, critic) = self.args, self.model.trained()
-        groups = [
-            {"params": policy, "lr": args.learning_rate},
-            {"params": critic, "lr": args.critic_learning_rate or 2 * args.learning_rate},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, weight_decay=args.weight_decay
-        )
+        rates = args.learning_rate, args.critic_learning_rate or 2 * args.learning_rate
+        kind, settings = self.get_optimizer_cls_and_kwargs(args, self.model)
+        groups = [{"params": params, "lr": rate} for params, rate in zip((policy, critic), rates, strict=True)]
+        self.optimizer = kind(groups, **settings | {"weight_decay": args.weight_decay})
         return self.optimizer
 
     # rollout

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import library
@@ -18,13 +19,26 @@ def by_group(heads, key):
     return heads.reshape(batch * key.shape[1], count // key.shape[1], length, size)
 
 
+@contextmanager
+def bf16_units():
+    """Inside, float32 products run in the CPU's bf16 units: factors rounded to bf16, sums and results float32."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 def blocks(query, key, visible, scale: float) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Of `attend`'s arguments: some rows, the columns that they see, and their attention to these.
 
     That is softmax(scale * query key^T) in float32, [batch * groups, heads / groups * rows, columns].
     """
     (batch, groups), length = key.shape[:2], query.shape[2]
-    queries, keys = by_group(query, key).float() * scale, key.float().flatten(0, 1)
+    queries, keys = by_group(query, key).float(), key.float().flatten(0, 1)
+    units = bf16_units if query.dtype == key.dtype == torch.bfloat16 else nullcontext  # nothing is rounded then
     for start in range(0, length, ROWS):
         rows = slice(start, min(start + ROWS, length))
         if visible is None:
@@ -34,7 +48,8 @@ def blocks(query, key, visible, scale: float) -> Iterator[tuple[slice, slice, to
             some = visible[:, 0, rows].flatten(0, 1).amax(0).nonzero()
             columns = slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0, 1)
             masked, hidden = slice(None), (~visible[:, :, None, rows, columns]).float()
-        scores = torch.bmm(queries[:, :, rows].flatten(1, 2), keys[:, columns].transpose(1, 2))
+        with units():
+            scores = torch.bmm(queries[:, :, rows].flatten(1, 2), keys[:, columns].transpose(1, 2)).mul_(scale)
         of_heads = scores.view(batch, groups, -1, rows.stop - start, columns.stop - columns.start)
         of_heads[..., masked] += hidden.mul_(LOWEST)  # masked_fill_ takes longer than the product
         yield rows, columns, torch.softmax(scores, -1, out=scores)

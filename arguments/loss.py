@@ -74,29 +74,39 @@ def parts_of(logits) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
-class SummedCrossEntropy(torch.autograd.Function):
+def cross_entropy_(logits, targets, trains: bool) -> torch.Tensor:
     """Sum in float32 of -log softmax(logits)[target] over logits [n, vocabulary] of any dtype and targets [n].
 
-    PyTorch's keeps a log-softmax of the same size until the backward pass, this one a number per row; and the gradient
-    overwrites the logits, which must not be read after it.
+    With `trains` the gradient takes the place of the logits: their softmax, less 1 at the targets. One softmax makes
+    both, where PyTorch keeps a log-softmax of the same size until the backward pass.
     """
+    loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for part in parts_of(logits):
+        some, rows = logits[part].float(), torch.arange(len(targets[part]), device=logits.device)
+        chances = some.softmax(1)
+        # log of the sum of exponentials: the largest logit, less the log of its chance, which is never near 0
+        loss += (some.amax(1) - chances.amax(1).log() - some[rows, targets[part]]).sum()
+        if trains:
+            chances[rows, targets[part]] -= 1
+            logits[part] = chances
+    return loss
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """cross_entropy_ of logits that nobody reads after it; autograd refuses a layer that kept them."""
 
     @staticmethod
     def forward(ctx, logits, targets):
-        partition = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        for part in parts_of(logits):
-            partition[part] = logits[part].float().logsumexp(-1)
-        ctx.save_for_backward(logits, targets, partition)
-        return (partition - logits.gather(1, targets.unsqueeze(1)).squeeze(1)).sum()
+        loss = cross_entropy_(logits, targets, ctx.needs_input_grad[0])
+        ctx.save_for_backward(logits)
+        return loss
 
     @staticmethod
-    def backward(ctx, gradient):
-        logits, targets, partition = ctx.saved_tensors
-        for part in parts_of(logits):
-            chances = (logits[part].float() - partition[part].unsqueeze(1)).exp_()
-            chances[torch.arange(len(chances), device=chances.device), targets[part]] -= 1
-            logits[part] = chances.mul_(gradient)  # autograd refuses a second pass, or a layer that kept them
-        return logits, None
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        for part in parts_of(gradient):  # in float32: a GPU would round a scalar to the gradient's dtype before
+            gradient[part] = gradient[part].float() * upstream  # autograd refuses a second pass
+        return gradient, None
 
 
 class HeadCrossEntropy(torch.autograd.Function):
@@ -114,10 +124,10 @@ class HeadCrossEntropy(torch.autograd.Function):
             some = states[part].detach().requires_grad_(trains)
             with torch.set_grad_enabled(trains):
                 logits = head(some)
-                of_part = SummedCrossEntropy.apply(logits, targets[part].to(logits.device))
+            own = logits.detach()
+            loss += cross_entropy_(own, targets[part].to(own.device), trains).to(loss.device)
             if trains:
-                (gradient[part],) = torch.autograd.grad(of_part, some)
-            loss += of_part.detach().to(loss.device)
+                (gradient[part],) = torch.autograd.grad(logits, some, own)
         ctx.save_for_backward(gradient)
         return loss
 

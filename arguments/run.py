@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from loguru import logger
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import sort_checkpoints
@@ -144,6 +144,7 @@ class RunArguments:
         self._check_deepspeed()
         super().__post_init__()
         self._check_reporters()
+        self._check_optimizer()
         alone = self.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
         if (self.deepspeed or self.fsdp) and alone and not torch.cuda.is_available():
             # accelerate would silently use plain DDP
@@ -182,6 +183,21 @@ class RunArguments:
                 )
             if name not in get_available_reporting_integrations():
                 raise UserError(f"--report_to {name} is not installed: pip install {name}, or --report_to tensorboard")
+
+    def _check_optimizer(self) -> None:
+        """Refuse what transformers would find missing when training starts: packages, settings of a schedule."""
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self, torch.nn.Linear(1, 1))
+        except (ImportError, TypeError, ValueError) as error:
+            wants_model = self.optim.startswith(("galore", "apollo"))
+            if isinstance(error, ImportError) or not wants_model:
+                raise UserError(f"--optim {self.optim.value}: {error}") from error
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 0, 1, self.lr_scheduler_kwargs)
+        except (TypeError, ValueError) as error:
+            name = self.lr_scheduler_type.value
+            raise UserError(f"--lr_scheduler_type {name}, with --lr_scheduler_kwargs: {error}") from error
 
     def _choose_precision(self):
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision

@@ -26,8 +26,9 @@ PROMPTS = {"en": "Question: {}\nAnswer: ", "zh": "问题：{}\n答案："}
 def choice(model, tokenizer, prompt: str, options: list[str]) -> int:
     """Index of the option that the model finds most likely after the prompt, which it reads once."""
     rows = [tokenizer(prompt + option)["input_ids"] for option in options]
-    shared = min(map(len, rows)) - 1  # each keeps a token of its own, even of 5, 50 and 500
-    shared = next((i for i in range(shared) if len({row[i] for row in rows}) > 1), shared)
+    start = tokenizer(prompt)["input_ids"]  # its last token may be another one where an option follows
+    shared = min(len(start), *(len(row) - 1 for row in rows))
+    shared = next((i for i in range(shared) if any(row[i] != start[i] for row in rows)), shared)
     read = torch.tensor([rows[0][: shared - 1]], device=model.device)
     cache = model(read, use_cache=True, logits_to_keep=1).past_key_values
     cache.batch_repeat_interleave(len(rows))

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import arguments.attention
 from arguments import ModelArguments
-from arguments.attention import ROWS, attend, blockwise_attention
+from arguments.attention import ROWS, attend, bf16_units, blockwise_attention
 
 MASKED = sorted(set(FAMILIES) - {"bloom"})  # ALiBi is a mask of numbers, in a model with attention of its own
 
@@ -96,6 +96,16 @@ def test_as_fine_in_bfloat16_as_its_rounding(length, mask):
     found = attended(in_blocks, length, mask, dtype=torch.bfloat16)
     exact = attended(of_pytorch, length, mask, dtype=torch.bfloat16, computed=torch.float32)
     assert all((one - true).norm() < 0.0045 * true.norm() for one, true in zip(found, exact, strict=True))
+
+
+def test_the_units_of_bf16_round_no_scores_of_bf16_and_are_given_back():
+    query, key, _, _ = (part.float() for part in tensors(70, 4, 4, torch.bfloat16))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(KeyError), bf16_units():
+        found = torch.matmul(query, key.transpose(2, 3))
+        raise KeyError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert_close(found.double(), torch.matmul(query.double(), key.double().transpose(2, 3)), atol=1e-5, rtol=1e-5)
 
 
 def call(mask=None, dtype=torch.bfloat16, length=8, rows=None, causal=True, **settings):

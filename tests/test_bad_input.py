@@ -142,6 +142,8 @@ EVERY_STAGE = [
     (("--max_train_samples", 0), "--max_train_samples"),
     (("--max_eval_samples", -2), "--max_eval_samples"),
     (("--lr_scheduler_type", "cosin"), "cosin"),
+    (("--lr_scheduler_type", "cosine_with_min_lr"), "--lr_scheduler_kwargs"),
+    (("--optim", "grokadamw"), "--optim grokadamw"),
     (("--dtype", "float8"), "float8"),
     (("--precision", "fp8"), "fp8"),
     (("--precision", "fp32", "--bf16"), "--precision"),

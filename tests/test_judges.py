@@ -15,6 +15,7 @@ OPTIONS = {
     "en": ["The heart", "The heart and the lungs", "A kidney", "心脏"],
     "zh": ["心", "心脏", "肺", "肾脏"],
     "numbers": ["5", "50", "500"],  # the first is the start of all
+    "alike": ["The left lung", "The left ventricle of the heart"],  # what they share counts for the bytes of both
 }
 
 

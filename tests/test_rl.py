@@ -72,6 +72,25 @@ def test_roles_of_ppo(tiny, records, tmp_path, monkeypatch):
         check_roles(trainer, tiny("llama"), tmp_path / "rm")
 
 
+def test_any_optimizer_gets_both_rates(tiny, records, tmp_path, monkeypatch):
+    reward = tmp_path / "length.py"
+    reward.write_text("def length(completions, **_):\n    return [len(c[0]['content']) for c in completions]\n")
+    flags = (
+        "--reward_functions",
+        f"{reward}:length",
+        "--optim",
+        "sgd",
+        "--learning_rate",
+        0.25,
+        "--weight_decay",
+        0.125,
+    )
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.25, 0.125), (0.5, 0.125)]
+
+
 def check_roles(trainer, llama: str, adapter: Path) -> None:
     trainer.model.eval()
     rows, pad = [trainer.train_dataset[i] for i in range(4)], trainer.processing_class.pad_token_id
