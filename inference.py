@@ -93,6 +93,10 @@ class InferenceArguments:
                 "--lora_model goes with --base_model, and --compare takes whole models: merge the adapter "
                 "(merge_peft_adapter.py) and name the merged model in --compare"
             )
+        if self.reward_model and not (self.compare and self.data_file):
+            raise UserError(
+                "--reward_model scores the answers of --compare with --data_file: add these, or leave it out"
+            )
         for flag in ("max_new_tokens", "batch_size", "max_source_length", "max_eval_samples"):
             if (value := getattr(self, flag)) is not None and value < 1:
                 raise UserError(f"--{flag} is {value}, expected at least 1")

@@ -21,7 +21,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from arguments.atomic import write_atomically
+from arguments.atomic import read_json, write_atomically
 from arguments.command_line import UserError, first_line
 
 BASE_FILE = "base.json"  # beside an adapter
@@ -173,10 +173,22 @@ def other_base(folder: Path, model: str) -> str | None:
     return difference(known_base(folder, found, model).get("fingerprint", {}), found)
 
 
+def recorded_base(folder: Path) -> dict:
+    """What `record_base` wrote into `folder`; {} if there is none.
+
+    Raises:
+        UserError: when it is damaged.
+    """
+    path = folder / BASE_FILE
+    known = read_json(path)
+    if path.exists() and not (isinstance(known, dict) and {"base", "fingerprint"} <= known.keys()):
+        raise UserError(f"{path} is damaged: copy it again, or delete it to go without its check of the base")
+    return known or {}
+
+
 def known_base(folder: Path, found: dict, model: str) -> dict:
     """What base.json in `folder` says, {} if there is none; warns if `found` cannot be compared with it."""
-    path = folder / BASE_FILE
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = recorded_base(folder)
     if known and not (known["fingerprint"] and found):
         logger.warning(
             f"Whether {model} is the base of {folder} cannot be told: the files of one were not in a folder or in the "
@@ -208,9 +220,7 @@ def is_base(adapter: Path, model: str) -> bool:
     name = adapter_config(adapter).base_model_name_or_path
     if name == model or Path(name).resolve() == Path(model).resolve():
         return True
-    path = adapter / BASE_FILE
-    known = json.loads(path.read_text())["fingerprint"] if path.exists() else {}
-    found = fingerprint(model)
+    known, found = recorded_base(adapter).get("fingerprint"), fingerprint(model)
     return bool(known and found) and difference(known, found) is None
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from loguru import logger
 
+from arguments.command_line import UserError
+
 WINDOW = 5  # rollouts over which length, ends and correlation are averaged: one rollout is a small sample
 STOPPING = ("not_finite", "kl", "repetition", "eos")
 
@@ -41,6 +43,13 @@ class GuardArguments:
 
     def __post_init__(self):
         self.fired: set[str] = set()
+        for flag in ("guard_repetition", "guard_eos", "guard_correlation"):
+            if not 0 <= (value := getattr(self, flag)) <= 1:
+                raise UserError(f"--{flag} is {value}, expected a share from 0 (off) to 1")
+        if not self.guard_kl >= 0:  # also refuses NaN
+            raise UserError(f"--guard_kl is {self.guard_kl}, expected nats per answer, or 0 (off)")
+        if not (self.guard_length == 0 or self.guard_length >= 1):
+            raise UserError(f"--guard_length is {self.guard_length}, expected a factor of at least 1, or 0 (off)")
 
     def alarms(self, history: list[dict[str, float]]) -> dict[str, str]:
         """The guards that the last rollout sets off, with the reason.

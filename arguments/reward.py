@@ -49,8 +49,16 @@ class RewardSourceArguments:
         path = self.reward_model_name_or_path
         if not path or (folder := adapter_folder(path)) is None:
             return None
-        if (task := adapter_config(folder).task_type) != TaskType.SEQ_CLS:
-            raise UserError(f"--reward_model_name_or_path {path} is a {task} adapter, not a reward model: train one")
+        config = adapter_config(folder)
+        if config.task_type != TaskType.SEQ_CLS:
+            raise UserError(
+                f"--reward_model_name_or_path {path} is a {config.task_type} adapter, not a reward model: train one"
+            )
+        if not config.base_model_name_or_path:
+            raise UserError(
+                f"{folder}/adapter_config.json does not say which base it was trained on: name it there, as "
+                "base_model_name_or_path"
+            )
         return folder
 
     def load_model(self, data_args: DataArguments, model_args: ModelArguments) -> "RewardModel":

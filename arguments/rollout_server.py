@@ -41,6 +41,8 @@ class RolloutServer:
             self.base = self.ask("/v1/models")["data"][0]["id"]
         except Fault as error:
             raise UserError(f"--vllm_server {url}: {error}") from error
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(f"--vllm_server {url}: what answers there names no model, as vLLM does") from error
         self.policy = self.base  # until an adapter is loaded
 
     def ask(self, path: str, **payload) -> dict:

@@ -54,6 +54,12 @@ def house(tiny, records, tmp_path_factory):
             (folder / ADAPTER).write_bytes(data[content])
     folder = shutil.copytree(root / "adapter", root / "broken adapter config")
     (folder / "adapter_config.json").write_text("{")
+    settings = json.loads((root / "rm" / "adapter_config.json").read_text())
+    folder = shutil.copytree(root / "rm", root / "adapter of nothing")
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    folder = shutil.copytree(root / "rm", root / "damaged base")
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(root / "rm")}))
+    (folder / "base.json").write_text('{"base": ')
     folder = shutil.copytree(root / "rm", root / "rm without head")
     tensors = {name: tensor for name, tensor in load_file(folder / ADAPTER).items() if ".score." not in name}
     save_file(tensors, folder / ADAPTER)
@@ -221,6 +227,11 @@ ONE_STAGE = {
         (("--kl_target", 0), "--kl_target"),
         (("--reward_model_name_or_path", "{house}/broken adapter config"), "broken adapter config"),
         (("--critic", "none"), "--critic"),
+        (("--guard_length", 0.5), "--guard_length"),
+        (("--guard_kl", "nan"), "--guard_kl"),
+        (("--guard_eos", 25), "--guard_eos"),
+        (("--reward_model_name_or_path", "{house}/adapter of nothing"), "adapter of nothing"),
+        (("--reward_model_name_or_path", "{house}/damaged base"), "damaged base/base.json"),
     ],
 }
 MERGES = [
@@ -230,6 +241,7 @@ MERGES = [
     ("{llama}", "{house}/broken adapter config", "{out}", (), "broken adapter config"),
     ("{llama}", "{house}/half adapter", "{out}", (), "half adapter"),
     ("{llama}", "{house}/no adapter weights", "{out}", (), "no adapter weights"),
+    ("{llama}", "{house}/damaged base", "{out}", (), "damaged base/base.json"),
     ("{house}/missing", "{house}/adapter", "{out}", (), "{house}/missing"),
     ("{house}/half weights", "{house}/adapter", "{out}", (), "half weights"),
     ("{house}/other weights", "{house}/adapter", "{out}", (), "is not the base of"),
@@ -258,6 +270,7 @@ INFERENCE = [
     (("--base_model", "{llama}", "--data_file", "{house}/questions.txt", "--temperature", -1), "--temperature"),
     (("--base_model", "{llama}", "--data_file", "{house}/questions.txt", "--top_p", 2), "--top_p"),
     (("--compare", "{llama}"), "--data_file"),
+    (("--base_model", "{llama}", "--reward_model", "{house}/rm", *QUESTIONS), "--reward_model scores"),
 ]
 
 

@@ -142,6 +142,27 @@ def test_a_server_that_fails(server, tiny, records, tmp_path):
     assert len(history(tmp_path / "rl", "sampler_difference")) == 3
 
 
+class Other(BaseHTTPRequestHandler):
+    """A server, but not vLLM's: it answers everything with a page."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html></html>")
+
+    def log_message(self, *args):
+        pass
+
+
+def test_another_server_is_refused(tiny, records, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever).start()
+        flags = ("--vllm_server", f"http://127.0.0.1:{other.server_port}", *REWARD)
+        outcome = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+        other.shutdown()
+    assert outcome.code == 2 and "names no model" in outcome.errors[0] and not (tmp_path / "rl").exists()
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
