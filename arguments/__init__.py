@@ -8,8 +8,9 @@ from arguments.guards import GuardArguments
 from arguments.loss import TokenLoss
 from arguments.model import ModelArguments, keeps_apart
 from arguments.order import SeededOrder
+from arguments.precision import best_precision
 from arguments.reward import RewardModel, RewardSourceArguments
-from arguments.run import RunArguments, best_precision
+from arguments.run import RunArguments
 from arguments.stops import EndsOnce
 from arguments.telemetry import LogLine
 

@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from arguments.attention import attend_in_blocks
 from arguments.command_line import UserError, first_line
-from arguments.run import native_bf16
+from arguments.precision import native_bf16
 
 # For base models without a chat template. A turn ends with eos, so that the model learns to stop.
 PLAIN_CHAT_TEMPLATE = (

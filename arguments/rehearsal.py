@@ -15,7 +15,7 @@ from arguments.adapter import cast_trained
 from arguments.base import weight_files
 from arguments.loss import TokenLoss
 from arguments.pairs import collate_pairs, may_share, score_pairs, shared_tokens, with_length
-from arguments.run import frozen_linears
+from arguments.precision import frozen_linears
 from arguments.shapes import Footprint, without_storage
 
 NF4_BITS = 4.127  # a weight, with its share of the doubly quantised scales (arXiv 2305.14314)

@@ -1,4 +1,4 @@
-"""How a run behaves: precision, compiling, where to resume, what it writes at its end."""
+"""How a run behaves: what it refuses, where it resumes, what it writes at its end."""
 
 import json
 import math
@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 from loguru import logger
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler
+from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import sort_checkpoints
 
 from arguments.atomic import drop_if_cut, read_json, write_atomically
 from arguments.base import facts_of, other_base, record_base
 from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, warn_of_changes
 from arguments.command_line import UserError, without_secrets
+from arguments.compiling import CompileArguments
+from arguments.curves import plot_curves
 from arguments.data import DataArguments
+from arguments.precision import PrecisionArguments
 from arguments.stops import FiniteGradients, FiniteWeights, StopAtSignal
 from arguments.telemetry import peak_memory
 
@@ -48,24 +48,8 @@ POSITIVE = (
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
 
-def native_bf16(gpu: bool) -> bool:
-    """Whether bfloat16 matrix products run in hardware: on a GPU from Ampere on, or a CPU with avx512_bf16 or AMX."""
-    if gpu:
-        return torch.cuda.get_device_capability()[0] >= 8
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def best_precision(gpu: bool | None = None) -> str:
-    """What this hardware multiplies fastest: bf16 where it is native, fp16 on other GPUs, else fp32.
-
-    `gpu`: whether that is its GPU or its CPU; None: a GPU if there is one.
-    """
-    gpu = torch.cuda.is_available() if gpu is None else gpu
-    return "bf16" if native_bf16(gpu) else "fp16" if gpu else "fp32"
-
-
 @dataclass
-class RunArguments:
+class RunArguments(PrecisionArguments, CompileArguments):
     """Mixed into a stage's TrainingArguments: other defaults, precision by hardware, resume, loss curves."""
 
     output_dir: str = field(
@@ -77,29 +61,11 @@ class RunArguments:
     )
     do_train: bool = field(default=True, metadata={"help": "Train."})
     do_eval: bool = field(default=True, metadata={"help": "Evaluate on held-out records."})
-    precision: str = field(
-        default="auto",
-        metadata={
-            "help": "Matrix products of the training step: auto (bf16 where the hardware has it, fp16 on older GPUs, "
-            "else fp32), bf16, fp16 or fp32. --bf16 and --fp16 say the same. Trained weights stay in float32.",
-            "choices": ["auto", "bf16", "fp16", "fp32"],
-        },
-    )
-    bf16: bool | None = field(
-        default=None, metadata={"help": "Same as --precision bf16; False: not bf16.", "nargs": "?", "const": True}
-    )
     activation_checkpointing: bool | None = field(
         default=False,
         metadata={"help": "Recompute activations: less memory, about 30%% slower.", "nargs": "?", "const": True},
     )
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name of the flag above."})
-    torch_compile: bool = field(
-        default=False,
-        metadata={
-            "help": "Compile the model's layers: a tenth faster on a CPU; the first step takes a minute, or ten "
-            "seconds from the cache. Needs a C++ compiler. No effect in RL."
-        },
-    )
     plan: bool = field(
         default=False,
         metadata={
@@ -199,57 +165,6 @@ class RunArguments:
             name = self.lr_scheduler_type.value
             raise UserError(f"--lr_scheduler_type {name}, with --lr_scheduler_kwargs: {error}") from error
 
-    def _choose_precision(self):
-        asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
-        if self.precision not in ("auto", asked):
-            raise UserError(f"--precision {self.precision} and --{asked} contradict each other")
-        if asked == "fp16" and self.use_cpu:
-            logger.warning("fp16 needs a GPU: taking what this CPU does best instead")
-            asked = "auto"
-        if asked == "auto":
-            asked = best_precision(gpu=not self.use_cpu)
-            if asked == "bf16" and self.bf16 is False:
-                asked = "fp32" if self.use_cpu else "fp16"
-        self.precision, self.bf16, self.fp16 = asked, asked == "bf16", asked == "fp16"
-        device = f"CPU, {torch.get_num_threads()} threads" if self.use_cpu else torch.cuda.get_device_name()
-        logger.info(f"Device {device}; training in {asked}, trained weights in float32")
-
-    def _take_over_compiling(self) -> None:
-        """Leave what --torch_compile asks for to compile_layers: accelerate would compile the model as a whole."""
-        launched = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "no")  # by accelerate launch
-        backend, mode = (self.torch_compile_backend or launched).lower(), self.torch_compile_mode
-        asked = self.torch_compile or mode or backend != "no"
-        backend = "inductor" if backend == "no" else backend
-        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
-        self.compile_settings = {"backend": backend, "mode": mode} if asked else None
-        if asked and (self.deepspeed or self.fsdp):
-            logger.warning("--torch_compile has no effect with --deepspeed and --fsdp")
-            self.compile_settings = None
-        elif asked:
-            self._check_compiler(backend, mode)
-
-    def _check_compiler(self, backend: str, mode: str | None) -> None:
-        from torch._dynamo import list_backends  # a second and a half
-        from torch._inductor import list_mode_options
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        if backend not in list_backends(None):
-            raise UserError(
-                f"--torch_compile_backend {backend} is unknown: expected one of {', '.join(list_backends())}"
-            )
-        if mode and mode not in list_mode_options():
-            raise UserError(
-                f"--torch_compile_mode {mode} is unknown: expected one of {', '.join(list_mode_options())}"
-            )
-        try:
-            if backend == "inductor" and self.use_cpu:
-                get_cpp_compiler()
-        except InvalidCxxCompiler as error:
-            raise UserError(
-                "--torch_compile needs a C++ compiler: apt install g++, or name yours in the variable CXX"
-            ) from error
-
     def _check_output(self) -> None:
         """Refuse an output folder that holds what this run would destroy."""
         output, script = Path(self.output_dir), Path(sys.argv[0]).name
@@ -314,29 +229,6 @@ class RunArguments:
                 "to start over"
             )
 
-    def avoid_casts(self, model: nn.Module) -> None:
-        """Leave out casts that autocast would make, or undo, in every matrix product: the same numbers, sooner.
-
-        peft widens each input to the float32 of its matrices, which autocast then narrows again. And in bf16, frozen
-        linear weights are stored as what autocast casts them to: on a CPU these casts cost most in decoding, where
-        sampling a rollout took 5.6 s without them and 7.2 s with them, in two series.
-        """
-        for layer in model.modules() if self.bf16 or self.fp16 else ():
-            if isinstance(layer, BaseTunerLayer):
-                layer.cast_input_dtype_enabled = False
-        for layer in frozen_linears(model) if self.bf16 else ():
-            layer.to(torch.bfloat16)
-
-    def compile_layers(self, model: nn.Module) -> None:
-        """--torch_compile, layer by layer: a few graphs then serve all of them, and rows of any length."""
-        if self.compile_settings is None:
-            return
-        layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        if not layers:
-            logger.warning(f"--torch_compile has no effect: {type(model).__name__} names no layers")
-        for layer in layers:  # 64: with and without a mask, training and evaluation, kinds of layers; torch allows 8
-            layer.compile(dynamic=True, recompile_limit=64, **self.compile_settings)
-
     @property
     def steps_between_saves(self) -> int:
         """Checkpoints fall on multiples of this many optimizer steps."""
@@ -365,37 +257,3 @@ class RunArguments:
         results = read_json(path) or {}
         write_atomically(path, json.dumps(results | before | peak_memory(), indent=4, sort_keys=True))
         plot_curves(trainer.state.log_history, Path(self.output_dir))
-
-
-def frozen_linears(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers of a model that are not trained, but for heads and what is quantised already."""
-    models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    found = [head for part in models if (head := part.get_output_embeddings()) is not None]
-    heads = {id(weight) for head in found for weight in head.parameters()}  # also within peft's wrapper of one
-    linear = [layer for part in models for layer in part.modules() if type(layer) is nn.Linear]
-    frozen = {id(layer.weight): layer for layer in linear if not layer.weight.requires_grad}
-    return [layer for key, layer in frozen.items() if key not in heads and layer.weight.is_floating_point()]
-
-
-def plot_curves(log_history: list[dict], folder: Path) -> None:
-    """Write training_{name}.png for every quantity that training or evaluation logged at least twice."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timings = ("runtime", "per_second", "step_seconds", "_gib", "flos", "epoch", "step", "num_tokens")
-    names = {key.removeprefix("eval_") for row in log_history for key in row}
-    for name in sorted(
-        n for n in names if not n.endswith(timings) and not n.startswith(("train_", "seconds_", "accuracy_"))
-    ):
-        figure, axes = pyplot.subplots(figsize=(7, 4))
-        for key, label in ((name, "train"), (f"eval_{name}", "held out")):
-            points = [(row["step"], row[key]) for row in log_history if isinstance(row.get(key), int | float)]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=".", label=label)
-        axes.set(xlabel="optimizer step", ylabel=name.replace("_", " "))
-        if axes.lines and max(len(line.get_xdata()) for line in axes.lines) > 1:
-            axes.legend()
-            figure.savefig(folder / f"training_{name.replace('/', '_')}.png", dpi=120, bbox_inches="tight")
-        pyplot.close(figure)

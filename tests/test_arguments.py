@@ -22,7 +22,8 @@ from arguments import (
 from arguments.base import adapter_folder, check_base, difference, facts_of, fingerprint, record_base
 from arguments.checkpoints import CheckpointSeal
 from arguments.command_line import RENAMED_FLAGS, explained, first_line, modern_flags, without_secrets
-from arguments.run import native_bf16, plot_curves
+from arguments.curves import plot_curves
+from arguments.precision import native_bf16
 from merge_peft_adapter import MergeArguments
 from pretraining import PretrainingArguments
 from reward_modeling import RewardArguments
@@ -248,7 +249,7 @@ def test_precision_is_as_asked_in_every_stage(tmp_path, stage, flags, precision)
 def test_use_cpu_beside_a_gpu(cpu, expected, required, monkeypatch, logged):
     """A T4, which would take fp16: accelerate has neither autocast nor a scaler for it on a CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("arguments.run.native_bf16", lambda gpu: not gpu and cpu == "bf16")
+    monkeypatch.setattr("arguments.precision.native_bf16", lambda gpu: not gpu and cpu == "bf16")
     for flags in ([], ["--fp16"]):
         args = parse([*required, "--no_cuda", *flags])
         assert (args["precision"], args["fp16"], args["use_cpu"]) == (expected, False, True)
@@ -257,7 +258,7 @@ def test_use_cpu_beside_a_gpu(cpu, expected, required, monkeypatch, logged):
 
 @pytest.mark.parametrize(("flags", "expected"), [(["--bf16"], True), (["--bf16", "False"], False)])
 def test_bf16_as_transformers_has_it(required, monkeypatch, flags, expected):
-    monkeypatch.setattr("arguments.run.native_bf16", lambda gpu: True)
+    monkeypatch.setattr("arguments.precision.native_bf16", lambda gpu: True)
     assert parse([*required, *flags])["bf16"] is expected
 
 

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from arguments.attention import blockwise_attention
 from arguments.loss import TokenLoss
-from arguments.run import native_bf16
+from arguments.precision import native_bf16
 from arguments.sampling import InverseTransformSampling, uniforms
 
 WORDS, ROWS, LENGTH = 49152, 4, 128
