@@ -125,6 +125,8 @@ class RunArguments:
             raise UserError("--do_train False and --do_eval False leave nothing to do")
         if self.label_smoothing_factor or not self.average_tokens_across_devices:
             raise UserError("--label_smoothing_factor and --average_tokens_across_devices False: not supported here")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"--max_steps is {self.max_steps}, expected at least 1, or -1 for --num_train_epochs")
         for flag in POSITIVE:
             if (value := getattr(self, flag)) is not None and not value > 0:  # also true for NaN
                 raise UserError(f"--{flag} is {value}, expected a number above 0")
@@ -200,6 +202,8 @@ class RunArguments:
 
     def _choose_precision(self):
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
+        if self.bf16 and self.fp16:
+            raise UserError("--bf16 and --fp16 contradict each other: give one")
         if self.precision not in ("auto", asked):
             raise UserError(f"--precision {self.precision} and --{asked} contradict each other")
         if asked == "fp16" and self.use_cpu:
@@ -249,8 +253,8 @@ class RunArguments:
     def _check_output(self) -> None:
         """Refuse an output folder that holds what this run would destroy."""
         output, script = Path(self.output_dir), Path(sys.argv[0]).name
-        if output.is_file():
-            raise UserError(f"--output_dir {output} is a file: name a folder")
+        if file := next((path for path in (output, *output.parents) if path.is_file()), None):
+            raise UserError(f"--output_dir {output}: {file} is a file, name a folder")
         if self.fresh:
             return
         if (output / "merge.json").exists():
