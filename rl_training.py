@@ -701,6 +701,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         for name, tensors in self.model.critic_parts().items():
             save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "value" / f"{name}.safetensors")
         state = {"kl_coef": self.kl_coef, "score_scale": self.score_scale, "history": self.history}
+        state["steps_per_rollout"] = self.args.steps_per_rollout
         (folder / "value" / "state.json").write_text(json.dumps(state))
         self.processing_class.save_pretrained(folder)
         if self.good and folder != Path(self.args.output_dir):  # in a checkpoint: for a guard that fires after it
@@ -709,6 +710,12 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder, lora = Path(resume_from_checkpoint), self.model.lora
+        state, steps = json.loads((folder / "value" / "state.json").read_text()), self.args.steps_per_rollout
+        if (then := state.get("steps_per_rollout", steps)) != steps:
+            raise UserError(
+                f"{folder} was trained with {then} optimizer steps a rollout, and these flags make {steps}: give the "
+                "same --batch_size, --mini_batch_size and --ppo_epochs again, or start over (--fresh)"
+            )
         critic = {path.stem: load_file(path) for path in (folder / "value").glob("*.safetensors")}
         if critic.keys() != self.model.critic_parts().keys():
             raise UserError(f"{folder} was trained with another --critic: give the same, or start over with --fresh")
@@ -723,7 +730,6 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         elif "model" in critic:
             self.model.copies["value"].load_state_dict(critic["model"], strict=False)
         self.model.value_head.load_state_dict(critic["head"])
-        state = json.loads((folder / "value" / "state.json").read_text())
         self.kl_coef, self.score_scale, self.history = (state[k] for k in ("kl_coef", "score_scale", "history"))
         if (folder / "good.safetensors").exists():
             good = load_file(folder / "good.safetensors", device=str(self.args.device))

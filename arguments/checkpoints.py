@@ -12,10 +12,18 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
 from arguments.base import record_base
-from arguments.command_line import without_secrets
+from arguments.command_line import UserError, without_secrets
 from arguments.whole import write_whole
 
 SEAL = "seal.json"  # in a checkpoint: which stage made it, size and hash of each of its files
+# Flags that say which tensors a checkpoint holds, with their defaults: other ones cannot be gone on with.
+SHAPING = {
+    "use_peft": "true",
+    "target_modules": "all",
+    "modules_to_save": "none",
+    "lora_rank": "8",
+    "optim": "adamw_torch_fused",
+}
 
 
 class CheckpointSeal(TrainerCallback):
@@ -77,7 +85,11 @@ def checkpoint_fault(folder: Path, hashes: bool = True) -> str | None:
 
 
 def warn_of_changes(folder: Path) -> None:
-    """Say which flags are not those that the checkpoint was made with."""
+    """Say which flags are not those that the checkpoint was made with.
+
+    Raises:
+        UserError: for one of SHAPING.
+    """
 
     def flags(words: list[str]) -> dict[str, str]:  # of a flag that is given twice the last value counts
         parts = " ".join(words).removeprefix("--").split(" --")
@@ -88,6 +100,13 @@ def warn_of_changes(folder: Path) -> None:
     if before is None:  # an older version saved it
         return
     before, now = flags(before), flags(without_secrets(sys.argv[1:]))
+    for name, default in SHAPING.items():
+        then, asked = (words.get(name, default).lower() or "true" for words in (before, now))
+        if then != asked:
+            raise UserError(
+                f"{folder} was trained with --{name} {then}, and its tensors do not fit --{name} {asked}: give the "
+                "same again, or start over (--fresh)"
+            )
     changed = {name for name in before | now if before.get(name) != now.get(name)}
     names = sorted(changed - {"fresh", "overwrite_output_dir", "resume_from_checkpoint"})  # where to begin, not how
     if names:
