@@ -182,6 +182,7 @@ ONE_STAGE = {
     ],
     "sft": [
         (("--model_name_or_path", "{house}/rm whole"), "lacks the weights of lm_head.weight"),
+        (("--peft_path", "{house}/rm"), "is a SEQ_CLS adapter, and this stage trains CAUSAL_LM"),
         (("--max_steps", 0), "--max_steps"),
         (("--model_name_or_path", "{house}/broken template"), "chat template"),
         (("--max_source_length", 0), "--max_source_length"),
@@ -192,6 +193,7 @@ ONE_STAGE = {
         (("--per_device_eval_batch_size", 0), "--per_device_eval_batch_size"),
     ],
     "rm": [
+        (("--peft_path", "{house}/adapter"), "is a CAUSAL_LM adapter, and this stage trains SEQ_CLS"),
         (("--train_file_dir", "{house}/one class/rm"), "the same"),
         (("--model_name_or_path", "{house}/broken template"), "chat template"),
         (("--max_source_length", 4000, "--max_target_length", 4000), "positions"),
