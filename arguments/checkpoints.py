@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,11 +10,10 @@ from pathlib import Path
 import torch
 from loguru import logger
 from transformers import TrainerCallback
-from transformers.trainer_utils import sort_checkpoints
 
 from arguments.base import record_base
 from arguments.command_line import UserError, without_secrets
-from arguments.whole import write_whole
+from arguments.whole import read_whole, write_whole
 
 SEAL = "seal.json"  # in a checkpoint: which stage made it, size and hash of each of its files
 # Flags that say which tensors a checkpoint holds, with their defaults: other ones cannot be gone on with.
@@ -46,6 +46,12 @@ class CheckpointSeal(TrainerCallback):
             thin_out(folder, args.checkpoints_kept, state.best_model_checkpoint)
 
 
+def numbered(folder: Path) -> list[Path]:
+    """The folders checkpoint-N, by number; not copies that somebody keeps beside them, as checkpoint-20-best."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, name in found.items() if name), key=lambda path: int(found[path][1]))
+
+
 def digest(path: Path) -> list:
     """Size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
@@ -59,7 +65,7 @@ def thin_out(newest: Path, kept: int | None, best: str | None) -> None:
     """
     if not kept or kept < 0:
         return
-    others = [Path(found) for found in sort_checkpoints(str(newest.parent)) if Path(found) != newest]
+    others = [found for found in numbered(newest.parent) if found != newest]
     whole = [folder for folder in others if checkpoint_fault(folder, hashes=False) is None]
     spare = [folder for folder in whole if best is None or folder.resolve() != Path(best).resolve()]
     room = max(kept - 1 - (len(whole) - len(spare)), 0)
@@ -71,9 +77,10 @@ def thin_out(newest: Path, kept: int | None, best: str | None) -> None:
 
 def checkpoint_fault(folder: Path, hashes: bool = True) -> str | None:
     """Why the checkpoint cannot be trusted, or None when it is whole; without `hashes` only sizes are compared."""
-    if not (folder / SEAL).exists():
+    seal = read_whole(folder / SEAL)  # a power cut may leave it empty
+    if seal is None:
         return "its saving was interrupted"
-    files = json.loads((folder / SEAL).read_text()).get("files")
+    files = seal.get("files")
     if files is None:
         return "an older version saved it"
 

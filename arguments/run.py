@@ -16,10 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer_utils import sort_checkpoints
 
 from arguments.base import facts_of, other_base, record_base
-from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, warn_of_changes
+from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, numbered, warn_of_changes
 from arguments.command_line import UserError, without_secrets
 from arguments.data import DataArguments
 from arguments.stops import FiniteGradients, FiniteWeights, StopAtSignal
@@ -289,7 +288,7 @@ class RunArguments:
                 clear_output(Path(self.output_dir), [base, adapter or base])
             return None
         asked = [self.resume_from_checkpoint] if self._asks_for_one() else []
-        for found in asked or reversed(sort_checkpoints(self.output_dir)):
+        for found in asked or map(str, reversed(numbered(Path(self.output_dir)))):
             if fault := checkpoint_fault(Path(found)):
                 if asked:
                     raise UserError(f"--resume_from_checkpoint {found}: {fault}. Name another one, or True")

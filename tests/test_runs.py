@@ -26,7 +26,7 @@ import arguments.checkpoints
 import arguments.data
 import arguments.run
 from arguments import AdapterArguments
-from arguments.checkpoints import SHAPING, checkpoint_fault, clear_output
+from arguments.checkpoints import SEAL, SHAPING, checkpoint_fault, clear_output
 from arguments.command_line import Fault
 from arguments.stops import FiniteGradients, StopAtSignal
 from arguments.whole import write_whole
@@ -367,6 +367,18 @@ def test_a_run_goes_on_with_its_own_tensors_only(tiny, records, tmp_path):
         assert ended.code == 2 and f"do not fit {flag} {value.lower()}: give the same again" in ended.errors[0]
     same = [word for name, default in SHAPING.items() if default != "none" for word in (f"--{name}", default)]
     in_process(*command, "--max_steps", 2, *same).ok()
+
+
+def test_copies_of_checkpoints_are_left_alone_and_an_empty_seal_is_none(tiny, records, tmp_path):
+    command = (*stage("sft", tiny("llama"), records, tmp_path / "out"), "--save_steps", 1, "--save_total_limit", 1)
+    in_process(*command, "--max_steps", 2).ok()
+    kept = shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-2-best")
+    (tmp_path / "out" / "checkpoint-1-notes").mkdir()
+    in_process(*command, "--max_steps", 4).ok()
+    assert checkpoint_fault(kept) is None and (tmp_path / "out" / "checkpoint-1-notes").is_dir()
+    (tmp_path / "out" / "checkpoint-4" / SEAL).write_text("")  # as a power cut may leave it
+    said = in_process(*command, "--max_steps", 5).ok().stderr
+    assert "Not going on from" in said and "checkpoint-4: its saving was interrupted" in said
 
 
 def test_the_defaults_of_what_shapes_a_checkpoint():
