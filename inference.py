@@ -38,6 +38,7 @@ from arguments import (
     adapter_folder,
     best_precision,
     check_base,
+    known_ids,
     parse_arguments,
     run_stage,
 )
@@ -134,7 +135,8 @@ class Answerer:
     def __init__(self, name: str, args: InferenceArguments, adapter: str | None = None):
         model_args = args.model_args(name)
         self.args, self.tokenizer = args, model_args.load_tokenizer()
-        self.data_args = DataArguments(train_file_dir="unused", max_source_length=args.max_source_length)
+        longest = model_args.longest_question(args.max_source_length, args.max_new_tokens)
+        self.data_args = DataArguments(train_file_dir="unused", max_source_length=longest)
         model = model_args.load_model(AutoModelForCausalLM)
         if adapter:
             if (folder := adapter_folder(adapter)) is None:
@@ -162,8 +164,10 @@ class Answerer:
 
     def ids(self, messages: list[dict]) -> list[int]:
         if self.args.with_prompt:
-            return self.data_args.encode_prompt(self.tokenizer, messages)["input_ids"]
-        return self.tokenizer(messages[-1]["content"])["input_ids"][-self.args.max_source_length :]
+            ids = self.data_args.encode_prompt(self.tokenizer, messages)["input_ids"]
+        else:
+            ids = self.tokenizer(messages[-1]["content"])["input_ids"][-self.data_args.max_source_length :]
+        return known_ids(self.tokenizer, ids)
 
     @torch.no_grad()
     def answer(self, conversations: list[list[dict]], streamer: TextStreamer | None = None) -> list[str]:
@@ -328,6 +332,21 @@ def already_answered(path: Path, questions: list[list[dict]], model: str) -> int
     return len(done)
 
 
+def refuse_to_replace(path: Path) -> None:
+    """See that the file that --compare is to write holds nothing but what an earlier --compare left there.
+
+    Raises:
+        UserError: when it holds something else: the questions, or answers of one model.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    try:
+        compared = all(isinstance(json.loads(line)["Output"], dict) for line in lines)
+    except (ValueError, KeyError, TypeError):
+        compared = False
+    if not compared:
+        raise UserError(f"{path} holds something else than compared answers: name another --predictions_file")
+
+
 def answer_file(args: InferenceArguments) -> None:
     path, questions = writable("predictions_file", args.predictions_file), load_questions(args)
     name = args.lora_model or args.base_model
@@ -348,6 +367,7 @@ def answer_file(args: InferenceArguments) -> None:
 def compare(args: InferenceArguments) -> None:
     """Let each model answer all questions; print mean reward, length and wins against the first model."""
     path, questions = writable("predictions_file", args.predictions_file), load_questions(args)
+    refuse_to_replace(path)
     for name in args.compare:  # a wrong name fails before the first model has answered
         args.model_args(name).load_config()
     answers = {name: list(Answerer(name, args).answer_all(questions)) for name in args.compare}

@@ -623,6 +623,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save(folder)
         state = {"kl_coef": self.kl_coef, "score_scale": self.score_scale, "history": self.history}
+        state["steps_per_rollout"] = self.args.steps_per_rollout
         (folder / "value" / "state.json").write_text(json.dumps(state))
         self.processing_class.save_pretrained(folder)
         if self.good and folder != Path(self.args.output_dir):  # in a checkpoint: for a guard that fires after it
@@ -630,9 +631,14 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        folder = Path(resume_from_checkpoint)
-        self.model.load(folder)
+        folder, steps = Path(resume_from_checkpoint), self.args.steps_per_rollout
         state = json.loads((folder / "value" / "state.json").read_text())
+        if (then := state.get("steps_per_rollout", steps)) != steps:
+            raise UserError(
+                f"{folder} was trained with {then} optimizer steps a rollout, and these flags make {steps}: give the "
+                "same --batch_size, --mini_batch_size and --ppo_epochs again, or start over (--fresh)"
+            )
+        self.model.load(folder)
         self.kl_coef, self.score_scale, self.history = (state[k] for k in ("kl_coef", "score_scale", "history"))
         if (folder / "good.safetensors").exists():
             good = load_file(folder / "good.safetensors", device=str(self.args.device))

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import deepspeed_config
 
-from arguments.base import adapter_folder, check_base
+from arguments.base import adapter_config, adapter_folder, check_base
 from arguments.command_line import UserError
 from arguments.model import count_parameters
 
@@ -81,6 +81,7 @@ class AdapterArguments:
             model = model.to(trained_dtype())
         elif self.peft_path:
             check_base(Path(self.adapter_path), model.config._name_or_path, self.force)
+            self._check_task(task_type)
             try:
                 model = PeftModel.from_pretrained(model, self.adapter_path, is_trainable=True)
             except (ValueError, OSError, RuntimeError, SafetensorError) as error:
@@ -100,6 +101,12 @@ class AdapterArguments:
         total = count_parameters(model.parameters())
         logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%})")
         return model
+
+    def _check_task(self, wanted: TaskType) -> None:
+        """See that peft_path is an adapter of the task that is trained: one of another goes on as that other one."""
+        folder = adapter_folder(self.peft_path)
+        if folder and (found := adapter_config(folder).task_type) not in (None, wanted):
+            raise UserError(f"--peft_path {self.peft_path} is a {found} adapter, and this stage trains {wanted.value}")
 
 
 class QuickDropout(nn.Dropout):

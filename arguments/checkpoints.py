@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,13 +10,20 @@ from pathlib import Path
 import torch
 from loguru import logger
 from transformers import TrainerCallback
-from transformers.trainer_utils import sort_checkpoints
 
-from arguments.atomic import write_atomically
+from arguments.atomic import read_json, write_atomically
 from arguments.base import record_base
-from arguments.command_line import without_secrets
+from arguments.command_line import UserError, without_secrets
 
 SEAL = "seal.json"  # in a checkpoint: which stage made it, size and hash of each of its files
+# Flags that decide which tensors a checkpoint holds, and their defaults: with other ones it cannot be resumed.
+SHAPING = {
+    "use_peft": "true",
+    "target_modules": "all",
+    "modules_to_save": "none",
+    "lora_rank": "8",
+    "optim": "adamw_torch_fused",
+}
 
 
 class CheckpointSeal(TrainerCallback):
@@ -38,6 +46,12 @@ class CheckpointSeal(TrainerCallback):
             thin_out(folder, args.checkpoints_kept, state.best_model_checkpoint)
 
 
+def numbered(folder: Path) -> list[Path]:
+    """The folders checkpoint-N, by number; not copies that somebody keeps beside them, as checkpoint-20-best."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, name in found.items() if name), key=lambda path: int(found[path][1]))
+
+
 def digest(path: Path) -> list:
     """Size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
@@ -51,7 +65,7 @@ def thin_out(newest: Path, kept: int | None, best: str | None) -> None:
     """
     if not kept or kept < 0:
         return
-    others = [Path(found) for found in sort_checkpoints(str(newest.parent)) if Path(found) != newest]
+    others = [found for found in numbered(newest.parent) if found != newest]
     whole = [folder for folder in others if checkpoint_fault(folder, hashes=False) is None]
     spare = [folder for folder in whole if best is None or folder.resolve() != Path(best).resolve()]
     room = max(kept - 1 - (len(whole) - len(spare)), 0)
@@ -63,9 +77,10 @@ def thin_out(newest: Path, kept: int | None, best: str | None) -> None:
 
 def checkpoint_fault(folder: Path, hashes: bool = True) -> str | None:
     """Why the checkpoint cannot be trusted, or None when it is whole; without `hashes` only sizes are compared."""
-    if not (folder / SEAL).exists():
+    seal = read_json(folder / SEAL)  # a power cut may leave it empty
+    if seal is None:
         return "its saving was interrupted"
-    files = json.loads((folder / SEAL).read_text()).get("files")
+    files = seal.get("files")
     if files is None:
         return "an older version saved it"
 
@@ -77,7 +92,11 @@ def checkpoint_fault(folder: Path, hashes: bool = True) -> str | None:
 
 
 def warn_of_changes(folder: Path) -> None:
-    """Warn about flags that differ from those that the checkpoint was made with."""
+    """Warn about flags that differ from those that the checkpoint was made with.
+
+    Raises:
+        UserError: if one of SHAPING differs.
+    """
 
     def flags(words: list[str]) -> dict[str, str]:  # if a flag is given twice, the last value counts
         parts = " ".join(words).removeprefix("--").split(" --")
@@ -88,6 +107,13 @@ def warn_of_changes(folder: Path) -> None:
     if before is None:  # an older version saved it
         return
     before, now = flags(before), flags(without_secrets(sys.argv[1:]))
+    for name, default in SHAPING.items():
+        then, asked = (words.get(name, default).lower() or "true" for words in (before, now))
+        if then != asked:
+            raise UserError(
+                f"{folder} was trained with --{name} {then}, and its tensors do not fit --{name} {asked}: give the "
+                "same again, or start over (--fresh)"
+            )
     changed = {name for name in before | now if before.get(name) != now.get(name)}
     names = sorted(changed - {"fresh", "overwrite_output_dir", "resume_from_checkpoint"})  # where to start, not how
     if names:

@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from loguru import logger
 
 from arguments.command_line import UserError, first_line
-from arguments.encoding import encode_turns, judged, prompt_ids, without_oldest
+from arguments.encoding import embedding_rows, encode_turns, judged, prompt_ids, without_oldest
 from arguments.files import SUFFIXES, find_files, other_files
 from arguments.preview import preview
 from arguments.rows import (
@@ -185,8 +185,9 @@ class DataArguments:
         """
         code = [inspect.getsource(inspect.getmodule(made_by)) for made_by in (encode, encode_turns, DataArguments)]
         lengths = self.max_source_length, self.max_target_length
-        key = fingerprint(rows._fingerprint, code, tokenizer_key(tokenizer), lengths, sorted(settings.items()))
-        encoded = self._mapped(rows, judged(encode, rows), keep, key)
+        kind = tokenizer_key(tokenizer), embedding_rows(tokenizer)
+        key = fingerprint(rows._fingerprint, code, kind, lengths, sorted(settings.items()))
+        encoded = self._mapped(rows, judged(encode, rows, tokenizer), keep, key)
         refused = [rows[int(i)] | {"bad": encoded[int(i)]["bad"]} for i in np.flatnonzero(is_bad(encoded))]
         self._handle_bad([row | {"raw": json.dumps(row, ensure_ascii=False)} for row in refused])
         if refused:
@@ -230,6 +231,7 @@ class DataArguments:
 
     def _load(self, form: str, output_dir: str | None) -> tuple[Dataset, Dataset]:
         sources = weighted_folders(self.train_file_dir) if self.train_file_dir else [(None, 1.0)]
+        refuse_output_among([*(folder for folder, _ in sources), self.validation_file_dir], output_dir)
         read = [self._read(folder, "train", form) for folder, _ in sources]
         weights = np.repeat([weight for _, weight in sources], [len(rows) for rows in read])
         rows, held_rows = concatenate_datasets(read) if len(read) > 1 else read[0], None
@@ -345,6 +347,17 @@ class DataArguments:
             if next(file_rows(form, **source), None) is None:
                 raise UserError(f"{folder} holds no records: its {len(paths)} file(s) are empty") from None
             raise
+
+
+def refuse_output_among(folders: list[str | None], output_dir: str | None) -> None:
+    """See that the run does not write into a folder of records, which it would read when it is started again."""
+    output = Path(output_dir or "").resolve()
+    for folder in filter(None, folders) if output_dir else ():
+        if Path(folder).is_dir() and Path(folder).resolve() in (output, *output.parents):
+            raise UserError(
+                f"--output_dir {output_dir} lies in {folder}, all of whose files are read as records: name a folder "
+                "beside it"
+            )
 
 
 def bad_rows(rows: Dataset) -> list[dict]:

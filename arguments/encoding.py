@@ -1,5 +1,6 @@
 """How a conversation becomes tokens, and which of them are trained: pure functions of a tokenizer and messages."""
 
+import math
 import re
 from collections.abc import Callable
 from functools import cache
@@ -103,8 +104,11 @@ def mask_answers(tokenizer, ids, offsets, spans) -> tuple[list[int], list[int], 
     return ids[:position] + [tokenizer.eos_token_id], labels[:position] + [tokenizer.eos_token_id], answer
 
 
-def judged(encode: Callable, rows: Dataset) -> Callable:
+def judged(encode: Callable, rows: Dataset, tokenizer) -> Callable:
     """`encode` for Dataset.map: a row that it refuses becomes empty, with the reason in the column "bad"."""
+
+    def known(encoded):
+        return {k: known_ids(tokenizer, v) if isinstance(v, list) else v for k, v in encoded.items()}
 
     @cache
     def nothing():
@@ -112,7 +116,7 @@ def judged(encode: Callable, rows: Dataset) -> Callable:
         reason = None
         for row in rows:
             try:
-                encoded = compact(encode(row))
+                encoded = compact(known(encode(row)))
                 return {name: value[:0] if isinstance(value, np.ndarray) else 0 for name, value in encoded.items()}
             except UserError as error:
                 reason = reason or f"{row['place']}: {error}"
@@ -120,11 +124,32 @@ def judged(encode: Callable, rows: Dataset) -> Callable:
 
     def judge(row):
         try:
-            return compact(encode(row)) | {"bad": ""}
+            return compact(known(encode(row))) | {"bad": ""}
         except UserError as error:
             return nothing() | {"bad": str(error)}
 
     return judge
+
+
+def embedding_rows(tokenizer) -> float:
+    """How many ids the model has embeddings for; no limit is known for a tokenizer that was loaded by itself."""
+    return getattr(tokenizer, "embedding_rows", math.inf)
+
+
+def known_ids(tokenizer, ids: list[int]) -> list[int]:
+    """The ids.
+
+    Raises:
+        UserError: when the model has no embedding for one: a token was added without resizing it, or the tokenizer is
+            another model's.
+    """
+    largest, rows = max(ids, default=0), embedding_rows(tokenizer)
+    if largest >= rows:
+        raise UserError(
+            f"the token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, but the model has {rows} "
+            "embeddings: take it out of the text, or name the model's own tokenizer"
+        )
+    return ids
 
 
 def compact(encoded: dict) -> dict:

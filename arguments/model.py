@@ -99,10 +99,6 @@ class ModelArguments:
             raise UserError(
                 f"--model_name_or_path {self.model_name_or_path} is no model: {first_line(error)}{hint}"
             ) from error
-        if self.model_type not in (None, "auto", config.model_type):
-            logger.warning(
-                f"--model_type {self.model_type}, but the config says {config.model_type}: going by the config"
-            )
         return config
 
     def check(self, longest: int, trains_all: bool, output_dir: str) -> None:
@@ -116,12 +112,33 @@ class ModelArguments:
             raise UserError(f"--output_dir {output_dir} is the folder of the base model: name another one")
         if trains_all and (self.load_in_4bit or self.load_in_8bit):
             raise UserError("--use_peft False trains all weights, which --load_in_4bit and --load_in_8bit freeze")
-        positions = getattr(self.load_config().get_text_config(), "max_position_embeddings", None)  # ALiBi has none
+        kind = self.load_config().model_type
+        if self.model_type not in (None, "auto", kind):
+            logger.warning(f"--model_type {self.model_type}, but the config says {kind}: going by the config")
+        positions = self.positions()
         if positions and longest > positions:
             raise UserError(
                 f"{self.model_name_or_path} knows {positions} positions, and rows may have {longest} tokens: lower "
                 "--block_size, or --max_source_length and --max_target_length"
             )
+
+    def positions(self) -> int | None:
+        """How many tokens a row of the base model may have; None where it sets no limit, as with ALiBi."""
+        return getattr(self.load_config().get_text_config(), "max_position_embeddings", None)
+
+    def longest_question(self, wanted: int, answer: int) -> int:
+        """Tokens of a question, at most `wanted`, that leave the model positions for an answer of `answer` tokens.
+
+        Raises:
+            UserError: when the answer alone has more tokens than the model has positions.
+        """
+        room = (self.positions() or wanted + answer) - answer
+        if room < 1:
+            raise UserError(
+                f"{self.model_name_or_path} knows {self.positions()} positions: --max_new_tokens {answer} leaves none "
+                "for a question"
+            )
+        return min(wanted, room)
 
     def resolve_dtype(self, precision: str, trains_all: bool) -> None:
         """Resolve --dtype auto: float32 for trained weights, what the products of `precision` take for frozen ones."""
@@ -142,20 +159,28 @@ class ModelArguments:
         if tokenizer.chat_template is None:
             tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
             logger.info("The tokenizer has no chat template: using the plain User/Assistant one")
-        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-            tokenizer.pad_token = pad_candidate(tokenizer, config.get_text_config().vocab_size)
+        rows = config.get_text_config().vocab_size
+        # a pad token that was added without resizing the model would be looked up behind its last row
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) or tokenizer.pad_token_id >= rows:
+            tokenizer.pad_token = pad_candidate(tokenizer, rows)
+        tokenizer.embedding_rows = rows  # for arguments.encoding
         return tokenizer
 
     def load_model(self, auto_class, **kwargs):
-        """`auto_class.from_pretrained` of the base model, in the dtype and quantisation asked for."""
-        config = self.load_config()
-        if "num_labels" in kwargs:
+        """`auto_class.from_pretrained` of the base model, in the dtype and quantisation asked for.
+
+        Raises:
+            UserError: when it cannot be loaded, or would answer by random weights: a reward model has no output layer.
+        """
+        config, scores = self.load_config(), "num_labels" in kwargs
+        if scores:
             config.num_labels = kwargs.pop("num_labels")
         weights = self.weights_in_memory()
         attend_in_blocks()
         try:
-            model = auto_class.from_pretrained(
+            model, found = auto_class.from_pretrained(
                 self.model_name_or_path,
+                output_loading_info=True,
                 config=config,
                 device_map=self._placement(),
                 attn_implementation=self.attn_implementation,
@@ -165,6 +190,13 @@ class ModelArguments:
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"cannot load {self.model_name_or_path}: {first_line(error)}") from error
+        lacking = set() if scores else found["missing_keys"] & {name for name, _ in model.named_parameters()}
+        if lacking:
+            kind, names = " or ".join(config.architectures or ["model"]), ", ".join(sorted(lacking)[:3])
+            raise UserError(
+                f"{self.model_name_or_path} is a {kind} and lacks the weights of {names}, which would be random: name "
+                "a causal language model"
+            )
         keep_unpacked(model)
         parameters = model.num_parameters() or count_parameters(model.parameters())  # ZeRO-3: 0
         logger.info(

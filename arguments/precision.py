@@ -55,6 +55,8 @@ class PrecisionArguments:
 
     def _choose_precision(self):
         asked = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
+        if self.bf16 and self.fp16:
+            raise UserError("--bf16 and --fp16 contradict each other: give one")
         if self.precision not in ("auto", asked):
             raise UserError(f"--precision {self.precision} and --{asked} contradict each other")
         if asked == "fp16" and self.use_cpu:

@@ -14,11 +14,10 @@ from accelerate.utils import DistributedType
 from loguru import logger
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_utils import sort_checkpoints
 
 from arguments.atomic import drop_if_cut, read_json, write_atomically
 from arguments.base import facts_of, other_base, record_base
-from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, warn_of_changes
+from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, numbered, warn_of_changes
 from arguments.command_line import UserError, without_secrets
 from arguments.compiling import CompileArguments
 from arguments.curves import plot_curves
@@ -92,6 +91,8 @@ class RunArguments(PrecisionArguments, CompileArguments):
             raise UserError("--do_train False and --do_eval False leave nothing to do")
         if self.label_smoothing_factor or not self.average_tokens_across_devices:
             raise UserError("--label_smoothing_factor and --average_tokens_across_devices False: not supported here")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"--max_steps is {self.max_steps}, expected at least 1, or -1 for --num_train_epochs")
         for flag in POSITIVE:
             if (value := getattr(self, flag)) is not None and not value > 0:  # also true for NaN
                 raise UserError(f"--{flag} is {value}, expected a number above 0")
@@ -168,8 +169,8 @@ class RunArguments(PrecisionArguments, CompileArguments):
     def _check_output(self) -> None:
         """Refuse an output folder that holds what this run would destroy."""
         output, script = Path(self.output_dir), Path(sys.argv[0]).name
-        if output.is_file():
-            raise UserError(f"--output_dir {output} is a file: name a folder")
+        if file := next((path for path in (output, *output.parents) if path.is_file()), None):
+            raise UserError(f"--output_dir {output}: {file} is a file, name a folder")
         if self.fresh:
             return
         if (output / "merge.json").exists():
@@ -204,7 +205,7 @@ class RunArguments(PrecisionArguments, CompileArguments):
                 clear_output(Path(self.output_dir), [base, adapter or base])
             return None
         asked = [self.resume_from_checkpoint] if self._names_checkpoint() else []
-        for found in asked or reversed(sort_checkpoints(self.output_dir)):
+        for found in asked or map(str, reversed(numbered(Path(self.output_dir)))):
             if fault := checkpoint_fault(Path(found)):
                 if asked:
                     raise UserError(f"--resume_from_checkpoint {found}: {fault}. Name another one, or True")

@@ -84,11 +84,19 @@ def curve(history: list[dict], name: str) -> str | None:
 
 
 def histogram(title: str, groups: dict[str, list[float]]) -> str:
+    """Of the numbers that are finite: a reward that is not ends a run, whose page is then wanted most."""
+
     def draw(axes):
         for label, values in groups.items():
-            axes.hist(values, bins=20, alpha=0.5, label=label)
+            axes.hist([value for value in values if math.isfinite(value)], bins=20, alpha=0.5, label=label)
 
     return svg(title, draw)
+
+
+def first_and_last(rows: list[dict], key: str, names: tuple[str, str]) -> dict[str, list[float]]:
+    """What the last evaluation found, and the first one if nothing had been trained by then, each by its name."""
+    before = {names[0]: rows[0][key]} if rows[0]["step"] == 0 else {}
+    return before | {names[1]: rows[-1][key]}
 
 
 def lengths(tokens: dict) -> str:
@@ -122,7 +130,7 @@ def plots(name: str, folder: Path) -> list[str]:
         found.append(lengths(tokens))
     margins = read_lines(folder / "margins.jsonl")
     if margins:
-        groups = {"before": margins[0]["margins"], "after": margins[-1]["margins"]}
+        groups = first_and_last(margins, "margins", ("before", "after"))
         found += [histogram("margins of held-out pairs", groups), calibration(margins[-1]["margins"])]
         kinds = {k: v for k, v in read_json(folder / "all_results.json", {}).items() if k.startswith("eval_accuracy_")}
         kinds = {k.removeprefix("eval_accuracy_"): v for k, v in kinds.items() if not k.endswith("before")}
@@ -132,7 +140,7 @@ def plots(name: str, folder: Path) -> list[str]:
             )
     scores = read_lines(folder / "scores.jsonl")
     if scores:
-        groups = {"SFT model": scores[0]["scores"], "policy": scores[-1]["scores"]}
+        groups = first_and_last(scores, "scores", ("SFT model", "policy"))
         found.append(histogram("rewards of held-out prompts", groups))
     return [plot for plot in found if plot]
 

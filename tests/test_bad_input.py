@@ -64,6 +64,7 @@ def house(tiny, records, tmp_path_factory):
     tensors = {name: tensor for name, tensor in load_file(folder / ADAPTER).items() if ".score." not in name}
     save_file(tensors, folder / ADAPTER)
 
+    in_process(*merge(llama, root / "rm", root / "rm whole")).ok()
     headless = model("whole without head")
     settings = json.loads((headless / "config.json").read_text())
     architectures = {"architectures": ["LlamaForSequenceClassification"]}
@@ -125,6 +126,9 @@ EVERY_STAGE = [
     (("--train_file_dir", "{house}/empty:x"), "empty:x"),
     (("--validation_file_dir", "{house}/missing"), "no such folder"),
     (("--output_dir", "{house}/a file"), "{house}/a file"),
+    (("--output_dir", "{house}/a file/out"), "a file is a file"),
+    (("--train_file_dir", "{house}/cut", "--output_dir", "{house}/cut/out"), "lies in {house}/cut"),
+    (("--validation_file_dir", "{house}/empty", "--output_dir", "{house}/empty"), "lies in {house}/empty"),
     (("--output_dir", ""), "--output_dir"),
     (("--lora_rank", 0), "--lora_rank"),
     (("--lora_rank", "eight"), "--lora_rank"),
@@ -153,6 +157,8 @@ EVERY_STAGE = [
     (("--dtype", "float8"), "float8"),
     (("--precision", "fp8"), "fp8"),
     (("--precision", "fp32", "--bf16"), "--precision"),
+    (("--fp16", "--bf16"), "--bf16 and --fp16 contradict"),
+    (("--max_steps", -5), "--max_steps"),
     (("--load_in_4bit", "--load_in_8bit"), "--load_in_8bit"),
     (("--load_in_4bit", "--use_peft", "False"), "--use_peft"),
     (("--use_peft", "False", "--peft_path", "{house}/adapter"), "--peft_path"),
@@ -173,6 +179,7 @@ EVERY_STAGE = [
 ]
 ONE_STAGE = {
     "pt": [
+        (("--model_name_or_path", "{house}/rm whole"), "lacks the weights of lm_head.weight"),
         (("--block_size", "many"), "--block_size"),
         (("--block_size", 0), "--block_size"),
         (("--block_size", 5000), "--block_size"),
@@ -180,6 +187,9 @@ ONE_STAGE = {
         (("--gradient_accumulation_steps", 0), "--gradient_accumulation_steps"),
     ],
     "sft": [
+        (("--model_name_or_path", "{house}/rm whole"), "lacks the weights of lm_head.weight"),
+        (("--peft_path", "{house}/rm"), "is a SEQ_CLS adapter, and this stage trains CAUSAL_LM"),
+        (("--max_steps", 0), "--max_steps"),
         (("--model_name_or_path", "{house}/broken template"), "chat template"),
         (("--max_source_length", 0), "--max_source_length"),
         (("--max_target_length", -1), "--max_target_length"),
@@ -189,11 +199,13 @@ ONE_STAGE = {
         (("--per_device_eval_batch_size", 0), "--per_device_eval_batch_size"),
     ],
     "rm": [
+        (("--peft_path", "{house}/adapter"), "is a CAUSAL_LM adapter, and this stage trains SEQ_CLS"),
         (("--train_file_dir", "{house}/one class/rm"), "the same"),
         (("--model_name_or_path", "{house}/broken template"), "chat template"),
         (("--max_source_length", 4000, "--max_target_length", 4000), "positions"),
     ],
     "rl": [
+        (("--model_name_or_path", "{house}/rm whole"), "lacks the weights of lm_head.weight"),
         (("--reward_model_name_or_path", ""), "--reward_model_name_or_path is missing"),
         (("--reward_model_name_or_path", "{llama}"), "has no score head"),
         (("--reward_model_name_or_path", "{house}/adapter"), "not a reward model"),
@@ -263,6 +275,12 @@ INFERENCE = [
     (
         ("--base_model", "{llama}", "--lora_model", "{house}/broken adapter config", *QUESTIONS),
         "broken adapter config",
+    ),
+    (("--base_model", "{house}/rm whole", *QUESTIONS), "lacks the weights of lm_head.weight"),
+    (("--base_model", "{llama}", "--max_new_tokens", 1024, *QUESTIONS), "knows 1024 positions"),
+    (
+        ("--compare", "{llama}", *QUESTIONS, "--predictions_file", "{house}/questions.txt"),
+        "holds something else than compared answers",
     ),
     (("--base_model", "{house}/both", *QUESTIONS), "holds a whole model and an adapter"),
     (("--base_model", "{llama}", "--lora_model", "{house}/rm", "--data_file", "{house}/questions.txt"), "rm"),

@@ -65,6 +65,27 @@ def test_models_are_compared(tiny, trained, records, tmp_path):
         assert row["Output"].keys() == row["Score"].keys() == {tiny("llama"), str(trained / "merged")}
 
 
+def test_a_comparison_replaces_nothing_but_a_comparison(tiny, tmp_path):
+    one, compared, flags = tmp_path / "one.jsonl", tmp_path / "compared.jsonl", ("--max_eval_samples", 1)
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"prompt": "What is flu?"}\n')
+    ask("--base_model", tiny("llama"), "--data_file", questions, "--predictions_file", one, *flags).ok()
+    for kept in (one, questions):
+        before = kept.read_bytes()
+        ended = ask("--compare", tiny("llama"), "--data_file", questions, "--predictions_file", kept, *flags)
+        assert ended.code == 2 and "holds something else than compared answers" in ended.errors[0]
+        assert kept.read_bytes() == before
+    for _ in range(2):
+        ask("--compare", tiny("llama"), "--data_file", questions, "--predictions_file", compared, *flags).ok()
+
+
+def test_a_question_leaves_positions_for_its_answer(tiny, tmp_path):
+    """gpt2 has a table of 1,024: a longer row ended in a traceback."""
+    (tmp_path / "q.txt").write_text("heart " * 1500)
+    flags = ("--data_file", tmp_path / "q.txt", "--predictions_file", tmp_path / "a.jsonl")
+    ask("--base_model", tiny("gpt2"), *flags, "--max_source_length", 2000).ok()
+
+
 def test_the_likeliest_token_is_taken_whatever_the_model_came_with(trained, tmp_path):
     """Its generation_config.json asks for another way to sample, as published chat models do."""
     (tmp_path / "q.txt").write_text(QUESTIONS, encoding="utf-8")

@@ -55,6 +55,14 @@ def test_one_stage_alone(outputs, tmp_path):
     assert not needs_network(page)
 
 
+def test_rewards_that_are_not_finite_and_no_evaluation_before_training(outputs, tmp_path):
+    folder = shutil.copytree(outputs / "rl", tmp_path / "rl")
+    assert ">SFT model</text>" in write_page(folder).read_text("utf-8")
+    (folder / "scores.jsonl").write_text('{"step": 4, "scores": [NaN, Infinity, 0.5]}\n')
+    page = write_page(folder).read_text("utf-8")
+    assert ">policy</text>" in page and ">SFT model</text>" not in page
+
+
 def test_only_whole_lines_are_read(tmp_path):
     """JSON leaves characters raw that str.splitlines breaks at; a full disk cuts the last line short."""
     rows = [{"prompt": [{"role": "user", "content": f"{i}\u2028a\u2029b\x85c"}]} for i in range(4)]

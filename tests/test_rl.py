@@ -990,10 +990,12 @@ def test_killed_run_goes_on(place, call, critic, tiny, records, tmp_path):
     assert len(set(history(whole, "kl_coef"))) == 3, "this test needs a price that moves"
 
 
-def test_checkpoint_of_another_critic_is_refused(tiny, records, tmp_path):
+def test_checkpoint_of_another_critic_or_batch_is_refused(tiny, records, tmp_path):
     in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
     flags = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 2, "--save_steps", 1)
     command = stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)
     in_process(*command).ok()
     ended = in_process(*command, "--critic", "adapter")
     assert ended.code == 2 and "was trained with another --critic" in ended.stderr
+    ended = in_process(*command, "--batch_size", 8, "--mini_batch_size", 2)
+    assert ended.code == 2 and "was trained with 2 optimizer steps a rollout" in ended.errors[0]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,14 +20,14 @@ from conftest import ADAPTER, ROOT, SCRIPTS, in_process, in_subprocess, merge, r
 from peft import TaskType
 from safetensors.torch import load_file
 from test_kills import differences, forked, trained
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import arguments.checkpoints
 import arguments.data
 import arguments.run
 from arguments import AdapterArguments
 from arguments.atomic import write_atomically
-from arguments.checkpoints import checkpoint_fault, clear_output
+from arguments.checkpoints import SEAL, SHAPING, checkpoint_fault, clear_output
 from arguments.command_line import Fault
 from arguments.stops import FiniteGradients, StopAtSignal
 
@@ -241,7 +242,7 @@ def test_the_output_folder_of_another_run(tiny, records, tmp_path):
     ended = in_process(*stage("pt", tiny("llama"), records, output))
     assert ended.code == 2 and "checkpoints of another stage (FinetuningArguments)" in ended.errors[0]
     ended = in_process(*stage("sft", tiny("llama"), records, output, "--lora_rank", 2, "--max_steps", 5))
-    assert ended.code == 2 and "does not fit the model" in ended.errors[0]
+    assert ended.code == 2 and "do not fit --lora_rank 2" in ended.errors[0]
     assert {path: path.read_bytes() for path in output.rglob("*.safetensors")} == before
     in_process(*stage("sft", tiny("llama"), records, output)).ok()
     for checkpoint in output.glob("checkpoint-*"):
@@ -351,6 +352,56 @@ def test_a_run_goes_on_from_its_own_base_only_and_says_what_changed(all_weights,
     ended = in_process(*stage("sft", tiny("llama"), records, output, *again)).ok()
     assert "The command has changed since: --max_steps 3 (was 2). The learning rate, and how far" in ended.stderr
     in_process(*stage("sft", moved, records, output, "--max_steps", 1, "--fresh")).ok()
+
+
+def test_a_run_goes_on_with_its_own_tensors_only(tiny, records, tmp_path):
+    command = (*stage("sft", tiny("llama"), records, tmp_path / "out"), "--save_steps", 1)
+    in_process(*command, "--max_steps", 1).ok()
+    for flag, value in (
+        ("--use_peft", "False"),
+        ("--target_modules", "q_proj"),
+        ("--modules_to_save", "lm_head"),
+        ("--optim", "sgd"),
+    ):
+        ended = in_process(*command, "--max_steps", 2, flag, value)
+        assert ended.code == 2 and f"do not fit {flag} {value.lower()}: give the same again" in ended.errors[0]
+    same = [word for name, default in SHAPING.items() if default != "none" for word in (f"--{name}", default)]
+    in_process(*command, "--max_steps", 2, *same).ok()
+
+
+def test_copies_of_checkpoints_are_left_alone_and_an_empty_seal_is_none(tiny, records, tmp_path):
+    command = (*stage("sft", tiny("llama"), records, tmp_path / "out"), "--save_steps", 1, "--save_total_limit", 1)
+    in_process(*command, "--max_steps", 2).ok()
+    kept = shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-2-best")
+    (tmp_path / "out" / "checkpoint-1-notes").mkdir()
+    in_process(*command, "--max_steps", 4).ok()
+    assert checkpoint_fault(kept) is None and (tmp_path / "out" / "checkpoint-1-notes").is_dir()
+    (tmp_path / "out" / "checkpoint-4" / SEAL).write_text("")  # as a power cut may leave it
+    said = in_process(*command, "--max_steps", 5).ok().stderr
+    assert "Not going on from" in said and "checkpoint-4: its saving was interrupted" in said
+
+
+def test_the_defaults_of_what_shapes_a_checkpoint():
+    groups = fields(AdapterArguments) + fields(TrainingArguments)
+    defaults = {field.name: str(getattr(field.default, "value", field.default)).lower() for field in groups}
+    assert {name: defaults[name] for name in SHAPING} == SHAPING
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_pad_token_behind_the_last_embedding_is_not_taken(name, tiny, records, tmp_path):
+    """As where [PAD] was added to a Llama 2 without resizing it."""
+    folder = shutil.copytree(tiny("llama"), tmp_path / "llama")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "[PAD]"}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.pad_token_id == AutoConfig.from_pretrained(folder).vocab_size
+    rewards = ("--reward_model_name_or_path", "", "--reward_functions", f"{__file__}:one") if name == "rl" else ()
+    flags = ("--block_size", 500) if name == "pt" else ()
+    in_process(*stage(name, folder, records, tmp_path / "out", *rewards, *flags)).ok()
+
+
+def one(completions, **columns):
+    return [1.0] * len(completions)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -110,6 +110,21 @@ def test_train_on_inputs_through_the_script(tiny, records, tmp_path):
     assert counts[0] < 60 and counts[1] > 95
 
 
+def test_a_token_without_an_embedding_is_a_bad_record(tiny, tmp_path):
+    """gemma3's tokenizer has one id more than the model has embeddings."""
+    bad = {"prompt": "What is <image_soft_token>?", "completion": "Nothing."}
+    folder = write_lines(tmp_path / "data", [*GOOD, bad])
+    command = stage("sft", tiny("gemma3"), tmp_path, tmp_path / "out", "--train_file_dir", folder)
+    command += ["--validation_file_dir", folder]
+    ended = in_process(*command)
+    assert ended.code == 2 and "rows.jsonl:5: the token '<image_soft_token>' has the id 400" in ended.stderr
+    in_process(*command, "--bad_records", "skip").ok()
+    (tmp_path / "q.txt").write_text(bad["prompt"])
+    flags = ("--data_file", tmp_path / "q.txt", "--predictions_file", tmp_path / "a.jsonl")
+    ended = in_process("inference.py", "--base_model", tiny("gemma3"), *flags)
+    assert ended.code == 2 and "'<image_soft_token>' has the id 400" in ended.errors[0]
+
+
 @pytest.mark.parametrize(("name", "sides"), [("sft", (1,)), ("rm", (1, 2))])
 def test_cut_answers_are_told(tiny, records, tmp_path, name, sides):
     command = stage(name, tiny("llama"), records, tmp_path / "out", "--preview", 1, "--max_target_length")
