@@ -167,6 +167,12 @@ class PPOArguments(RunArguments, TrainingArguments):
         for flag in (*positive, "critic_learning_rate"):
             if (value := getattr(self, flag)) is not None and not value > 0:
                 raise UserError(f"--{flag} is {value}, expected a number above 0")
+        for flag in ("init_kl_coef", "value_coef", "critic_warmup"):
+            if not 0 <= getattr(self, flag) < math.inf:
+                raise UserError(f"--{flag} is {getattr(self, flag)}, expected a number from 0 on")
+        for flag in ("reward_baseline", "missing_eos_penalty"):
+            if not math.isfinite(getattr(self, flag)):
+                raise UserError(f"--{flag} is {getattr(self, flag)}, expected a finite number")
         for flag in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, flag) <= 1:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected a number from 0 to 1")

@@ -1,5 +1,6 @@
 """Which rewards: a reward model, Python functions, and their weights."""
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -103,6 +104,8 @@ class RewardSourceArguments:
             values = [float(x) for x in self.reward_weights.split(",")] if self.reward_weights else [1.0] * len(names)
         except ValueError as error:
             raise UserError(f"--reward_weights {self.reward_weights}: expected a comma list of numbers") from error
+        if not all(map(math.isfinite, values)):
+            raise UserError(f"--reward_weights {self.reward_weights}: expected finite numbers")
         if len(values) != len(names):
             raise UserError(
                 f"--reward_weights holds {len(values)} numbers for {len(names)} sources: {', '.join(names)}"
