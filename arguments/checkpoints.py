@@ -1,10 +1,13 @@
 """Checkpoints that are whole or absent: sealed last, older ones deleted only then, verified before a run resumes."""
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -24,6 +27,9 @@ SHAPING = {
     "lora_rank": "8",
     "optim": "adamw_torch_fused",
 }
+
+
+PATIENCE = 15  # seconds for which a run that was told to stop, or its loaders' processes, may still hold a folder
 
 
 class CheckpointSeal(TrainerCallback):
@@ -124,16 +130,39 @@ def warn_of_changes(folder: Path) -> None:
         )
 
 
+def hold_folder(folder: Path) -> None:
+    """Keep other runs from writing into `folder` until this process ends.
+
+    Raises:
+        UserError: when another run is still there after PATIENCE seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, started = os.open(folder, os.O_RDONLY), time.monotonic()
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() - started > PATIENCE:
+                raise UserError(
+                    f"--output_dir {folder}: another run is writing there. Wait for its end, or name another folder"
+                ) from error
+            time.sleep(0.5)
+        except OSError:  # a network's file system may lock no folders
+            return None
+
+
 def clear_output(folder: Path, sources: list[str]) -> None:
     """Remove what an earlier run left in `folder` and could be taken for this run's, except this run's `sources`."""
-    names = ["checkpoint-*", "adapter", "merge.json", "run.json", "*_results.json"]
+    names = ["adapter", "merge.json", "run.json", "*_results.json"]
     names += [f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
-    of_a_run = any(next(folder.glob(name), None) for name in ("checkpoint-*", "merge.json", "run.json"))
+    checkpoints = numbered(folder)
+    of_a_run = checkpoints or (folder / "merge.json").exists() or (folder / "run.json").exists()
     if of_a_run and folder.resolve() not in [Path(source).resolve() for source in sources]:
         names += ["adapter_config.json", "adapter_model.*", "value", "base.json"]
         names += ["model*.safetensors*", "config.json", "generation_config.json"]
     kept = {place for source in sources for place in (Path(source).resolve(), *Path(source).resolve().parents)}
-    for path in [path for name in names for path in folder.glob(name) if path.resolve() not in kept]:
+    found = [*checkpoints, *(path for name in names for path in folder.glob(name))]
+    for path in [path for path in found if path.resolve() not in kept]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # another rank may have been first
         else:

@@ -31,6 +31,8 @@ RENAMED_FLAGS = {
     "--per_gpu_train_batch_size": "--per_device_train_batch_size",
     "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
     "--log_with": "--report_to",
+    "--group_by_length": None,
+    "--logging_dir": None,
     "--save_safetensors": None,
     "--fp16_opt_level": None,
 }

@@ -17,7 +17,15 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from arguments.atomic import drop_if_cut, read_json, write_atomically
 from arguments.base import facts_of, other_base, record_base
-from arguments.checkpoints import SEAL, CheckpointSeal, checkpoint_fault, clear_output, numbered, warn_of_changes
+from arguments.checkpoints import (
+    SEAL,
+    CheckpointSeal,
+    checkpoint_fault,
+    clear_output,
+    hold_folder,
+    numbered,
+    warn_of_changes,
+)
 from arguments.command_line import UserError, without_secrets
 from arguments.compiling import CompileArguments
 from arguments.curves import plot_curves
@@ -197,9 +205,11 @@ class RunArguments(PrecisionArguments, CompileArguments):
 
         Raises:
             UserError: when another stage made it, when it was trained on a base model other than `base`, or when the
-                one asked for is not whole.
+                one asked for is not whole; when another run is writing into output_dir.
         """
         self.base_facts = facts_of(base)
+        if self.process_index == 0:
+            hold_folder(Path(self.output_dir))
         if not self._names_checkpoint() and self.fresh and Path(self.output_dir).is_dir():
             with self.main_process_first(desc="clearing the output folder"):
                 clear_output(Path(self.output_dir), [base, adapter or base])
@@ -229,6 +239,10 @@ class RunArguments(PrecisionArguments, CompileArguments):
                 f"{found} was not trained on {base}: {other}. Name its own base, another --output_dir, or --fresh "
                 "to start over"
             )
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """At least one step learns: rounded up, a share of few steps is all of them, the first at a rate of 0."""
+        return min(super().get_warmup_steps(num_training_steps), max(num_training_steps - 1, 0))
 
     @property
     def steps_between_saves(self) -> int:

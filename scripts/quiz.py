@@ -19,6 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.perplexity import load_judged  # noqa: E402
 
+# by the name of the file; other languages are asked in English words
 PROMPTS = {"en": "Question: {}\nAnswer: ", "zh": "问题：{}\n答案："}
 
 
@@ -45,7 +46,8 @@ def accuracy(path: str, quiz: dict[str, list[dict]]) -> dict:
     model, tokenizer = load_judged(path)
     right = {
         language: [
-            choice(model, tokenizer, PROMPTS[language].format(row["question"]), row["options"]) == row["answer"]
+            choice(model, tokenizer, PROMPTS.get(language, PROMPTS["en"]).format(row["question"]), row["options"])
+            == row["answer"]
             for row in tqdm(rows, f"Quiz ({language}) for {path}")
         ]
         for language, rows in quiz.items()

@@ -78,7 +78,7 @@ export REWARD_MODEL=$OUTPUTS/rm
 stage pt "$MODEL" "$PT_DATA" --max_steps 26
 stage sft "$(result pt)" "$SFT_DATA" --max_steps 30 --max_eval_samples 60
 stage rm "$(result sft)" "$RM_DATA" --max_steps 30 --max_eval_samples 72
-stage rl "$(result sft)" "$RL_DATA" --max_steps 14 --max_eval_samples 48
+stage rl "$(result sft)" "$RL_DATA" --max_steps 12 --max_eval_samples 48
 [ "$NODE_RANK" = 0 ] || exit 0
 models=("$MODEL" "$(result pt)" "$(result sft)" "$(result rl)")
 # judge name data model...: what a script says of models on data that no stage saw, unless it said it of these already.

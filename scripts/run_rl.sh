@@ -23,7 +23,7 @@ supervise "${LAUNCH[@]}" rl_training.py \
   --output_dir "$OUTPUT" \
   --max_source_length 256 \
   --max_target_length 64 \
-  --max_steps 14 \
+  --max_steps 12 \
   --batch_size 32 \
   --mini_batch_size 8 \
   --ppo_epochs 1 \

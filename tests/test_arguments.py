@@ -88,6 +88,8 @@ RENAMED = {  # words after the flag: attribute and its value
     "--log_with": [(["none"], "report_to", [])],
     "--save_safetensors": [([], "seed", 7), (["False"], "seed", 7)],  # dropped, and its value with it
     "--fp16_opt_level": [(["O1"], "seed", 7)],
+    "--group_by_length": [([], "seed", 7), (["True"], "seed", 7)],
+    "--logging_dir": [(["logs"], "seed", 7)],
 }
 
 
@@ -101,6 +103,12 @@ def test_renamed_flags_still_work(required, logged, flag, words, name, value, eq
     flagged = ["=".join([flag, *words])] if equals else [flag, *words]
     assert parse([*required, *flagged, "--seed", "7"])[name] == value
     assert sum(flag in line for line in logged if line.startswith("WARNING")) == 1
+
+
+@pytest.mark.parametrize(("share", "steps", "warm"), [("0.05", 1, 0), ("0.05", 2, 1), ("4", 3, 2), ("4", 30, 4)])
+def test_warm_up_leaves_a_step_to_learn_in(required, share, steps, warm):
+    args = parse_arguments(*GROUPS, argv=[*required, "--warmup_steps", share])
+    assert args[-1].get_warmup_steps(steps) == warm
 
 
 def test_modern_flags_leaves_other_words_alone(logged):

@@ -70,8 +70,8 @@ def test_the_likeliest_option_per_byte_is_chosen(kind, tiny):
 def test_lines_end_at_line_breaks_alone(tiny, tmp_path):
     """JSON leaves the other characters raw that str.splitlines breaks at."""
     row = {"question": "What\u2028pumps\x85blood?", "options": ["The\u2029heart", "A kidney"], "answer": 0}
-    write_lines(tmp_path, [row, row], "en.jsonl")
-    with (tmp_path / "en.jsonl").open("a") as file:
+    write_lines(tmp_path, [row, row], "fr.jsonl")
+    with (tmp_path / "fr.jsonl").open("a") as file:
         file.write("\n")
     found = json.loads(in_process("scripts/quiz.py", tmp_path, tiny("llama")).ok().stdout)
     assert found[str(tiny("llama"))]["questions"] == 2

@@ -1,6 +1,7 @@
 """Runs that are told to end, meet numbers that are not finite, or find the disk full."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -302,9 +303,23 @@ def test_fresh_leaves_what_the_run_starts_from(place, tmp_path):
     for folder in ("", "adapter", "checkpoint-1", "checkpoint-2"):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / ADAPTER).touch()
+    (tmp_path / "checkpoint-2-best").mkdir()  # somebody's copy
     clear_output(tmp_path, ["base", str(tmp_path / place)])
     left = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob(ADAPTER)}
-    assert left == {place or "."}
+    assert left == {place or "."} and (tmp_path / "checkpoint-2-best").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tiny, records, tmp_path, monkeypatch):
+    command = stage("sft", tiny("llama"), records, tmp_path / "out")
+    monkeypatch.setattr(arguments.checkpoints, "PATIENCE", 0.0)
+    (tmp_path / "out").mkdir()
+    other = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    ended = in_process(*command)
+    assert ended.code == 2 and "another run is writing there" in ended.errors[0]
+    assert not any((tmp_path / "out").iterdir())
+    os.close(other)  # as a process's end does
+    in_process(*command).ok()
 
 
 def test_an_evaluation_alone_leaves_the_figures_of_a_training(tiny, records, tmp_path):

@@ -637,7 +637,7 @@ def test_the_pipeline_bounds_the_steps_of_the_sample_alone(told, tmp_path):
     _, own, _ = told("scripts/run_pipeline.sh", MODEL="base", PT_DATA=str(mine), RL_DATA=str(mine), ROLLOUTS="99")
     assert "--max_steps 26" in sample["pretraining.py"] and "--max_steps" not in own["pretraining.py"]
     assert f"--train_file_dir {mine}/train --validation_file_dir {mine}/train" in own["pretraining.py"]
-    assert sample["rl_training.py"].endswith("--max_steps 14 --max_eval_samples 48")
+    assert sample["rl_training.py"].endswith("--max_steps 12 --max_eval_samples 48")
     assert (
         own["rl_training.py"].endswith("--max_eval_samples 48 --max_steps 99")
         and "--max_steps 30" in own["supervised_finetuning.py"]
