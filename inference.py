@@ -338,7 +338,8 @@ def refuse_to_replace(path: Path) -> None:
     Raises:
         UserError: when it holds something else: the questions, or answers of one model.
     """
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""  # a kill may cut the last line
+    lines = whole.splitlines()
     try:
         compared = all(isinstance(json.loads(line)["Output"], dict) for line in lines)
     except (ValueError, KeyError, TypeError):

@@ -27,6 +27,7 @@ from arguments import (
     TokenLoss,
     UserError,
     keeps_apart,
+    known_ids,
     parse_arguments,
     run_stage,
 )
@@ -100,7 +101,8 @@ def build_blocks(
     def encode(row):
         text = row["text"] if args.keep_linebreaks else " ".join(row["text"].split())
         ids = tokenizer(text)["input_ids"]  # with the bos that LLaMA, Gemma and others want before a text
-        return {"input_ids": ids if ids[-1:] == [tokenizer.eos_token_id] else ids + [tokenizer.eos_token_id]}
+        ids = ids if ids[-1:] == [tokenizer.eos_token_id] else ids + [tokenizer.eos_token_id]
+        return {"input_ids": known_ids(tokenizer, ids)}
 
     settings = {
         "pad_token_id": tokenizer.pad_token_id,

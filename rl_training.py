@@ -163,6 +163,10 @@ class PPOArguments(RunArguments, TrainingArguments):
             logger.warning("--torch_compile has no effect in RL: its roles change the adapters of one model")
 
     def _check_ranges(self):
+        if self.optim.startswith(("galore", "apollo", "lomo", "adalomo")):
+            raise UserError(
+                "--optim: GaLore, APOLLO and LOMO choose their parameters, and RL has two sets: take another"
+            )
         positive = "temperature", "clip_range", "value_clip_range", "kl_target", "kl_horizon", "reward_clip"
         for flag in (*positive, "critic_learning_rate"):
             if (value := getattr(self, flag)) is not None and not value > 0:

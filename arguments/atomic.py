@@ -1,8 +1,13 @@
-"""Writing files atomically: a kill or a full disk leaves the old file or the new one, never half of it."""
+"""Writing files atomically: a kill or a full disk leaves the old file or the new one, and no two runs mix theirs."""
 
+import fcntl
 import json
 import os
+import time
 from pathlib import Path
+
+PATIENCE = 15  # seconds for which a run that was told to stop, or its loaders' processes, may still hold a folder
+HELD: list[int] = []  # descriptor of the folder that this process writes into, if any
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -24,3 +29,30 @@ def drop_if_cut(path: Path) -> None:
     """Remove a JSON file that was cut short: libraries write it in place, and would fail to read it."""
     if read_json(path) is None:
         path.unlink(missing_ok=True)
+
+
+def hold_folder(folder: Path) -> bool:
+    """Keep other runs from writing into `folder` until release_folder, or the end of this process.
+
+    Returns whether it could: False when another run is still there after PATIENCE seconds.
+    """
+    release_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    HELD.append(os.open(folder, os.O_RDONLY))
+    started = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() - started > PATIENCE:
+                return False
+            time.sleep(0.5)
+        except OSError:  # a network's file system may lock no folders
+            return True
+
+
+def release_folder() -> None:
+    """Let other runs write into the folder that hold_folder held, if any."""
+    while HELD:
+        os.close(HELD.pop())

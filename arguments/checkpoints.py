@@ -1,13 +1,10 @@
 """Checkpoints that are whole or absent: sealed last, older ones deleted only then, verified before a run resumes."""
 
-import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -25,11 +22,9 @@ SHAPING = {
     "target_modules": "all",
     "modules_to_save": "none",
     "lora_rank": "8",
-    "optim": "adamw_torch_fused",
+    "optim": "adamw_torch",
 }
-
-
-PATIENCE = 15  # seconds for which a run that was told to stop, or its loaders' processes, may still hold a folder
+ADAPTERS = ("target_modules", "modules_to_save", "lora_rank")  # with --peft_path the adapter's own
 
 
 class CheckpointSeal(TrainerCallback):
@@ -97,6 +92,17 @@ def checkpoint_fault(folder: Path, hashes: bool = True) -> str | None:
     return f"changed since it was saved: {', '.join(broken)}" if broken else None
 
 
+def shape(flags: dict[str, str], name: str) -> str:
+    """The value of one of SHAPING among a command's flags, alike for all spellings of it."""
+    value = flags.get(name, SHAPING[name]).lower()
+    if name == "use_peft":
+        return str("no_use_peft" not in flags and value not in ("false", "no", "f", "n", "0")).lower()
+    if name in ADAPTERS and ("peft_path" in flags or shape(flags, "use_peft") == "false"):
+        return SHAPING[name]  # decides nothing then
+    value = value.removesuffix("_fused")  # the state is the same
+    return ",".join(sorted(value.replace(",", " ").split()))
+
+
 def warn_of_changes(folder: Path) -> None:
     """Warn about flags that differ from those that the checkpoint was made with.
 
@@ -113,8 +119,8 @@ def warn_of_changes(folder: Path) -> None:
     if before is None:  # an older version saved it
         return
     before, now = flags(before), flags(without_secrets(sys.argv[1:]))
-    for name, default in SHAPING.items():
-        then, asked = (words.get(name, default).lower() or "true" for words in (before, now))
+    for name in SHAPING:
+        then, asked = shape(before, name), shape(now, name)
         if then != asked:
             raise UserError(
                 f"{folder} was trained with --{name} {then}, and its tensors do not fit --{name} {asked}: give the "
@@ -128,27 +134,6 @@ def warn_of_changes(folder: Path) -> None:
             f"The command has changed since: {', '.join(changes)}. The learning rate, and how far the "
             "schedule has come, stay the checkpoint's; records are taken from where it stopped"
         )
-
-
-def hold_folder(folder: Path) -> None:
-    """Keep other runs from writing into `folder` until this process ends.
-
-    Raises:
-        UserError: when another run is still there after PATIENCE seconds.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, started = os.open(folder, os.O_RDONLY), time.monotonic()
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() - started > PATIENCE:
-                raise UserError(
-                    f"--output_dir {folder}: another run is writing there. Wait for its end, or name another folder"
-                ) from error
-            time.sleep(0.5)
-        except OSError:  # a network's file system may lock no folders
-            return None
 
 
 def clear_output(folder: Path, sources: list[str]) -> None:

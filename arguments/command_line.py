@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from arguments.atomic import release_folder
+
 # Flags of the 2023 scripts and their names today. None: what the flag asked for happens by default.
 RENAMED_FLAGS = {
     "--overwrite_output_dir": "--fresh",
@@ -80,6 +82,8 @@ def run_stage(main):
             raise
         beside_bars(f"error: {said}\n")
         sys.exit(said.code)
+    finally:
+        release_folder()
 
 
 def leave_group() -> None:

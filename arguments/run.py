@@ -15,14 +15,13 @@ from loguru import logger
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from arguments.atomic import drop_if_cut, read_json, write_atomically
+from arguments.atomic import drop_if_cut, hold_folder, read_json, write_atomically
 from arguments.base import facts_of, other_base, record_base
 from arguments.checkpoints import (
     SEAL,
     CheckpointSeal,
     checkpoint_fault,
     clear_output,
-    hold_folder,
     numbered,
     warn_of_changes,
 )
@@ -164,10 +163,9 @@ class RunArguments(PrecisionArguments, CompileArguments):
         try:
             Trainer.get_optimizer_cls_and_kwargs(self, torch.nn.Linear(1, 1))
         except (ImportError, TypeError, ValueError) as error:
-            wants_model = self.optim.startswith(("galore", "apollo"))
-            if isinstance(error, ImportError) or not wants_model:
+            if "No target modules found" not in str(error):  # they are in the real model
                 raise UserError(f"--optim {self.optim.value}: {error}") from error
-        optimizer = torch.optim.SGD([torch.zeros(1)])
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
         try:
             get_scheduler(self.lr_scheduler_type, optimizer, 0, 1, self.lr_scheduler_kwargs)
         except (TypeError, ValueError) as error:
@@ -208,8 +206,12 @@ class RunArguments(PrecisionArguments, CompileArguments):
                 one asked for is not whole; when another run is writing into output_dir.
         """
         self.base_facts = facts_of(base)
-        if self.process_index == 0:
-            hold_folder(Path(self.output_dir))
+        with self.main_process_first(local=False, desc="holding the output folder"):  # the others look into it then
+            if self.process_index == 0 and not hold_folder(Path(self.output_dir)):
+                raise UserError(
+                    f"--output_dir {self.output_dir}: another run is writing there. Wait for its end, or name another "
+                    "folder"
+                )
         if not self._names_checkpoint() and self.fresh and Path(self.output_dir).is_dir():
             with self.main_process_first(desc="clearing the output folder"):
                 clear_output(Path(self.output_dir), [base, adapter or base])

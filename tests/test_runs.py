@@ -23,12 +23,13 @@ from safetensors.torch import load_file
 from test_kills import differences, forked, trained
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+import arguments.atomic
 import arguments.checkpoints
 import arguments.data
 import arguments.run
 from arguments import AdapterArguments
 from arguments.atomic import write_atomically
-from arguments.checkpoints import SEAL, SHAPING, checkpoint_fault, clear_output
+from arguments.checkpoints import SEAL, SHAPING, checkpoint_fault, clear_output, shape
 from arguments.command_line import Fault
 from arguments.stops import FiniteGradients, StopAtSignal
 
@@ -311,7 +312,7 @@ def test_fresh_leaves_what_the_run_starts_from(place, tmp_path):
 
 def test_two_runs_do_not_share_a_folder(tiny, records, tmp_path, monkeypatch):
     command = stage("sft", tiny("llama"), records, tmp_path / "out")
-    monkeypatch.setattr(arguments.checkpoints, "PATIENCE", 0.0)
+    monkeypatch.setattr(arguments.atomic, "PATIENCE", 0.0)
     (tmp_path / "out").mkdir()
     other = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
@@ -399,7 +400,15 @@ def test_copies_of_checkpoints_are_left_alone_and_an_empty_seal_is_none(tiny, re
 def test_the_defaults_of_what_shapes_a_checkpoint():
     groups = fields(AdapterArguments) + fields(TrainingArguments)
     defaults = {field.name: str(getattr(field.default, "value", field.default)).lower() for field in groups}
-    assert {name: defaults[name] for name in SHAPING} == SHAPING
+    assert {name: defaults[name].removesuffix("_fused") for name in SHAPING} == SHAPING
+
+
+def test_all_spellings_of_a_flag_shape_alike():
+    for flags in ({"use_peft": "0"}, {"no_use_peft": ""}, {"use_peft": "false", "lora_rank": "4"}):
+        assert shape(flags, "use_peft") == "false" and shape(flags, "lora_rank") == "8"
+    assert shape({"use_peft": ""}, "use_peft") == shape({"use_peft": "yes"}, "use_peft") == "true"
+    assert shape({"target_modules": "v_proj, q_proj"}, "target_modules") == "q_proj,v_proj"
+    assert shape({"optim": "adamw_torch_fused"}, "optim") == "adamw_torch" != shape({"optim": "sgd"}, "optim")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
