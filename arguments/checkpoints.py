@@ -103,8 +103,8 @@ def shape(flags: dict[str, str], name: str) -> str:
     return ",".join(sorted(value.replace(",", " ").split()))
 
 
-def warn_of_changes(folder: Path) -> None:
-    """Warn about flags that differ from those that the checkpoint was made with.
+def check_changes(folder: Path) -> None:
+    """Compare the flags with those that the checkpoint was made with: a warning names what differs.
 
     Raises:
         UserError: if one of SHAPING differs.

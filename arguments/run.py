@@ -20,10 +20,10 @@ from arguments.base import facts_of, other_base, record_base
 from arguments.checkpoints import (
     SEAL,
     CheckpointSeal,
+    check_changes,
     checkpoint_fault,
     clear_output,
     numbered,
-    warn_of_changes,
 )
 from arguments.command_line import UserError, without_secrets
 from arguments.compiling import CompileArguments
@@ -225,7 +225,7 @@ class RunArguments(PrecisionArguments, CompileArguments):
                 continue
             self._check_origin(Path(found), base)
             logger.info(f"Going on from {found} (--fresh starts over)")
-            warn_of_changes(Path(found))
+            check_changes(Path(found))
             return found
         return None
 
