@@ -249,7 +249,7 @@ class DataArguments:
         if not self.keep_duplicates:
             train = self._without_duplicates(train, keys, column(held_rows, "key")[held] if held_rows else held)
         if held_rows is None:
-            train, held = self._hold_out(train)
+            train, held = self._hold_out(train, column(rows, "question")[train])
             held_rows = rows
         for which, found in (("training", train), ("held-out", held)):
             if not len(found):
@@ -285,15 +285,25 @@ class DataArguments:
             )
         return kept
 
-    def _hold_out(self, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The training rows without a fixed random share, and that share; both in order."""
+    def _hold_out(self, train: np.ndarray, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The training rows without a fixed random share, and that share; both in order.
+
+        Pairs on one question stay together, so the share may be larger by some: they often have an answer in common,
+        and a reward model that has seen it in training is not judged on something new.
+        """
         share = self.validation_split_percentage
         share = share if share < 1 else share / 100
         count = self.validation_split_count or max(1, round(share * len(train)))
         if count >= len(train):
             raise UserError(f"{count} held-out records asked for, but there are {len(train)} in all")
-        picked = np.zeros(len(train), dtype=bool)
-        picked[random.Random(42).sample(range(len(train)), count)] = True
+        _, question, sizes = np.unique(questions, return_inverse=True, return_counts=True)
+        order = np.random.RandomState(42).permutation(len(sizes))
+        picked = np.isin(question, order[: np.searchsorted(sizes[order].cumsum(), count) + 1])
+        if picked.all():
+            raise UserError(
+                f"{count} held-out pairs asked for, but all {len(train)} are on {len(sizes)} question(s), which are "
+                "held out whole: name a --validation_file_dir, or ask for fewer"
+            )
         return train[~picked], train[picked]
 
     def _handle_bad(self, bad: list[dict]) -> None:

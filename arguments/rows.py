@@ -33,8 +33,9 @@ FORMS = {
     ),
     "question": ({"prompt": MESSAGES}, lambda record: {"prompt": to_question(record)}),
 }
-# Columns beside those of the form: a row's place, a hash to find duplicates by, and of a bad one the reason and record
-BESIDE = {"place": TEXT, "key": Value("int64"), "bad": TEXT, "raw": TEXT}
+# Columns beside those of the form: a row's place, a hash to find duplicates by, one that pairs on the same question
+# share, and of a bad row the reason and record
+BESIDE = {"place": TEXT, "key": Value("int64"), "question": Value("int64"), "bad": TEXT, "raw": TEXT}
 
 
 def rows_of(form: str, generator: Callable, source: dict, *key, fresh: bool = False) -> Dataset:
@@ -81,9 +82,16 @@ def to_row(form: str, place: str, record) -> dict:
     except BadRecord as error:
         raw = "" if isinstance(record, BadRecord) else json.dumps(record, ensure_ascii=False, default=str)
         empty = {name: [] if kind is MESSAGES else "" for name, kind in columns.items()}
-        return empty | {"place": storable(place), "key": 0, "bad": storable(str(error)), "raw": storable(raw)}
-    key = int.from_bytes(hashlib.blake2b(same.encode(), digest_size=8).digest(), "little", signed=True)
-    return row | {"place": storable(place), "key": key, "bad": "", "raw": ""}
+        of_bad = {"key": 0, "question": 0, "bad": storable(str(error)), "raw": storable(raw)}
+        return empty | {"place": storable(place)} | of_bad
+    key = number_of(same)
+    question = number_of(json.dumps(row["prompt"])) if form == "pair" else key
+    return row | {"place": storable(place), "key": key, "question": question, "bad": "", "raw": ""}
+
+
+def number_of(text: str) -> int:
+    """Hash of a text as an int64."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def refuse_surrogates(row: dict) -> None:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arguments import UserError, run_stage  # noqa: E402
 from scripts.perplexity import load_judged  # noqa: E402
 
 # by the name of the file; other languages are asked in English words
@@ -61,9 +62,11 @@ def main():
     logger.remove()  # lines of arguments would stand between the bars
     folder, *models = sys.argv[1:]
     files = {path.stem: path.read_text("utf-8").split("\n") for path in sorted(Path(folder).glob("*.jsonl"))}
+    if not files:
+        raise UserError(f"{folder} holds no .jsonl file of questions: name a folder like data/quiz")
     quiz = {language: [json.loads(line) for line in lines if line.strip()] for language, lines in files.items()}
     print(json.dumps({path: accuracy(path, quiz) for path in models}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -75,3 +75,8 @@ def test_lines_end_at_line_breaks_alone(tiny, tmp_path):
         file.write("\n")
     found = json.loads(in_process("scripts/quiz.py", tmp_path, tiny("llama")).ok().stdout)
     assert found[str(tiny("llama"))]["questions"] == 2
+
+
+def test_a_folder_without_questions(tiny, tmp_path):
+    ended = in_process("scripts/quiz.py", tmp_path / "none", tiny("llama"))
+    assert ended.code == 2 and "none holds no .jsonl file of questions" in ended.stderr

@@ -583,6 +583,24 @@ def test_the_training_folder_as_validation_folder_holds_out_a_share(tmp_path):
     assert not set(train["text"]) & set(held_out["text"])
 
 
+def test_pairs_on_one_question_are_held_out_together(tmp_path):
+    def pair(question, number):
+        return {"question": f"q{question}", "response_chosen": f"good {number}", "response_rejected": "bad"}
+
+    def write(pairs):
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+
+    write(pair(question, number) for number in range(4) for question in range(25))
+    train, held_out = DataArguments(str(tmp_path), validation_split_count=10).load_pairs()
+    asked = [{row["prompt"][0]["content"] for row in rows} for rows in (train, held_out)]
+    assert not asked[0] & asked[1] and len(asked[0]) == 22
+    assert (len(train), len(held_out)) == (88, 12)  # three whole questions are the fewest that hold ten pairs
+
+    write(pair(0, number) for number in range(20))
+    with pytest.raises(UserError, match="all 20 are on 1 question.*--validation_file_dir"):
+        DataArguments(str(tmp_path)).load_pairs()
+
+
 def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(tmp_path, monkeypatch):
     import arguments.rows
 
