@@ -21,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from measure import ROOT, as_run_scripts, environment_of, llama_factory, machine, measure
@@ -187,25 +188,55 @@ def training_seconds(output: Path, printed: str) -> float:
     return float(printed.rpartition("train_runtime': ")[2].strip("'").partition("'")[0].partition(",")[0])
 
 
-def limits(model: str) -> str:
+def median_seconds(product) -> float:
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        product()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def seconds_of_products(model, dtype, rows: int = 4, length: int = 512, rank: int = 8) -> float:
+    """Seconds of the matrix products of a PT step, each at its own shape, if nothing else took time.
+
+    Of every linear layer: forward, and the gradient of its input; the same and the gradients of A and B for its LoRA;
+    of attention two products forward and four backward, of which a causal one needs half.
+    """
+    import torch
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=dtype)
+
+    config, tokens, total = model.config, rows * length, 0.0
+    layers = [layer.weight.shape for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    for (out, into), count in Counter(layers).items():
+        weight, entering, leaving = random(out, into), random(tokens, into), random(tokens, out)
+        products = [(entering, weight.T), (leaving, weight)]
+        if out < config.vocab_size:
+            a, b, thin = random(rank, into), random(out, rank), random(tokens, rank)
+            products += [(entering, a.T), (thin, b.T), (leaving, b), (leaving.T, thin), (thin, a), (thin.T, entering)]
+        total += count * sum(median_seconds(lambda pair=pair: pair[0] @ pair[1]) for pair in products)
+    heads = rows * config.num_attention_heads
+    states, scores = random(heads, length, config.head_dim), random(heads, length, length)
+    attention = 3 * median_seconds(lambda: states @ states.mT) + 3 * median_seconds(lambda: scores @ states)
+    return total + config.num_hidden_layers * attention / 2
+
+
+def limits(name: str) -> str:
     """Tokens a second if all of it were matrix products: a weight is used once forward and once, frozen, backward."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        weights = sum(
-            w.numel() for w in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).parameters()
-        )
-    lines = []
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    weights, lines = sum(w.numel() for w in model.parameters()), []
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
-        seconds = []
-        for _ in range(10):
-            started = time.perf_counter()
-            a @ b
-            seconds.append(time.perf_counter() - started)
-        speed = 2 * 2048**3 / statistics.median(seconds)
-        lines.append(f"{speed / 1e9:.0f} GFLOP/s in {dtype}, so at most {speed / (4 * weights):.0f} tokens/s")
+        square = torch.randn(2048, 2048, dtype=dtype)
+        speed = 2 * 2048**3 / median_seconds(lambda square=square: square @ square)
+        reached = 4 * 512 / seconds_of_products(model, dtype)
+        bound = f"{speed / 1e9:.0f} GFLOP/s in {dtype}, so at most {speed / (4 * weights):.0f} tokens/s by the weights"
+        lines.append(f"{bound}, {reached:.0f} by all products of a PT step at their own shapes")
     return "; ".join(lines)
 
 
