@@ -113,6 +113,11 @@ def explained(error: Exception) -> UserError | None:
         )
     if isinstance(error, KeyError) and "metric_for_best_model" in text:
         return UserError(f"--metric_for_best_model: {error.args[0]}")
+    if isinstance(error, ImportError) and "install" in text:  # a flag wants a package, and its library says which
+        return UserError(text)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"TransportError", "OfflineModeIsEnabled"}:  # of httpx, which the hub's library uses, and of its own
+        return Fault(f"the hub cannot be reached: {text}. Try again, or leave out what needs it (--push_to_hub)")
     if isinstance(error, jinja2.TemplateSyntaxError):
         return UserError(f"the tokenizer's chat template, line {error.lineno}: {error.message}")
     if isinstance(error, pickle.UnpicklingError) or "PytorchStreamReader" in text:

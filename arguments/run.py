@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from loguru import logger
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 
 from arguments.atomic import drop_if_cut, hold_folder, read_json, write_atomically
 from arguments.base import facts_of, other_base, record_base
@@ -98,6 +99,13 @@ class RunArguments(PrecisionArguments, CompileArguments):
             raise UserError("--do_train False and --do_eval False leave nothing to do")
         if self.label_smoothing_factor or not self.average_tokens_across_devices:
             raise UserError("--label_smoothing_factor and --average_tokens_across_devices False: not supported here")
+        if self.dataloader_drop_last:
+            raise UserError(
+                "--dataloader_drop_last would leave held-out records out of the metrics, and train nothing where one "
+                "batch holds all: leave it out"
+            )
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise UserError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"--max_steps is {self.max_steps}, expected at least 1, or -1 for --num_train_epochs")
         for flag in POSITIVE:

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from loguru import logger
@@ -221,6 +222,16 @@ def test_what_cannot_be_read_is_bad_input(wrapped, tmp_path, monkeypatch):
 
     assert said("rows.jsonl").code == 2 and "rows.jsonl cannot be read" in str(said("rows.jsonl"))
     assert said("new").code == 1 and "cannot write" in str(said("new"))
+
+
+@pytest.mark.parametrize(("offline", "why"), [(False, "refused"), (True, "offline mode is enabled")])
+def test_a_hub_out_of_reach_is_no_traceback(offline, why, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(Exception, match=why) as failed:
+        huggingface_hub.get_session().get("http://127.0.0.1:9")  # nothing listens there
+    said = explained(failed.value)
+    assert said.code == 1 and "the hub cannot be reached" in str(said) and why in str(said)
+    assert explained(ImportError("cannot import name 'a' from 'b'")) is None
 
 
 def test_ppo_steps_are_rollouts(tmp_path):
