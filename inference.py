@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStr
 
 from arguments import (
     DataArguments,
+    LengthArguments,
     ModelArguments,
     RewardSourceArguments,
     UserError,
@@ -136,7 +137,7 @@ class Answerer:
         model_args = args.model_args(name)
         self.args, self.tokenizer = args, model_args.load_tokenizer()
         longest = model_args.longest_question(args.max_source_length, args.max_new_tokens)
-        self.data_args = DataArguments(train_file_dir="unused", max_source_length=longest)
+        self.lengths = LengthArguments(max_source_length=longest)
         model = model_args.load_model(AutoModelForCausalLM)
         if adapter:
             if (folder := adapter_folder(adapter)) is None:
@@ -158,15 +159,15 @@ class Answerer:
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
             num_beams=1,
-            eos_token_id=self.data_args.eos_ids(self.model, self.tokenizer),
+            eos_token_id=self.lengths.eos_ids(self.model, self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
         )
 
     def ids(self, messages: list[dict]) -> list[int]:
         if self.args.with_prompt:
-            ids = self.data_args.encode_prompt(self.tokenizer, messages)["input_ids"]
+            ids = self.lengths.encode_prompt(self.tokenizer, messages)["input_ids"]
         else:
-            ids = self.tokenizer(messages[-1]["content"])["input_ids"][-self.data_args.max_source_length :]
+            ids = self.tokenizer(messages[-1]["content"])["input_ids"][-self.lengths.max_source_length :]
         return known_ids(self.tokenizer, ids)
 
     @torch.no_grad()
@@ -392,9 +393,9 @@ def compare(args: InferenceArguments) -> None:
 
 def score(args: InferenceArguments, questions: list, answers: dict[str, list[str]]) -> dict[str, list[float]]:
     """What the reward model says of each answer."""
-    data_args = DataArguments(train_file_dir="unused", max_source_length=args.max_source_length)
+    lengths = LengthArguments(max_source_length=args.max_source_length)
     source = RewardSourceArguments(reward_model_name_or_path=args.reward_model)
-    model = args.placed(source.load_model(data_args, args.model_args(args.compare[0])))
+    model = args.placed(source.load_model(lengths, args.model_args(args.compare[0])))
     found = {}
     for name, texts in answers.items():
         rows = [q + [{"role": "assistant", "content": text}] for q, text in zip(questions, texts, strict=True)]

@@ -4,7 +4,7 @@ from arguments.adapter import AdapterArguments
 from arguments.base import adapter_config, adapter_folder, check_base
 from arguments.command_line import UserError, parse_arguments, run_stage
 from arguments.data import DataArguments
-from arguments.encoding import known_ids
+from arguments.encoding import LengthArguments, known_ids
 from arguments.guards import GuardArguments
 from arguments.loss import TokenLoss
 from arguments.model import ModelArguments, keeps_apart
@@ -20,6 +20,7 @@ __all__ = [
     "DataArguments",
     "EndsOnce",
     "GuardArguments",
+    "LengthArguments",
     "LogLine",
     "ModelArguments",
     "RewardModel",

@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from loguru import logger
 
 from arguments.command_line import UserError, first_line
-from arguments.encoding import embedding_rows, encode_turns, judged, prompt_ids, without_oldest
+from arguments.encoding import LengthArguments, at_least_one, embedding_rows, encode_turns, judged
 from arguments.files import SUFFIXES, find_files, other_files
 from arguments.preview import preview
 from arguments.rows import (
@@ -35,7 +35,7 @@ from arguments.rows import (
 
 
 @dataclass
-class DataArguments:
+class DataArguments(LengthArguments):
     """The records of a stage: folders with any mixture of forms (data/README.md), or a hub data set."""
 
     train_file_dir: str | None = field(
@@ -64,10 +64,6 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Take only that many training records."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Take only that many held-out records."})
-    max_source_length: int = field(
-        default=256, metadata={"help": "Tokens kept of the conversation up to the last answer."}
-    )
-    max_target_length: int = field(default=256, metadata={"help": "Tokens kept of the last answer; in RL, generated."})
     bad_records: str = field(
         default="error",
         metadata={
@@ -94,20 +90,14 @@ class DataArguments:
         self._bad_file = None  # where skipped records are listed
         self.facts = {}  # what the training data looked like, for data.json
         counts = "max_train_samples", "max_eval_samples", "validation_split_count", "preprocessing_num_workers"
-        for flag in ("max_source_length", "max_target_length", *counts):
-            if (value := getattr(self, flag)) is not None and value < 1:
-                raise UserError(f"--{flag} is {value}, expected at least 1")
+        super().__post_init__()
+        at_least_one(self, *counts)
         if self.preview < 0:
             raise UserError(f"--preview is {self.preview}, expected a number of records")
         if not 0 < self.validation_split_percentage < 100:
             raise UserError(
                 f"--validation_split_percentage is {self.validation_split_percentage}, expected a share in percent"
             )
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row that the lengths allow."""
-        return self.max_source_length + self.max_target_length
 
     def load_documents(self, output_dir: str | None = None) -> tuple[Dataset, Dataset]:
         """Training and held-out rows {"text"}, each with its place. Skipped records are listed in output_dir."""
@@ -137,45 +127,6 @@ class DataArguments:
         rows = self._read(self.train_file_dir, "train", form)
         self._handle_bad(bad_rows(rows))
         return rows.select(np.flatnonzero(~is_bad(rows)))
-
-    def encode(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
-        """Tokens of a conversation that ends with an answer.
-
-        Returns input_ids and labels of equal length; labels are -100 except on assistant turns and on the token that
-        ends each. Both stop at the last answer's end. What comes before the last answer is cut to max_source_length
-        as in encode_prompt; the answer is cut off after max_target_length. source_tokens and target_tokens are the
-        lengths of both before any cut, source_kept what is left of the first.
-        """
-        ids, labels, start = encode_turns(tokenizer, messages)
-        lengths = {"source_tokens": start, "target_tokens": len(ids) - start}
-        while start > self.max_source_length and (shorter := without_oldest(messages)):
-            messages = shorter
-            ids, labels, start = encode_turns(tokenizer, messages)
-        keep = slice(max(0, start - self.max_source_length), start + self.max_target_length)
-        lengths["source_kept"] = min(start, self.max_source_length)
-        return {"input_ids": ids[keep], "labels": labels[keep]} | lengths
-
-    def encode_prompt(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
-        """Tokens of a conversation that awaits an answer, input_ids: at most max_source_length of them.
-
-        A long one loses its oldest exchanges first, but keeps the system text; then the start of what is left is cut.
-        source_tokens is the length before any cut, source_kept what is left.
-        """
-        ids = prompt_ids(tokenizer, messages)
-        source_tokens = len(ids)
-        while len(ids) > self.max_source_length and (shorter := without_oldest(messages)):
-            messages = shorter
-            ids = prompt_ids(tokenizer, messages)
-        ids = ids[-self.max_source_length :]
-        return {"input_ids": ids, "source_tokens": source_tokens, "source_kept": len(ids)}
-
-    def eos_ids(self, model, tokenizer) -> list[int]:
-        """All ids that end an answer: the tokenizer's eos, the model's, and the one that SFT trains to end a turn."""
-        configured = model.generation_config.eos_token_id
-        configured = configured if isinstance(configured, list) else [configured]
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        trained = self.encode(tokenizer, turn)["input_ids"][-1]
-        return sorted({tokenizer.eos_token_id, trained, *(i for i in configured if i is not None)})
 
     def tokenize(self, rows: Dataset, encode: Callable, tokenizer, keep: tuple[str, ...] = (), **settings) -> Dataset:
         """Every row as `encode` returns it, with its columns `keep`: in parallel, once per machine, cached on disk.

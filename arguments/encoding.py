@@ -1,8 +1,9 @@
-"""How a conversation becomes tokens, and which of them are trained: pure functions of a tokenizer and messages."""
+"""How a conversation becomes tokens, how many, and which of them are trained: by a tokenizer and its template."""
 
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -13,6 +14,72 @@ from arguments.command_line import UserError
 
 EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*$")
 OPENING = re.compile(r"^\s*<think>\s*")
+
+
+@dataclass
+class LengthArguments:
+    """How much of a conversation is kept, in tokens."""
+
+    max_source_length: int = field(
+        default=256, kw_only=True, metadata={"help": "Tokens kept of the conversation up to the last answer."}
+    )
+    max_target_length: int = field(
+        default=256, kw_only=True, metadata={"help": "Tokens kept of the last answer; in RL, generated."}
+    )
+
+    def __post_init__(self):
+        at_least_one(self, "max_source_length", "max_target_length")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that the lengths allow."""
+        return self.max_source_length + self.max_target_length
+
+    def encode(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
+        """Tokens of a conversation that ends with an answer.
+
+        Returns input_ids and labels of equal length; labels are -100 except on assistant turns and on the token that
+        ends each. Both stop at the last answer's end. What comes before the last answer is cut to max_source_length
+        as in encode_prompt; the answer is cut off after max_target_length. source_tokens and target_tokens are the
+        lengths of both before any cut, source_kept what is left of the first.
+        """
+        ids, labels, start = encode_turns(tokenizer, messages)
+        lengths = {"source_tokens": start, "target_tokens": len(ids) - start}
+        while start > self.max_source_length and (shorter := without_oldest(messages)):
+            messages = shorter
+            ids, labels, start = encode_turns(tokenizer, messages)
+        keep = slice(max(0, start - self.max_source_length), start + self.max_target_length)
+        lengths["source_kept"] = min(start, self.max_source_length)
+        return {"input_ids": ids[keep], "labels": labels[keep]} | lengths
+
+    def encode_prompt(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
+        """Tokens of a conversation that awaits an answer, input_ids: at most max_source_length of them.
+
+        A long one loses its oldest exchanges first, but keeps the system text; then the start of what is left is cut.
+        source_tokens is the length before any cut, source_kept what is left.
+        """
+        ids = prompt_ids(tokenizer, messages)
+        source_tokens = len(ids)
+        while len(ids) > self.max_source_length and (shorter := without_oldest(messages)):
+            messages = shorter
+            ids = prompt_ids(tokenizer, messages)
+        ids = ids[-self.max_source_length :]
+        return {"input_ids": ids, "source_tokens": source_tokens, "source_kept": len(ids)}
+
+    def eos_ids(self, model, tokenizer) -> list[int]:
+        """All ids that end an answer: the tokenizer's eos, the model's, and the one that SFT trains to end a turn."""
+        configured = model.generation_config.eos_token_id
+        configured = configured if isinstance(configured, list) else [configured]
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        trained = self.encode(tokenizer, turn)["input_ids"][-1]
+        return sorted({tokenizer.eos_token_id, trained, *(i for i in configured if i is not None)})
+
+
+def at_least_one(args, *flags: str) -> None:
+    """Refuse a number below 1; None stands for no limit."""
+    for flag in flags:
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise UserError(f"--{flag} is {value}, expected at least 1")
 
 
 def without_oldest(messages: list[dict]) -> list[dict] | None:
@@ -39,7 +106,7 @@ def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
 
 
 def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int], int]:
-    """input_ids and labels of a whole conversation (see DataArguments.encode), and where the last answer starts.
+    """input_ids and labels of a whole conversation (see LengthArguments.encode), and where the last answer starts.
 
     The last answer's labels begin where the template's generation prompt ends: what the template puts in between
     (Qwen3's empty thoughts) the model must say itself, and text that only prompts have (Mistral's system text) is seen

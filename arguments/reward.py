@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from arguments.base import adapter_config, adapter_folder
 from arguments.command_line import UserError, first_line
-from arguments.data import DataArguments
+from arguments.encoding import LengthArguments
 from arguments.model import ModelArguments, keep_unpacked, pad_candidate
 from arguments.reward_functions import load_functions
 
@@ -62,7 +62,7 @@ class RewardSourceArguments:
             )
         return folder
 
-    def load_model(self, data_args: DataArguments, model_args: ModelArguments) -> "RewardModel":
+    def load_model(self, lengths: LengthArguments, model_args: ModelArguments) -> "RewardModel":
         """The reward model with its own weights, tokenizer and template.
 
         Raises:
@@ -94,7 +94,7 @@ class RewardSourceArguments:
         if adapter:
             adapter_head(adapter)
             model = PeftModel.from_pretrained(model, adapter)
-        return RewardModel(model, tokenizer, data_args)
+        return RewardModel(model, tokenizer, lengths)
 
     def weights(self) -> dict[str, float]:
         """Weight of each source by name: model, then the functions; 1 each unless --reward_weights says otherwise."""
@@ -143,13 +143,13 @@ def pad_alike(config, tokenizer, first: str) -> None:
 class RewardModel(nn.Module):
     """A separate reward model, which reads conversations as text with its own tokenizer and template."""
 
-    def __init__(self, model: nn.Module, tokenizer, data_args: DataArguments):
+    def __init__(self, model: nn.Module, tokenizer, lengths: LengthArguments):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         # an answer's limit is in the policy's tokens: in another vocabulary a whole answer may have more
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
-        room = max(positions - data_args.max_source_length, data_args.max_target_length)
-        self.data_args = replace(data_args, max_target_length=room)
+        room = max(positions - lengths.max_source_length, lengths.max_target_length)
+        self.lengths = replace(lengths, max_target_length=room)
         tokenizer.padding_side = "right"
         self.requires_grad_(False).eval()
 
@@ -160,7 +160,7 @@ class RewardModel(nn.Module):
         """
         device = next(self.model.parameters()).device
         if self.tokenizer.chat_template:
-            rows = [self.data_args.encode(self.tokenizer, messages)["input_ids"] for messages in conversations]
+            rows = [self.lengths.encode(self.tokenizer, messages)["input_ids"] for messages in conversations]
             ends = finished or [True] * len(rows)
             rows = [{"input_ids": ids if end else ids[:-1]} for ids, end in zip(rows, ends, strict=True)]
             batch = self.tokenizer.pad(rows, return_tensors="pt")
