@@ -19,6 +19,11 @@ def by_group(heads, key):
     return heads.reshape(batch * key.shape[1], count // key.shape[1], length, size)
 
 
+def transposed(columns):
+    """[batch, length, d] as [batch, d, length], copied before it is turned if need be: bmm would copy it turned."""
+    return columns.contiguous().transpose(1, 2)
+
+
 @contextmanager
 def bf16_units():
     """Inside, float32 products run in the CPU's bf16 units: factors rounded to bf16, sums and results float32."""
@@ -49,7 +54,7 @@ def blocks(query, key, visible, scale: float) -> Iterator[tuple[slice, slice, to
             columns = slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0, 1)
             masked, hidden = slice(None), (~visible[:, :, None, rows, columns]).float()
         with units():
-            scores = torch.bmm(queries[:, :, rows].flatten(1, 2), keys[:, columns].transpose(1, 2)).mul_(scale)
+            scores = torch.bmm(queries[:, :, rows].flatten(1, 2), transposed(keys[:, columns])).mul_(scale)
         of_heads = scores.view(batch, groups, -1, rows.stop - start, columns.stop - columns.start)
         of_heads[..., masked] += hidden.mul_(LOWEST)  # masked_fill_ takes longer than the product
         yield rows, columns, torch.softmax(scores, -1, out=scores)
@@ -95,7 +100,7 @@ def attend_backward(
     for rows, columns, attention in blocks(query, key, visible, scale):
         attention, part = attention.to(keys.dtype), gradients[:, :, rows].flatten(1, 2)
         of_values[:, columns] += torch.bmm(attention.transpose(1, 2), part)
-        of_attention = torch.bmm(part, values[:, columns].transpose(1, 2))
+        of_attention = torch.bmm(part, transposed(values[:, columns]))
         of_scores = torch._softmax_backward_data(of_attention, attention, -1, attention.dtype)
         of_queries[:, :, rows] = torch.bmm(of_scores, keys[:, columns]).view_as(of_queries[:, :, rows])
         of_keys[:, columns] += torch.bmm(of_scores.transpose(1, 2), queries[:, :, rows].flatten(1, 2))
