@@ -43,6 +43,7 @@ from arguments import (
     parse_arguments,
     run_stage,
 )
+from arguments.atomic import append_lines
 
 
 @dataclass
@@ -242,11 +243,7 @@ def vote(path: Path, histories: list[list[dict]], best: int) -> int:
     *prompt, chosen = histories[best]
     others = [messages[-1]["content"] for messages in histories if messages[:-1] == prompt]
     rejected = [text for text in dict.fromkeys(others) if text != chosen["content"]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for text in rejected:
-            row = {"prompt": prompt, "chosen": chosen["content"], "rejected": text}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    append_lines(path, [{"prompt": prompt, "chosen": chosen["content"], "rejected": text} for text in rejected])
     return len(rejected)
 
 
@@ -313,7 +310,7 @@ def writable(flag: str, file: str) -> Path:
 def already_answered(path: Path, questions: list[list[dict]], model: str) -> int:
     """How many answers an earlier call left; they must be by this model, to the first of these questions.
 
-    A last line that a kill or a full disk cut short is removed from the file.
+    A last line that a kill or a full disk cut short does not count.
     """
     if not path.exists():
         return 0
@@ -328,8 +325,6 @@ def already_answered(path: Path, questions: list[list[dict]], model: str) -> int
         raise UserError(f"{path} holds answers to other questions: name another --predictions_file")
     if models - {model}:
         raise UserError(f"{path} holds answers of {models.pop()}, not of {model}: name another --predictions_file")
-    if whole != text:
-        os.truncate(path, len(whole))
     return len(done)
 
 
@@ -356,13 +351,17 @@ def answer_file(args: InferenceArguments) -> None:
     if done:
         logger.info(f"{done} of {len(questions)} answers are in {path}: going on behind them")
     answerer = Answerer(args.base_model, args, args.lora_model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for messages, text in zip(questions[done:], answerer.answer_all(questions[done:]), strict=True):
-            row = {"Input": messages[-1]["content"], "Output": text, "Model": name}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+    for messages, text in zip(questions[done:], answerer.answer_all(questions[done:]), strict=True):
+        append_lines(path, [{"Input": messages[-1]["content"], "Output": text, "Model": name}])
     logger.info(f"{len(questions)} answers in {path}")
+
+
+def replace_lines(path: Path, rows: list[dict]) -> None:
+    """Write a file of JSON lines anew."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.unlink(missing_ok=True)  # what a kill left there
+    append_lines(aside, rows)
+    os.replace(aside, path)
 
 
 @torch.no_grad()
@@ -373,13 +372,15 @@ def compare(args: InferenceArguments) -> None:
     for name in args.compare:  # a wrong name fails before the first model has answered
         args.model_args(name).load_config()
     answers = {name: list(Answerer(name, args).answer_all(questions)) for name in args.compare}
+    rows = [
+        {"Input": messages[-1]["content"], "Output": {name: texts[i] for name, texts in answers.items()}}
+        for i, messages in enumerate(questions)
+    ]
+    replace_lines(path, rows)  # before they are scored: if that fails, the answers are there
     scores = score(args, questions, answers) if args.reward_model else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for i, messages in enumerate(questions):
-            row = {"Input": messages[-1]["content"], "Output": {name: texts[i] for name, texts in answers.items()}}
-            row |= {"Score": {name: values[i] for name, values in scores.items()}} if scores else {}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if scores:
+        scored = [{"Score": {name: values[i] for name, values in scores.items()}} for i in range(len(rows))]
+        replace_lines(path, [row | score for row, score in zip(rows, scored, strict=True)])
     first = args.compare[0]
     for name, texts in answers.items():
         line = f"{name}: {sum(map(len, texts)) / len(texts):.0f} characters an answer"

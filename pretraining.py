@@ -60,8 +60,8 @@ def pack(documents: Iterable[dict], pad_token_id: int, block_size: int, isolate:
     """Blocks of block_size tokens out of the documents' input_ids; the shorter last block is kept, padded.
 
     Yields {"input_ids", "attention_mask", "labels"}, each of length block_size; padding is -100 in the labels. With
-    `isolate`, position_ids that restart with each document replace the mask, and a document's first token is not a
-    label.
+    `isolate`, position_ids that restart with each document and block replace the mask, and the first token after each
+    restart is not a label.
     """
     ids, positions = [], []
     for document in documents:
@@ -80,6 +80,8 @@ def block(ids: list[int], positions: list[int], pad_token_id: int, length: int, 
     found = {"input_ids": ids + [pad_token_id] * missing, "labels": ids + [-100] * missing}
     if not isolate:
         return found | {"attention_mask": [1] * len(ids) + [0] * missing}
+    first = next((i for i, position in enumerate(positions) if position == 0), len(positions))
+    positions = [*range(first), *positions[first:]]  # what goes on from the block before begins anew
     labels = [-100 if position == 0 else label for label, position in zip(ids, positions, strict=True)]
     return found | {"labels": labels + [-100] * missing, "position_ids": positions + [0] * missing}
 

@@ -9,7 +9,6 @@ Writes  the adapter with its head, tokenizer, metrics (held-out accuracy, margin
         answer wins") and curves into output_dir.
 """
 
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from arguments import (
     run_stage,
 )
 from arguments.adapter import cast_trained
+from arguments.atomic import append_lines
 from arguments.pairs import collate_pairs, score_pairs, shared_tokens, shares_prompts, with_length
 from arguments.plan import plan_pairs
 
@@ -135,8 +135,7 @@ class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
             found = accuracies(margins, kinds) | {"loss": loss.item()}
             if self.is_world_process_zero():
                 line = {"step": self.state.global_step, "margins": margins.tolist(), "kinds": kinds}
-                with (Path(self.args.output_dir) / "margins.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                append_lines(Path(self.args.output_dir) / "margins.jsonl", [line])
             self._metrics["eval"].pop("accuracy"), self._metrics["eval"].pop("margin")  # trl would put its means back
             logs |= {f"eval_{name}": value for name, value in found.items()}
             for unit, name in (("tokens", "longer_wins"), ("characters", "longer_wins_characters")):

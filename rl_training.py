@@ -49,6 +49,7 @@ from arguments import (
     run_stage,
 )
 from arguments.answers import describe, mean_kl
+from arguments.atomic import append_lines
 from arguments.plan import plan_ppo
 from arguments.reward_functions import function_scores, recorders
 from arguments.roles import at_columns, build_actor_critic, last_token
@@ -287,6 +288,10 @@ def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.T
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def assistant_turn(answer: dict) -> list[dict]:
+    return [{"role": "assistant", "content": answer["text"]}]
+
+
 class PPOTrainer(LogLine, EndsOnce, Trainer):
     """transformers.Trainer whose training steps take mini-batches from a rollout that it samples itself.
 
@@ -398,25 +403,25 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             states = batch["states"]
         return self.model.value_head(states).squeeze(-1) * batch["answer_mask"]
 
-    def scores(self, batch: dict, frozen, answers: list[dict], rows: list[dict]) -> dict[str, list[float]]:
-        """Each reward source's scores, unweighted; `frozen` [batch, time, size] are the reward adapter's states."""
-        found = {}
-        turns = [[{"role": "assistant", "content": answer["text"]}] for answer in answers]
+    def model_scores(self, batch: dict, frozen, answers: list[dict], rows: list[dict]) -> list[float] | None:
+        """The reward model's scores, if there is one; `frozen` [batch, time, size] are the reward adapter's states."""
         if self.reward_model is not None:
-            conversations = [row["prompt"] + turn for row, turn in zip(rows, turns, strict=True)]
+            conversations = [row["prompt"] + assistant_turn(answer) for row, answer in zip(rows, answers, strict=True)]
             finished = [answer["finished"] for answer in answers]
-            found["model"] = self.reward_model(conversations, finished).tolist()  # in the dtype it was loaded in
-        elif self.model.reward_head is not None:
+            return self.reward_model(conversations, finished).tolist()  # in the dtype it was loaded in
+        if self.model.reward_head is not None:
             last = last_token(batch["ids"], self.processing_class.pad_token_id)
-            found["model"] = self.model.reward_head(at_columns(frozen, last.unsqueeze(1))).flatten().tolist()
+            return self.model.reward_head(at_columns(frozen, last.unsqueeze(1))).flatten().tolist()
+        return None
+
+    def function_scores(self, answers: list[dict], rows: list[dict]) -> dict[str, list[float]]:
+        """Each reward function's scores of all answers of this rank, which it gets at once, in the prompts' order."""
         records = [json.loads(row["record"]) for row in rows] if self.reward_functions else []
         columns = {key: [record.get(key) for record in records] for key in {k for record in records for k in record}}
-        columns |= {"prompts": [row["prompt"] for row in rows], "completions": turns}
+        columns |= {"prompts": [row["prompt"] for row in rows], "completions": list(map(assistant_turn, answers))}
         columns |= {"completion_ids": [answer["ids"] for answer in answers], "trainer_state": self.state}
         columns |= recorders(answers, self.function_metrics)
-        for name, function in self.reward_functions.items():
-            found[name] = function_scores(name, function, columns)
-        return found
+        return {name: function_scores(name, function, columns) for name, function in self.reward_functions.items()}
 
     @torch.no_grad()
     def sample(self, role: str, rows: list[dict], seeds: list[str]) -> list[dict]:
@@ -446,13 +451,16 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
                 seen["states"] = batch["states"] = at_columns(frozen, batch["columns"])
             if critic:
                 seen["values"] = self.token_values(batch)
-            scores = self.scores(batch, frozen, chosen, [rows[answer["number"]] for answer in chosen])
+            scores = self.model_scores(batch, frozen, chosen, [rows[answer["number"]] for answer in chosen])
             for i, answer in enumerate(chosen):
                 answer |= {name: tensor[i, : len(answer["ids"])].cpu() for name, tensor in seen.items()}
-                answer["scores"] = {name: values[i] for name, values in scores.items()}
-                answer["score"] = sum(self.reward_weights[k] * v for k, v in answer["scores"].items())
+                answer["scores"] = {"model": scores[i]} if scores else {}
             bar.update(len(chosen))
         bar.close()
+        of_functions = self.function_scores(answers, rows)
+        for i, answer in enumerate(answers):
+            answer["scores"] |= {name: values[i] for name, values in of_functions.items()}
+            answer["score"] = sum(self.reward_weights[name] * value for name, value in answer["scores"].items())
         self.function_metrics = gather_object(self.function_metrics)
         return gather_object(answers)
 
@@ -614,14 +622,13 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         if not self.is_world_process_zero():
             return
         step, shown = self.state.global_step, list(zip(rows, answers, self.reference_scores, strict=True))[:count]
-        with (Path(self.args.output_dir) / "scores.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "scores": [answer["score"] for answer in answers]}) + "\n")
-        with (Path(self.args.output_dir) / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for row, answer, reference in shown:
-                line = {"step": step, "prompt": row["prompt"], "answer": answer["text"], "score": answer["score"]}
-                line |= {"reference_score": reference} | answer.get("extra", {})
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-                logger.info(f"{row['prompt'][-1]['content']!r} -> {answer['text']!r} (score {answer['score']:.2f})")
+        folder, lines = Path(self.args.output_dir), []
+        for row, answer, reference in shown:
+            line = {"step": step, "prompt": row["prompt"], "answer": answer["text"], "score": answer["score"]}
+            lines.append(line | {"reference_score": reference} | answer.get("extra", {}))
+            logger.info(f"{row['prompt'][-1]['content']!r} -> {answer['text']!r} (score {answer['score']:.2f})")
+        append_lines(folder / "scores.jsonl", [{"step": step, "scores": [answer["score"] for answer in answers]}])
+        append_lines(folder / "samples.jsonl", lines)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
                 for i, (row, answer, _) in enumerate(shown):

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 PATIENCE = 15  # seconds for which a run that was told to stop, or its loaders' processes, may still hold a folder
@@ -15,6 +16,18 @@ def write_atomically(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text, "utf-8")
     os.replace(aside, path)
+
+
+def append_lines(path: Path, rows: Iterable[dict]) -> None:
+    """Add rows to a file of JSON lines, behind its last whole line: a kill or a full disk may have cut one short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if end := file.tell():
+            file.seek(end - 1)
+            if file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode())
 
 
 def read_json(path: Path):

@@ -15,6 +15,7 @@ from datasets import Dataset, concatenate_datasets, get_dataset_split_names, loa
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from loguru import logger
 
+from arguments.atomic import append_lines
 from arguments.command_line import UserError, first_line
 from arguments.encoding import LengthArguments, at_least_one, embedding_rows, encode_turns, judged
 from arguments.files import SUFFIXES, find_files, other_files
@@ -269,9 +270,7 @@ class DataArguments(LengthArguments):
         logger.warning(f"Skipped {len(bad)} bad records\n  {shown}")
         if self._bad_file and PartialState().is_main_process:
             found = [{"place": row["place"], "reason": row["bad"], "record": row["raw"]} for row in bad]
-            self._bad_file.parent.mkdir(parents=True, exist_ok=True)
-            with self._bad_file.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+            append_lines(self._bad_file, found)
 
     def _hub(self, function: Callable, **kwargs):
         """Call a function of datasets for the hub data set."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from arguments.atomic import append_lines
 from arguments.command_line import UserError
 
 WINDOW = 5  # rollouts over which length, ends and correlation are averaged: one rollout is a small sample
@@ -90,11 +91,10 @@ class GuardArguments:
                 f"Guard {guard}: {found[guard]}; " + ("stopping, last good policy kept" if ends else "going on")
             )
             if os.environ.get("RANK", "0") == "0":
-                line = json.dumps({"step": step, "guard": guard, "reason": found[guard], "stopped": ends}) + "\n"
+                row = {"step": step, "guard": guard, "reason": found[guard], "stopped": ends}
                 path = Path(output_dir) / "guards.jsonl"
-                if not (path.exists() and line in path.read_text("utf-8")):  # a resumed run meets it again
-                    with path.open("a", encoding="utf-8") as file:
-                        file.write(line)
+                if not (path.exists() and json.dumps(row, ensure_ascii=False) in path.read_text("utf-8")):
+                    append_lines(path, [row])  # a resumed run meets a guard again
         self.fired |= set(found)
         return bool(stopping)
 

@@ -170,6 +170,11 @@ class TokenLoss:
 
     _in_parts = None
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # whatever loss the model has of its own: transformers then counts the labels that compute_loss takes
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+
     def in_parts(self, model, inputs) -> bool:
         """Whether loss_at can be used: a frozen output layer that computes last and is whole on each device."""
         if self._in_parts is None:
@@ -193,10 +198,7 @@ class TokenLoss:
             with logits_at(inner, rows, columns):
                 outputs = model(**inputs, use_cache=False)
             loss = SummedCrossEntropy.apply(outputs.logits.squeeze(0), targets.to(outputs.logits.device))
-        if num_items_in_batch is None:  # models that take no loss arguments: the mean of this batch alone
-            loss = loss / max(len(rows), 1)
-        else:
-            loss = loss * self.accelerator.num_processes / num_items_in_batch  # DDP averages over ranks
+        loss = loss * self.accelerator.num_processes / num_items_in_batch  # DDP averages over ranks
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs):

@@ -20,7 +20,7 @@ def actor_critic(model_args, adapter_args, reward_args, critic: str) -> nn.Modul
     shared = bool(adapter) and adapter_args.use_peft and is_base(adapter, model_args.model_name_or_path)
     policy = base_model(model_args, AutoModelForCausalLM)
     full_precision_head(policy, frozen=adapter_args.use_peft)
-    size = policy.config.get_text_config().hidden_size
+    size = policy.get_output_embeddings().weight.shape[1]  # OPT-350m's states are wider inside
     policy = adapted(policy, adapter_args, TaskType.CAUSAL_LM)
     if shared:
         policy.add_adapter("reward", PeftConfig.from_pretrained(adapter, inference_mode=True))

@@ -189,7 +189,7 @@ def build_actor_critic(
 
     policy = model_args.load_model(AutoModelForCausalLM)
     full_precision_head(policy, frozen=adapter_args.use_peft)
-    hidden_size = policy.config.get_text_config().hidden_size
+    hidden_size = policy.get_output_embeddings().weight.shape[1]  # OPT-350m's states are wider inside
     policy = adapter_args.apply(policy, TaskType.CAUSAL_LM)
     head_state = None
     if shared:

@@ -24,6 +24,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from arguments.base import local_file, stored_tensors, weight_files
 from arguments.command_line import Fault, UserError, first_line
+from arguments.reward import HEADS
 
 PREFIX = "base_model.model."  # of every name inside a PeftModel
 WRAPPED = (".base_layer", ".original_module", ".token_adapter")  # what peft puts into the names of the base's tensors
@@ -58,18 +59,18 @@ def opened(auto_class, name: str | Path, folder: Path, dtype: torch.dtype, **kwa
 def index_by_name(model: nn.Module, files: list[Path], grown: bool) -> dict | None:
     """The offload index of an empty model, whose buffers are read; None if the files name its tensors differently.
 
-    The files may lack a new head and, with `grown`, hold tensors of another size; these are left out.
+    The files may lack tied weights and a new score head, and hold tensors of another size with `grown`: not in it.
     """
     if not all(path.suffix == ".safetensors" for path in files):
         return None
     stored = {name: (path, shape) for path in files for name, shape, _ in stored_tensors(path)}
-    index, body = {}, model.base_model_prefix + "."
+    index = {}
     for name, tensor in model.state_dict().items():
         path, shape = stored.get(name, (None, None))
         if shape == tuple(tensor.shape):
             dtype = str(tensor.dtype).removeprefix("torch.")
             index[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": dtype}
-        elif (name in stored and not grown) or (name not in stored and name.startswith(body)):
+        elif not (grown if name in stored else is_new_head(name) or name in model.all_tied_weights_keys):
             return None
     index = with_tied(model, index)
     weights = OffloadedWeightsLoader(index=index)
@@ -77,6 +78,10 @@ def index_by_name(model: nn.Module, files: list[Path], grown: bool) -> dict | No
         if name in index:
             set_module_tensor_to_device(model, name, "cpu", value=weights[name])
     return index
+
+
+def is_new_head(name: str) -> bool:
+    return name.partition(".")[0] in HEADS
 
 
 def with_tied(model: nn.Module, index: dict) -> dict:

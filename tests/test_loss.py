@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import alone
 from tiny_models import FAMILIES
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Trainer, TrainingArguments
 
 import arguments.loss
 from arguments.command_line import Fault
@@ -89,6 +89,28 @@ def test_a_batch_without_a_trained_token(tiny):
     loss = alone(TokenLoss()).compute_loss(model, {"input_ids": IDS, "labels": LABELS.clone().fill_(-100)}, False, 9)
     loss.backward()
     assert loss.item() == 0 and not any(gradient.any() for gradient in gradients(model).values())
+
+
+class TokenTrainer(TokenLoss, Trainer):
+    pass
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_held_out_loss_is_the_mean_over_all_tokens(family, accepts, tiny, tmp_path):
+    """Of rows of unequal length, whatever loss the model has of its own, and arguments for it."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests' runs
+    model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32)
+    model.accepts_loss_kwargs = accepts
+    settings = {"per_device_eval_batch_size": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in zip(IDS, LABELS, strict=True)]
+    rows.append({"input_ids": IDS[1], "labels": IDS[1]})
+    trainer = TokenTrainer(model, TrainingArguments(str(tmp_path), **settings), eval_dataset=rows)
+    found = trainer.evaluate()
+    ids, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+    assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-5) and found["eval_tokens"] == 16
 
 
 def test_autocasts_logits_are_not_copied(tiny, monkeypatch):

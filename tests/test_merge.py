@@ -151,7 +151,7 @@ def test_dtypes_and_files(dtype, tiny, tmp_path):
     assert [file.name for file in (tmp_path / "one").glob("*.safetensors")] == ["model.safetensors"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3", "mistral", "glm4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3", "mistral", "glm4", "neox"])
 def test_the_files_are_found_as_transformers_finds_them(family, tiny, tmp_path, monkeypatch):
     """Without a tensor being read, each is located where transformers' own disk offload locates it."""
     base = tmp_path / "base"

@@ -87,8 +87,10 @@ def test_documents_are_numbered_anew_when_isolated():
     ]
     assert list(pack_documents(documents, pad_token_id=0, block_size=5, isolate=True)) == [
         {"input_ids": [11, 12, 2, 13, 14], "labels": [-100, 12, 2, -100, 14], "position_ids": [0, 1, 2, 0, 1]},
-        {"input_ids": [15, 16, 2, 0, 0], "labels": [15, 16, 2, -100, -100], "position_ids": [2, 3, 4, 0, 0]},
+        {"input_ids": [15, 16, 2, 0, 0], "labels": [-100, 16, 2, -100, -100], "position_ids": [0, 1, 2, 0, 0]},
     ]
+    (*_, last) = pack_documents([{"input_ids": [*range(5, 17)]}, *documents], 0, block_size=8, isolate=True)
+    assert last["position_ids"] == [0, 1, 2, 3, 0, 0, 0, 0] and max(last["position_ids"]) < 8
 
 
 def test_documents_get_what_the_tokenizer_puts_around_a_text(tiny, tmp_path):

@@ -120,9 +120,9 @@ def check_roles(trainer, llama: str, adapter: Path) -> None:
     singles = []
     for answer, row in zip(answers, rows, strict=True):
         _, single = next(trainer.micro_batches([answer]))
-        singles += trainer.scores(single, trainer.hidden("reward", single), [answer], [row])["model"]
+        singles += trainer.model_scores(single, trainer.hidden("reward", single), [answer], [row])
     together = [
-        dict(zip(map(id, chosen), trainer.scores(batch, frozen, chosen, rows)["model"], strict=True))
+        dict(zip(map(id, chosen), trainer.model_scores(batch, frozen, chosen, rows), strict=True))
         for chosen, batch in trainer.micro_batches(answers)
         for frozen in [trainer.hidden("reward", batch)]
     ]
@@ -215,7 +215,7 @@ def test_every_role_computes_in_the_precision_asked_for(precision, dtype, tiny, 
         chosen, batch = next(trainer.micro_batches(answers))
         logps = [trainer.token_logp(name, batch)[0] for name in ("policy", "reference")]
         values = trainer.token_values(batch)
-        trainer.scores(batch, trainer.hidden("reward", batch), chosen, rows)
+        trainer.model_scores(batch, trainer.hidden("reward", batch), chosen, rows)
     assert found == [dtype] * 4
     assert all(tensor.dtype == torch.float32 for tensor in [*logps, values])
 
@@ -360,6 +360,27 @@ def test_reward_functions(tiny, records, tmp_path):
         flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:{name}")
         ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / name, *flags))
         assert ended.code == 2 and message in ended.stderr
+
+
+RANKED = """
+def ranked(prompts, completion_ids, **columns):
+    print("asked", [prompt[-1]["content"] for prompt in prompts])
+    mean = sum(map(len, completion_ids)) / len(completion_ids)
+    return [mean - len(ids) for ids in completion_ids]
+"""
+
+
+def test_a_function_judges_a_rollout_as_a_whole(tiny, records, tmp_path):
+    """In the prompts' order, however many answers are in memory at once."""
+    (tmp_path / "rewards.py").write_text(RANKED)
+    printed = []
+    for size in (1, 4):
+        flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:ranked", "--micro_batch_size", size)
+        ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / f"{size}", *flags)).ok()
+        printed.append([line for line in ended.stdout.splitlines() if line.startswith("asked")])
+    assert printed[0] == printed[1] and printed[0]
+    assert results(tmp_path / "1")["eval_reward"] == pytest.approx(results(tmp_path / "4")["eval_reward"], abs=1e-5)
+    assert abs(results(tmp_path / "1")["eval_reward"]) < 1e-5, "deviations from the mean of all answers"
 
 
 TRL_FUNCTIONS = """

@@ -12,6 +12,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -94,6 +95,12 @@ FAMILIES = {
     "mistral": (MistralConfig, LLAMA_SIZE, PLAIN),
     # One special token only: nothing to pad with but eos.
     "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024}, {"eos": "<|endoftext|>"}),
+    # As Pythia: its files call the output layer by another name than the model does.
+    "neox": (
+        GPTNeoXConfig,
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        {"eos": "<|endoftext|>", "pad": "<|padding|>"},
+    ),
     # pad == eos with ChatML, as SmolLM2.
     "llama": (
         LlamaConfig,
