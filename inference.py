@@ -14,10 +14,10 @@ Writes  predictions_file: JSON lines {"Input", "Output", "Model"}, after those o
         votes_file: with --web, preference pairs for stage 3.
 """
 
+import contextlib
 import json
 import math
 import os
-import readline  # noqa: F401 - gives input() line editing, of Chinese characters too
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -44,6 +44,9 @@ from arguments import (
     run_stage,
 )
 from arguments.atomic import append_lines
+
+with contextlib.suppress(ImportError):  # some Pythons lack it
+    import readline  # noqa: F401 - gives input() line editing, of Chinese characters too
 
 
 @dataclass
@@ -127,7 +130,7 @@ class InferenceArguments:
 
     def placed(self, model: torch.nn.Module) -> torch.nn.Module:
         """On the GPU where there is one; a quantised model was loaded there."""
-        quantised = self.load_in_8bit or self.load_in_4bit
+        quantised = any(getattr(part, "hf_quantizer", None) for part in model.modules())  # by flag, or as it was saved
         return model.to("cuda") if torch.cuda.is_available() and not quantised else model
 
 
@@ -156,13 +159,11 @@ class Answerer:
             do_sample=args.temperature > 0,
             temperature=args.temperature or None,
             top_p=args.top_p if args.temperature > 0 else None,
-            top_k=0,  # no limit and no penalty, as in PPO, whatever the model's own generation_config.json says
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            num_beams=1,
+            top_k=0,  # no limit
             eos_token_id=self.lengths.eos_ids(self.model, self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        self.model.generation_config = self.settings  # the model's own may ask for penalties, min_p and the like
 
     def ids(self, messages: list[dict]) -> list[int]:
         if self.args.with_prompt:
@@ -172,12 +173,14 @@ class Answerer:
         return known_ids(self.tokenizer, ids)
 
     @torch.no_grad()
-    def answer(self, conversations: list[list[dict]], streamer: TextStreamer | None = None) -> list[str]:
+    def answer(self, conversations: list[list[dict]], streamer: TextStreamer | None = None) -> list[tuple[str, bool]]:
+        """Of each conversation the answer, and whether it ended before --max_new_tokens."""
         rows = {"input_ids": [self.ids(messages) for messages in conversations]}
         batch = self.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.model.device)
-        found = self.model.generate(**batch, generation_config=self.settings, streamer=streamer)
-        found = found[:, batch["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
+        found = self.model.generate(**batch, streamer=streamer)[:, batch["input_ids"].shape[1] :]
+        ends = torch.isin(found, torch.tensor(self.settings.eos_token_id, device=found.device)).any(1).tolist()
+        texts = self.tokenizer.batch_decode(found, skip_special_tokens=True)
+        return [(text.strip(), ended) for text, ended in zip(texts, ends, strict=True)]
 
     def stream(self, messages: list[dict]) -> Iterator[str]:
         """The answer as far as it has come, longer each time."""
@@ -194,10 +197,10 @@ class Answerer:
             for piece in streamer:
                 text += piece
                 yield text
-            yield found.result()[0]
+            yield found.result()[0][0]
 
-    def answer_all(self, conversations: list[list[dict]]):
-        """Answers in order, a batch at a time."""
+    def answer_all(self, conversations: list[list[dict]]) -> Iterator[tuple[str, bool]]:
+        """`answer` of all in order, a batch at a time."""
         for start in tqdm(range(0, len(conversations), self.args.batch_size), desc="Answering"):
             yield from self.answer(conversations[start : start + self.args.batch_size])
 
@@ -220,7 +223,7 @@ def chat(answerer: Answerer, system: str | None) -> None:
         elif question:
             print("Model: ", end="", flush=True)
             messages.append({"role": "user", "content": question})
-            (text,) = answerer.answer([messages], streamer)
+            ((text, _),) = answerer.answer([messages], streamer)
             messages.append({"role": "assistant", "content": text})
 
 
@@ -351,7 +354,7 @@ def answer_file(args: InferenceArguments) -> None:
     if done:
         logger.info(f"{done} of {len(questions)} answers are in {path}: going on behind them")
     answerer = Answerer(args.base_model, args, args.lora_model)
-    for messages, text in zip(questions[done:], answerer.answer_all(questions[done:]), strict=True):
+    for messages, (text, _) in zip(questions[done:], answerer.answer_all(questions[done:]), strict=True):
         append_lines(path, [{"Input": messages[-1]["content"], "Output": text, "Model": name}])
     logger.info(f"{len(questions)} answers in {path}")
 
@@ -373,7 +376,7 @@ def compare(args: InferenceArguments) -> None:
         args.model_args(name).load_config()
     answers = {name: list(Answerer(name, args).answer_all(questions)) for name in args.compare}
     rows = [
-        {"Input": messages[-1]["content"], "Output": {name: texts[i] for name, texts in answers.items()}}
+        {"Input": messages[-1]["content"], "Output": {name: found[i][0] for name, found in answers.items()}}
         for i, messages in enumerate(questions)
     ]
     replace_lines(path, rows)  # before they are scored: if that fails, the answers are there
@@ -382,26 +385,29 @@ def compare(args: InferenceArguments) -> None:
         scored = [{"Score": {name: values[i] for name, values in scores.items()}} for i in range(len(rows))]
         replace_lines(path, [row | score for row, score in zip(rows, scored, strict=True)])
     first = args.compare[0]
-    for name, texts in answers.items():
-        line = f"{name}: {sum(map(len, texts)) / len(texts):.0f} characters an answer"
+    for name, found in answers.items():
+        line = f"{name}: {sum(len(text) for text, _ in found) / len(found):.0f} characters an answer"
         if scores:
             pairs = list(zip(scores[name], scores[first], strict=True))
             wins = sum((own > other) + 0.5 * (own == other) for own, other in pairs) / len(pairs)
-            line += f", mean reward {sum(scores[name]) / len(texts):.3f}, wins against {first}: {wins:.2f}"
+            line += f", mean reward {sum(scores[name]) / len(found):.3f}, wins against {first}: {wins:.2f}"
         print(line)
     print(f"{len(questions)} questions, answers in {args.predictions_file}")
 
 
-def score(args: InferenceArguments, questions: list, answers: dict[str, list[str]]) -> dict[str, list[float]]:
-    """What the reward model says of each answer."""
-    lengths = LengthArguments(max_source_length=args.max_source_length)
+def score(args: InferenceArguments, questions: list, answers: dict[str, list]) -> dict[str, list[float]]:
+    """What the reward model says of each answer (text, whether it ended), as RL would score it."""
+    lengths = LengthArguments(max_source_length=args.max_source_length, max_target_length=args.max_new_tokens)
     source = RewardSourceArguments(reward_model_name_or_path=args.reward_model)
     model = args.placed(source.load_model(lengths, args.model_args(args.compare[0])))
     found = {}
-    for name, texts in answers.items():
-        rows = [q + [{"role": "assistant", "content": text}] for q, text in zip(questions, texts, strict=True)]
-        batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-        found[name] = [value for batch in tqdm(batches, desc="Scoring") for value in model(batch).tolist()]
+    for name, given in answers.items():
+        found[name] = []
+        for start in tqdm(range(0, len(given), args.batch_size), desc="Scoring"):
+            texts, ended = zip(*given[start : start + args.batch_size], strict=True)
+            turns = [[{"role": "assistant", "content": text}] for text in texts]
+            rows = [question + turn for question, turn in zip(questions[start:], turns, strict=False)]
+            found[name] += model(rows, ended).tolist()
     return found
 
 

@@ -149,7 +149,7 @@ class PPOArguments(RunArguments, TrainingArguments):
         if self.load_best_model_at_end:
             self.metric_for_best_model = self.metric_for_best_model or "reward"  # transformers' is the loss
         self.rollouts = self.max_steps
-        self.per_device_train_batch_size = self.batch_size
+        given, self.per_device_train_batch_size = self.per_device_train_batch_size, self.batch_size
         for flag in ("max_steps", "save_steps", "logging_steps", "eval_steps"):  # transformers counts optimizer steps
             if getattr(self, flag):
                 setattr(self, flag, self.whole_rollouts(getattr(self, flag)) * self.steps_per_rollout)
@@ -160,6 +160,11 @@ class PPOArguments(RunArguments, TrainingArguments):
                 "micro_batch_size what is in memory at once"
             )
         self.gradient_accumulation_steps, self.remove_unused_columns = 1, False
+        if self.per_device_eval_batch_size != 8 or self.num_train_epochs != 3 or given != 8:  # transformers' defaults
+            logger.warning(
+                "--per_device_train_batch_size, --per_device_eval_batch_size and --num_train_epochs have no effect in "
+                "RL: --batch_size and --micro_batch_size, and --max_steps in rollouts, say it"
+            )
         if self.compile_settings:
             logger.warning("--torch_compile has no effect in RL: its roles change the adapters of one model")
 

@@ -138,7 +138,7 @@ def check_changes(folder: Path) -> None:
 
 def clear_output(folder: Path, sources: list[str]) -> None:
     """Remove what an earlier run left in `folder` and could be taken for this run's, except this run's `sources`."""
-    names = ["adapter", "merge.json", "run.json", "*_results.json"]
+    names = ["adapter", "merge.json", "run.json", "*_results.json", "training_*.png", "runs"]
     names += [f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
     checkpoints = numbered(folder)
     of_a_run = checkpoints or (folder / "merge.json").exists() or (folder / "run.json").exists()
@@ -149,6 +149,6 @@ def clear_output(folder: Path, sources: list[str]) -> None:
     found = [*checkpoints, *(path for name in names for path in folder.glob(name))]
     for path in [path for path in found if path.resolve() not in kept]:
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)  # another rank may have been first
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            path.unlink()

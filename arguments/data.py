@@ -157,7 +157,7 @@ class DataArguments(LengthArguments):
             return rows.map(
                 function,
                 remove_columns=[name for name in rows.column_names if name not in keep],
-                num_proc=self.preprocessing_num_workers or (os.cpu_count() if len(rows) >= 20_000 else None),
+                num_proc=self.preprocessing_num_workers or (cores() if len(rows) >= 20_000 else None),
                 new_fingerprint=key,
                 load_from_cache_file=not fresh,
                 desc="Tokenizing",
@@ -307,6 +307,11 @@ class DataArguments(LengthArguments):
             if next(file_rows(form, **source), None) is None:
                 raise UserError(f"{folder} holds no records: its {len(paths)} file(s) are empty") from None
             raise
+
+
+def cores() -> int:
+    """Those that this process may use: a batch system gives it some of a machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def refuse_output_among(folders: list[str | None], output_dir: str | None) -> None:

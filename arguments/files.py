@@ -61,14 +61,14 @@ def all_files(folder: str | Path, above: tuple[Path, ...] = ()) -> list[Path]:
     return [file for inner in shown for file in all_files(inner, (*above, path.resolve()))]
 
 
-def read_file(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield (file:line, record) for each record; a record of a .txt file is {"text": document}.
+def read_file(path: Path, by_line: bool = False) -> Iterator[tuple[str, object]]:
+    """Yield (file:line, record) for each record; a record of a .txt is {"text": document}, or line with `by_line`.
 
     Files are read lazily, a line at a time; only a JSON array is held in memory as a whole.
     """
     try:
         name = path.name.lower().removesuffix(".gz")
-        records = read_parquet(path) if name.endswith(".parquet") else read_text(path)
+        records = read_parquet(path) if name.endswith(".parquet") else read_text(path, by_line)
         yield from ((f"{path}:{number}", record) for number, record in records)
     except (BadRecord, OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
         yield str(path), BadRecord(f"cannot be read: {error}")
@@ -89,14 +89,14 @@ def unpacked(path: Path):
     return file
 
 
-def read_text(path: Path) -> Iterator[tuple[int, object]]:
+def read_text(path: Path, by_line: bool) -> Iterator[tuple[int, object]]:
     """(line, record) of a .txt, .csv, .json or .jsonl file; the last two are told apart by what they hold."""
     encoding, name = encoding_of(path), path.name.lower().removesuffix(".gz")
     with io.TextIOWrapper(open_bytes(path), encoding=encoding, newline="\n") as file:
         if name.endswith(".csv"):
             yield from read_csv(file)
         elif name.endswith(".txt"):
-            yield from read_documents(file)
+            yield from read_documents(file, by_line)
         elif starts_array(path, encoding):
             yield from read_json_array(file.read())
         else:
@@ -184,12 +184,12 @@ def cell_value(cell: str | None):
     return cell
 
 
-def read_documents(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
-    """(line, {"text"}) of each line that holds a document, or of each paragraph of a hard-wrapped file."""
+def read_documents(lines: Iterable[str], by_line: bool = False) -> Iterator[tuple[int, dict]]:
+    """(line, {"text"}) of each line that holds a document, or, unless `by_line`, each paragraph of a wrapped file."""
     lines = iter(lines)
     head = list(itertools.islice(lines, 2000))
     numbered = enumerate(itertools.chain(head, lines), 1)
-    if not is_hard_wrapped(head):
+    if by_line or not is_hard_wrapped(head):
         yield from ((number, {"text": line}) for number, line in numbered if line.strip(INVISIBLE))
         return
     for blank, group in itertools.groupby(numbered, key=lambda pair: not pair[1].strip(INVISIBLE)):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class GuardArguments:
         now = history[-1]
         if not all(map(math.isfinite, now.values())):
             return {"not_finite": f"a reward or log-probability is not finite: {now}"}
-        first, last = means(history[:WINDOW]), means(history[-WINDOW:])
+        first, last = means(history[:WINDOW], now), means(history[-WINDOW:], now)
         settled, growth, found = len(history) > WINDOW, last["length"] / first["length"], {}
         if 0 < self.guard_kl < now["kl"]:
             found["kl"] = f"the KL to the reference is {now['kl']:.1f} nats an answer, over --guard_kl {self.guard_kl}"
@@ -99,5 +100,7 @@ class GuardArguments:
         return bool(stopping)
 
 
-def means(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+def means(rows: list[dict[str, float]], names: Iterable[str]) -> dict[str, float]:
+    """Of the names that all rows have: a resumed run may have other reward functions than before."""
+    shared = [name for name in names if all(name in row for row in rows)]
+    return {name: statistics.fmean(row[name] for row in rows) for name in shared}

@@ -279,7 +279,12 @@ def keeps_apart(model) -> bool:
         model.eval()(input_ids=row[None], position_ids=positions[:1], use_cache=False).logits[0, 6:] for row in ids
     ]
     model.train(training)
-    return torch.equal(*logits)
+    return alike(*logits)
+
+
+def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two results of a model differ by rounding alone, which in a mixture of experts all tokens share."""
+    return bool((found - expected).norm() <= 0.05 * expected.norm())  # what sees too much differs by a third and more
 
 
 def pad_candidate(tokenizer, vocab_size: int) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from loguru import logger
 from peft import PeftModel, TaskType, load_peft_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -148,8 +149,15 @@ class RewardModel(nn.Module):
         self.model, self.tokenizer = model, tokenizer
         # an answer's limit is in the policy's tokens: in another vocabulary a whole answer may have more
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
-        room = max(positions - lengths.max_source_length, lengths.max_target_length)
-        self.lengths = replace(lengths, max_target_length=room)
+        source = min(lengths.max_source_length, positions - lengths.max_target_length)
+        if tokenizer.chat_template and source < 1:
+            raise UserError(
+                f"the reward model knows {positions} positions, too few for an answer of {lengths.max_target_length} "
+                "tokens: limit the answers, or take another reward model"
+            )
+        if tokenizer.chat_template and source < lengths.max_source_length:
+            logger.warning(f"The reward model knows {positions} positions: it reads {source} tokens of a question")
+        self.lengths = replace(lengths, max_source_length=max(source, 1), max_target_length=positions - source)
         tokenizer.padding_side = "right"
         self.requires_grad_(False).eval()
 

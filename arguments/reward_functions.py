@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import inspect
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -18,8 +19,10 @@ def load_functions(source: str) -> dict[str, Callable]:
     path, _, names = source.rpartition(":")
     if not Path(path).is_file() or not names:
         raise UserError(f"--reward_functions {source}: expected path/to/file.py:name[,name...]")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(path, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path] = module  # dataclasses look there
+    sys.path.append(str(Path(path).resolve().parent))  # for what it imports from beside it
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # it is the user's code: say which file, and what it said

@@ -60,7 +60,7 @@ def cached(generator: Callable, kwargs: dict, columns: Features | None, *key, fr
 
 def file_rows(form: str, paths: list[str]) -> Iterator[dict]:
     for path in paths:
-        for place, record in read_file(Path(path)):
+        for place, record in read_file(Path(path), by_line=form == "question"):
             yield to_row(form, place, record)
 
 

@@ -221,8 +221,9 @@ class RunArguments(PrecisionArguments, CompileArguments):
                     "folder"
                 )
         if not self._names_checkpoint() and self.fresh and Path(self.output_dir).is_dir():
-            with self.main_process_first(desc="clearing the output folder"):
-                clear_output(Path(self.output_dir), [base, adapter or base])
+            with self.main_process_first(local=False, desc="clearing the output folder"):
+                if self.process_index == 0:
+                    clear_output(Path(self.output_dir), [base, adapter or base])
             return None
         asked = [self.resume_from_checkpoint] if self._names_checkpoint() else []
         for found in asked or map(str, reversed(numbered(Path(self.output_dir)))):

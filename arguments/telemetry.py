@@ -14,10 +14,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 def peak_memory() -> dict[str, float]:
     """GiB that this process has held at most: {"peak_rss_gib"}, and {"peak_gpu_gib"} where there is a GPU."""
-    if sys.platform == "linux":  # where ru_maxrss starts from the parent's peak, which may be a large notebook's
-        peak_rss = 2**10 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-    else:
-        peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    status = Path("/proc/self/status")  # of Linux, where ru_maxrss starts from the parent's peak: a large notebook's
+    if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else ""):
+        peak_rss = 2**10 * int(found[1])
     peak = {"peak_rss_gib": round(peak_rss / 2**30, 2)}
     if torch.cuda.is_available():
         peak["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -58,6 +58,13 @@ class LogLine:
             logs |= self.speed()
         super().log(logs, *args, **kwargs)
         logger.info(log_line(self.state.log_history[-1], self.state.max_steps))
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """Evaluations and checkpoints do not count: the clock stands still meanwhile."""
+        started = time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        then, step = self._logged
+        self._logged = then + time.perf_counter() - max(started, then), step
 
     def speed(self) -> dict[str, float]:
         now, (then, step) = time.perf_counter(), self._logged

@@ -57,9 +57,9 @@ flag_value() {
   local flag=$1 value=$2
   shift 2
   while [ $# -gt 0 ]; do
-    case $1 in
-      "$flag") value=${2:-} ;;
-      "$flag"=*) value=${1#*=} ;;
+    case ${1//-/_} in  # argparse takes --output-dir for --output_dir
+      "${flag//-/_}") value=${2:-} ;;
+      "${flag//-/_}"=*) value=${1#*=} ;;
     esac
     shift
   done

@@ -7,7 +7,6 @@ The result is kept only if it predicts plain English well.
 """
 
 import math
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,11 +53,15 @@ def main():
     found = perplexity(model, tokenizer)
     if not found < HIGHEST_PERPLEXITY:
         sys.exit(f"error: the converted model's perplexity is {found:.1f}, expected below {HIGHEST_PERPLEXITY}")
-    staging = target.with_name(target.name + ".part")
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    staging.rename(target)
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent) as folder:
+        staging = Path(folder) / target.name
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        try:
+            staging.rename(target)
+        except OSError:
+            if not (target / "config.json").exists():  # else another machine was first
+                raise
     print(f"{target}: {model.num_parameters():,} parameters, perplexity {found:.1f} on a plain sentence")
 
 

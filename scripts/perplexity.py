@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments import DataArguments, ModelArguments, best_precision, run_stage  # noqa: E402
+from arguments import DataArguments, ModelArguments, UserError, best_precision, run_stage  # noqa: E402
 
 LONGEST = 2048  # tokens of a text, whose logits are in memory at once
 
@@ -40,9 +40,13 @@ def perplexity(path: str, texts: list[str]) -> dict:
     total, tokens = 0.0, 0
     for text in tqdm(texts, f"Perplexity of general text, {path}"):
         ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :longest].to(model.device)
+        if ids.shape[1] < 2:
+            continue
         logits = model(ids[:, :-1]).logits[0].float()
         total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
         tokens += ids.shape[1] - 1
+    if not tokens:
+        raise UserError("no text has two tokens, the second of which could be predicted")
     return {"perplexity": math.exp(total / tokens), "tokens": tokens}
 
 

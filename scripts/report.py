@@ -43,7 +43,7 @@ def main():
     answers = {}
     for name, path in (("base", base), ("PT", pt), ("SFT", sft), ("RL", rl)):
         settings = InferenceArguments(path, tokenizer_path=sft, max_new_tokens=64)  # its template serves a bare base
-        answers[name] = Answerer(path, settings).answer(prompts)
+        answers[name] = [text for text, _ in Answerer(path, settings).answer(prompts)]
     shown = [
         (messages[-1]["content"], {name: texts[number] for name, texts in answers.items()})
         for number, messages in enumerate(prompts)

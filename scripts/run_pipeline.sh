@@ -26,6 +26,10 @@ for flag in "$@"; do
       echo "error: $flag is for PT, SFT and RM, and RL refuses it: run the stages one by one (docs/distributed.md)" >&2
       exit 2
       ;;
+    --trust_remote_code*)
+      echo "error: $flag: the quiz and the report at the end do not load a model's own code; run the stages one by one" >&2
+      exit 2
+      ;;
     *) FLAGS+=("$flag") ;;
   esac
 done

@@ -7,6 +7,8 @@ import shutil
 import pytest
 from conftest import in_process, merge, stage
 
+from inference import Answerer, InferenceArguments, score
+
 QUESTIONS = "What does the heart do?\n高血压要注意什么？\nHow is asthma treated?\n"
 
 
@@ -63,6 +65,22 @@ def test_models_are_compared(tiny, trained, records, tmp_path):
     assert "3 questions" in printed
     for row in lines(output):
         assert row["Output"].keys() == row["Score"].keys() == {tiny("llama"), str(trained / "merged")}
+    failing = ("--compare", tiny("llama"), "--reward_model", tiny("llama"), "--data_file", records / "rl")
+    kept = tmp_path / "kept.jsonl"
+    ended = ask(*failing, "--predictions_file", kept, "--max_eval_samples", 3)
+    assert ended.code == 2 and "which has no score head" in ended.errors[0]
+    assert len(lines(kept)) == 3, "the answers, though they could not be scored"
+
+
+def test_an_answer_that_was_cut_is_scored_as_one(tiny, trained):
+    """Without the token that ends an answer, as RL scores it."""
+    name = tiny("llama")
+    args = InferenceArguments(compare=[name], reward_model=str(trained / "rm"), data_file="asked", max_new_tokens=4)
+    asked = [[{"role": "user", "content": "What is flu?"}]] * 2
+    first, second = score(args, asked, {name: [("A virus", True), ("A virus", False)]})[name]
+    assert first != second
+    ((_, ended),) = Answerer(name, args).answer(asked[:1])
+    assert not ended
 
 
 def test_a_comparison_replaces_nothing_but_a_comparison(tiny, tmp_path):
@@ -95,6 +113,7 @@ def test_the_likeliest_token_is_taken_whatever_the_model_came_with(trained, tmp_
     shutil.copytree(trained / "merged", tmp_path / "other")
     path = tmp_path / "other" / "generation_config.json"
     wishes = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "num_beams": 3, "top_k": 2, "do_sample": True}
+    wishes["suppress_tokens"] = list(range(10, 250))
     path.write_text(json.dumps(json.loads(path.read_text()) | wishes))
     ask("--base_model", tmp_path / "other", *flags, "--predictions_file", tmp_path / "other.jsonl").ok()
     plain, other = ([row["Output"] for row in lines(tmp_path / name)] for name in ("new/plain.jsonl", "other.jsonl"))

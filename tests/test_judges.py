@@ -77,6 +77,15 @@ def test_lines_end_at_line_breaks_alone(tiny, tmp_path):
     assert found[str(tiny("llama"))]["questions"] == 2
 
 
+def test_a_text_of_one_token_predicts_nothing(tiny, tmp_path):
+    write_lines(tmp_path, [{"text": "a"}])
+    ended = in_process("scripts/perplexity.py", tmp_path, tiny("llama"))
+    assert ended.code == 2 and "no text has two tokens" in ended.errors[0]
+    write_lines(tmp_path, [{"text": "a"}, {"text": "asthma and influenza"}])
+    found = json.loads(in_process("scripts/perplexity.py", tmp_path, tiny("llama")).ok().stdout)
+    assert found[str(tiny("llama"))]["tokens"] > 0
+
+
 def test_a_folder_without_questions(tiny, tmp_path):
     ended = in_process("scripts/quiz.py", tmp_path / "none", tiny("llama"))
     assert ended.code == 2 and "none holds no .jsonl file of questions" in ended.stderr

@@ -10,7 +10,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_models import FAMILIES
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from arguments import DataArguments, UserError, keeps_apart
 from pretraining import PretrainingArguments, build_blocks
@@ -55,6 +55,15 @@ def test_packed_loss_and_gradients_equal_separate_ones(tiny, family):
 def test_the_model_is_asked_whether_it_keeps_sequences_apart(tiny, family):
     model = AutoModelForCausalLM.from_pretrained(tiny(family))
     assert keeps_apart(model) == (family in KEEP_APART)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixture_of_experts_keeps_sequences_apart(dtype):
+    """But for rounding: an expert computes the tokens of both sequences in one product."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **size)
+    assert keeps_apart(AutoModelForCausalLM.from_config(config).to(dtype))
 
 
 def test_a_model_that_zero3_has_split_cannot_be_asked(tiny, monkeypatch):

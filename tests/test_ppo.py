@@ -488,6 +488,12 @@ def test_alarms(changes, fired):
     assert list(off.alarms(history)) == [guard for guard in fired if guard == "not_finite"]
 
 
+def test_a_run_may_go_on_without_a_reward_function():
+    history = [HEALTHY | {"reward_dropped": 1.0}] * 3 + [HEALTHY | {"reward_new": 1.0}] * 7
+    assert GuardArguments().alarms(history) == {}
+    assert list(GuardArguments().alarms([*history, *[HEALTHY | {"length": 101.0}] * 5])) == ["length"]
+
+
 def test_one_odd_rollout_is_no_drift():
     odd = HEALTHY | {"length": 150.0, "eos_rate": 0.1, "reward_length": 1.0}
     assert GuardArguments().alarms([HEALTHY] * 9 + [odd]) == {}

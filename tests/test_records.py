@@ -340,6 +340,12 @@ def test_hard_wrapped_paragraphs_are_documents(tmp_path):
     ]
 
 
+def test_each_line_is_a_question_however_it_ends(tmp_path):
+    (tmp_path / "q.txt").write_text("what helps against a cold\nwhat helps against a burn\nand a sprain\n\nand flu\n")
+    asked = [messages[-1]["content"] for messages in DataArguments(str(tmp_path)).load_questions()]
+    assert asked == ["what helps against a cold", "what helps against a burn", "and a sprain", "and flu"]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -606,7 +612,7 @@ def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(tmp_path, monke
 
     calls = []
     read = arguments.rows.read_file
-    monkeypatch.setattr(arguments.rows, "read_file", lambda path: calls.append(path) or read(path))
+    monkeypatch.setattr(arguments.rows, "read_file", lambda path, **how: calls.append(path) or read(path, **how))
     data, held_out = write_texts(tmp_path / "a.jsonl", "one"), write_texts(tmp_path / "b.jsonl", "other")
     for text, count in (("one", 2), ("one", 2), ("two", 3)):
         write_texts(tmp_path / "a.jsonl", text)

@@ -23,6 +23,7 @@ from conftest import (
     stage,
     write_lines,
 )
+from loguru import logger
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -37,7 +38,8 @@ from transformers import (
 )
 
 import rl_training
-from arguments import DataArguments, ModelArguments, RewardModel
+from arguments import DataArguments, LengthArguments, ModelArguments, RewardModel, UserError
+from arguments.reward_functions import load_functions
 from arguments.roles import disable_dropout
 from arguments.sampling import until_eos
 
@@ -360,6 +362,15 @@ def test_reward_functions(tiny, records, tmp_path):
         flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:{name}")
         ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / name, *flags))
         assert ended.code == 2 and message in ended.stderr
+
+
+def test_a_function_may_be_in_a_module_with_dataclasses_and_neighbours(tmp_path):
+    (tmp_path / "beside_it.py").write_text("FACTOR = 2\n")
+    lines = ["from __future__ import annotations", "from dataclasses import dataclass", "from beside_it import FACTOR"]
+    lines += ["@dataclass", "class Wish:", "    factor: int = FACTOR", "def wished(completions, **columns):"]
+    (tmp_path / "rewards.py").write_text("\n".join([*lines, "    return [Wish().factor for _ in completions]"]))
+    (function,) = load_functions(f"{tmp_path / 'rewards.py'}:wished").values()
+    assert function(completions=[1, 2]) == [2, 2]
 
 
 RANKED = """
@@ -891,6 +902,20 @@ def test_a_reward_model_of_its_own_reads_whole_answers(tiny):
         cut_off = judge(told, [True, False]).tolist()
     assert short != long
     assert cut_off[0] == pytest.approx(short, abs=1e-6) and cut_off[1] != pytest.approx(long, abs=1e-6)
+
+
+def test_a_reward_model_of_few_positions_reads_less_of_a_question(tiny, capsys):
+    logger.add(lambda line: print(line))
+    model = AutoModelForSequenceClassification.from_pretrained(tiny("gpt2"), num_labels=1)  # 1,024
+    tokenizer = ModelArguments(tiny("gpt2")).load_tokenizer()
+    model.config.pad_token_id = tokenizer.pad_token_id
+    judge = RewardModel(model, tokenizer, LengthArguments(max_source_length=1000, max_target_length=100))
+    assert (judge.lengths.max_source_length, judge.lengths.max_target_length) == (924, 100)
+    assert "The reward model knows 1024 positions: it reads 924 tokens of a question" in capsys.readouterr().out
+    turns = [{"role": "user", "content": "heart " * 1500}, {"role": "assistant", "content": "blood " * 300}]
+    assert judge([turns]).isfinite().all()
+    with pytest.raises(UserError, match="too few for an answer of 1024 tokens"):
+        RewardModel(model, tokenizer, LengthArguments(max_target_length=1024))
 
 
 # --- quantised bases

@@ -292,9 +292,13 @@ def test_fresh_leaves_nothing_of_another_kind(tiny, records, tmp_path):
     in_process(*stage("rm", tiny("llama"), records, output)).ok()
     path = output / "all_results.json"
     path.write_text(json.dumps(results(output) | {"eval_accuracy_short": 0.5}))
+    (output / "training_of_before.png").touch()
+    (output / "runs").mkdir(exist_ok=True)
+    (output / "runs" / "of_before").touch()
     in_process(*stage("rm", tiny("llama"), records, output, "--use_peft", "False", "--fresh")).ok()
     assert kinds() == {"config.json"} and (output / "model.safetensors").exists()
     assert "eval_accuracy_short" not in results(output)
+    assert not (output / "training_of_before.png").exists() and not (output / "runs" / "of_before").exists()
     in_process(*stage("rm", tiny("llama"), records, output, "--fresh")).ok()
     assert kinds() == {"adapter_config.json", "base.json", ADAPTER} and not (output / "model.safetensors").exists()
 

@@ -33,7 +33,7 @@ def test_answers_come_piece_by_piece(models):
     assert shown[0] == [[question], [question]], "the question shows before any answer"
     assert len(shown) > 4 and all(len(first) >= len(second) for first, second in shown), "one model after another"
     for messages, answerer in zip(shown[-1], answerers, strict=True):
-        assert messages == [question, {"role": "assistant", "content": answerer.answer([[question]])[0]}]
+        assert messages == [question, {"role": "assistant", "content": answerer.answer([[question]])[0][0]}]
     followed = list(ask_all("And why?", shown[-1], answerers))[-1]
     assert [len(messages) for messages in followed] == [4, 4] and len(shown[-1][0]) == 2
 
