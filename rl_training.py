@@ -173,11 +173,15 @@ class PPOArguments(RunArguments, TrainingArguments):
             raise UserError(
                 "--optim: GaLore, APOLLO and LOMO choose their parameters, and RL has two sets: take another"
             )
-        positive = "temperature", "clip_range", "value_clip_range", "kl_target", "kl_horizon", "reward_clip"
+        positive = "clip_range", "value_clip_range", "kl_target", "kl_horizon", "reward_clip", "target_kl"
         for flag in (*positive, "critic_learning_rate"):
             if (value := getattr(self, flag)) is not None and not value > 0:
                 raise UserError(f"--{flag} is {value}, expected a number above 0")
-        for flag in ("init_kl_coef", "value_coef", "critic_warmup"):
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}, expected a finite number above 0")
+        if self.critic_warmup >= self.max_steps:
+            logger.warning(f"--critic_warmup {self.critic_warmup} covers all rollouts: the policy is not trained")
+        for flag in ("init_kl_coef", "value_coef", "critic_warmup", "min_target_length"):
             if not 0 <= getattr(self, flag) < math.inf:
                 raise UserError(f"--{flag} is {getattr(self, flag)}, expected a number from 0 on")
         for flag in ("reward_baseline", "missing_eos_penalty"):
@@ -523,7 +527,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         if step == 0:
             self.collect(inputs["rows"], number)
             self.policy_stopped = number < args.critic_warmup
-            if self.guards.stop_for(self.guards.alarms(self.history), self.state.global_step, args.output_dir):
+            alarms = self.guards.alarms(self.history, len(self.rollout))
+            if self.guards.stop_for(alarms, self.state.global_step, args.output_dir):
                 return self.stop()
             self.good = [parameter.detach().clone() for parameter in sum(self.model.trained(), [])]
         size = args.mini_batch_size * args.world_size
@@ -630,7 +635,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         folder, lines = Path(self.args.output_dir), []
         for row, answer, reference in shown:
             line = {"step": step, "prompt": row["prompt"], "answer": answer["text"], "score": answer["score"]}
-            lines.append(line | {"reference_score": reference} | answer.get("extra", {}))
+            lines.append(answer.get("extra", {}) | line | {"reference_score": reference})
             logger.info(f"{row['prompt'][-1]['content']!r} -> {answer['text']!r} (score {answer['score']:.2f})")
         append_lines(folder / "scores.jsonl", [{"step": step, "scores": [answer["score"] for answer in answers]}])
         append_lines(folder / "samples.jsonl", lines)
@@ -663,8 +668,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         self.model.load(folder)
         self.kl_coef, self.score_scale, self.history = (state[k] for k in ("kl_coef", "score_scale", "history"))
         if (folder / "good.safetensors").exists():
-            good = load_file(folder / "good.safetensors", device=str(self.args.device))
-            self.good = [good[str(i)] for i in range(len(good))]
+            good = load_file(folder / "good.safetensors")
+            self.good = [good[str(i)].to(self.args.device) for i in range(len(good))]
 
     def _load_best_model(self) -> None:
         logger.info(f"Taking the policy of {self.state.best_model_checkpoint}, best by {self.state.best_metric:.4f}")
@@ -687,6 +692,7 @@ def main():
     set_seed(training_args.seed)
     if training_args.min_target_length > data_args.max_target_length:
         raise UserError(f"--min_target_length {training_args.min_target_length} is above --max_target_length")
+    reward_args.check_output(training_args.output_dir)
     if training_args.vllm_server and not adapter_args.use_peft:
         raise UserError("--vllm_server takes the policy as an adapter: leave --use_peft False out")
     model_args.check(data_args.longest, trains_all=not adapter_args.use_peft, output_dir=training_args.output_dir)

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+import signal
 import sys
 import time
 import warnings
@@ -15,7 +16,6 @@ import huggingface_hub
 import jinja2
 import torch
 from loguru import logger
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -76,6 +76,9 @@ def run_stage(main):
     except KeyboardInterrupt:  # while training, arguments.stops saves a checkpoint first
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # what read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         said = error if isinstance(error, UserError) else explained(error)
         if said is None:
@@ -128,8 +131,7 @@ def explained(error: Exception) -> UserError | None:
     shut = next((e for e in (error, error.__cause__) if isinstance(e, PermissionError) and e.filename), None)
     if shut and os.path.exists(shut.filename) and not os.access(shut.filename, os.R_OK, effective_ids=True):
         return UserError(f"{shut.filename} cannot be read: this user lacks the permission. Grant it, or name another")
-    # torch.save raises RuntimeError for a write that failed
-    if isinstance(error, OSError | SafetensorError | RuntimeError) and DISK.search(text):
+    if DISK.search(text):  # torch.save raises RuntimeError for a write that failed, tokenizers a bare Exception
         return Fault(
             f"cannot write or read: {text}. Free some space, fix the permissions or name another --output_dir, then "
             "run the same command: it goes on from the last whole checkpoint"

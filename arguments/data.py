@@ -48,7 +48,10 @@ class DataArguments(LengthArguments):
     )
     validation_file_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of held-out records. Without it a share of the training records is held out."},
+        metadata={
+            "help": "Folder of held-out records, or several: a,b. Without it a share of the training records is "
+            "held out."
+        },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Hub data set, instead of folders."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
@@ -182,14 +185,17 @@ class DataArguments(LengthArguments):
         print(preview(dataset, tokenizer, self.preview, self.max_source_length, self.max_target_length))
 
     def _load(self, form: str, output_dir: str | None) -> tuple[Dataset, Dataset]:
-        sources = weighted_folders(self.train_file_dir) if self.train_file_dir else [(None, 1.0)]
-        refuse_output_among([*(folder for folder, _ in sources), self.validation_file_dir], output_dir)
+        sources, apart = weighted_folders(self.train_file_dir), self._held_out_apart()
+        held_sources = weighted_folders(self.validation_file_dir) if apart else []
+        if any(weight != 1 for _, weight in held_sources):
+            raise UserError(f"--validation_file_dir {self.validation_file_dir}: held-out records have no weights")
+        refuse_output_among([folder for folder, _ in sources + held_sources], output_dir)
         read = [self._read(folder, "train", form) for folder, _ in sources]
         weights = np.repeat([weight for _, weight in sources], [len(rows) for rows in read])
-        rows, held_rows = concatenate_datasets(read) if len(read) > 1 else read[0], None
-        if self._held_out_apart():
-            held_rows = self._read(self.validation_file_dir, "validation", form)
-        if output_dir:
+        rows = concatenate_datasets(read)
+        held = [self._read(folder, "validation", form) for folder, _ in held_sources]
+        held_rows = concatenate_datasets(held) if held else None
+        if output_dir and not self.preview:
             self._bad_file = Path(output_dir) / "bad_records.jsonl"
             if PartialState().is_main_process:
                 self._bad_file.unlink(missing_ok=True)  # an earlier run's
@@ -203,10 +209,10 @@ class DataArguments(LengthArguments):
         if held_rows is None:
             train, held = self._hold_out(train, column(rows, "question")[train])
             held_rows = rows
+        train, held = sample(repeated(train, weights), self.max_train_samples), sample(held, self.max_eval_samples)
         for which, found in (("training", train), ("held-out", held)):
             if not len(found):
                 raise UserError(f"{self.train_file_dir or self.dataset_name}: no {which} records left")
-        train, held = sample(repeated(train, weights), self.max_train_samples), sample(held, self.max_eval_samples)
         self.facts |= {"training": len(train), "held_out": len(held)}
         logger.info(f"{len(train)} training and {len(held)} held-out records")
         columns = [*FORMS[form][0], "place"]
@@ -329,8 +335,10 @@ def bad_rows(rows: Dataset) -> list[dict]:
     return list(rows.select(np.flatnonzero(is_bad(rows))))
 
 
-def weighted_folders(folders: str) -> list[tuple[str, float]]:
-    """'a,b:2' as [("a", 1.0), ("b", 2.0)]; a path that exists as it stands is one folder."""
+def weighted_folders(folders: str | None) -> list[tuple[str | None, float]]:
+    """'a,b:2' as [("a", 1.0), ("b", 2.0)]; a path that exists as it stands is one folder. None is a hub data set."""
+    if folders is None:
+        return [(None, 1.0)]
     found = []
     for part in [folders] if Path(folders).exists() else folders.split(","):
         name, colon, weight = part.rpartition(":")

@@ -98,6 +98,8 @@ def render(tokenizer, messages: list[dict], **kwargs) -> str:
             raise UserError(f"the chat template refuses a conversation: {error}") from error
         first = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
         return render(tokenizer, [first, *messages[2:]], **kwargs)
+    except TypeError as error:  # of an expression in it
+        raise UserError(f"the chat template fails: {error}") from error
 
 
 def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:

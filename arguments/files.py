@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+from loguru import logger
 
 INVISIBLE = " \t\r\n\u3000\u200b\ufeff"
 BETWEEN_RECORDS = re.compile(rf"[{INVISIBLE},]*")
@@ -117,6 +118,8 @@ def encoding_of(path: Path) -> str:
     for encoding in ("utf-8-sig", "gb18030"):
         fault = undecodable(path, encoding)
         if fault is None:
+            if faults:
+                logger.info(f"{path} is not UTF-8, and read as GB18030: --preview shows whether it is")
             return encoding
         faults.append(fault)
     line, held = max(faults)  # the encoding that failed later is likelier the file's

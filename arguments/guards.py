@@ -14,6 +14,7 @@ from arguments.atomic import append_lines
 from arguments.command_line import UserError
 
 WINDOW = 5  # rollouts over which length, ends and correlation are averaged: one rollout is a small sample
+ENDED = 20  # answers that ended at first: of fewer, a quarter by chance is not rare
 STOPPING = ("not_finite", "kl", "repetition", "eos")
 
 
@@ -53,10 +54,11 @@ class GuardArguments:
         if not (self.guard_length == 0 or self.guard_length >= 1):
             raise UserError(f"--guard_length is {self.guard_length}, expected a factor of at least 1, or 0 (off)")
 
-    def alarms(self, history: list[dict[str, float]]) -> dict[str, str]:
+    def alarms(self, history: list[dict[str, float]], answers: int) -> dict[str, str]:
         """The guards that the last rollout sets off, with the reason.
 
-        `history` holds the mean kl, length, eos_rate, distinct_2 and reward_length of every rollout so far.
+        `history` holds the mean kl, length, eos_rate, distinct_2 and reward_length of every rollout so far, of that
+        many `answers` each.
         """
         now = history[-1]
         if not all(map(math.isfinite, now.values())):
@@ -68,7 +70,8 @@ class GuardArguments:
         if now["distinct_2"] < self.guard_repetition:
             share = f"{now['distinct_2']:.2f} of an answer's bigrams are different"
             found["repetition"] = f"{share}, under --guard_repetition {self.guard_repetition}"
-        if settled and last["eos_rate"] < self.guard_eos * first["eos_rate"]:
+        enough = first["eos_rate"] * WINDOW * answers >= ENDED
+        if settled and enough and last["eos_rate"] < self.guard_eos * first["eos_rate"]:
             shares = f"{first['eos_rate']:.2f} of the answers ended at first and {last['eos_rate']:.2f} do now"
             found["eos"] = f"{shares}, less than --guard_eos {self.guard_eos} of it"
         if settled and self.guard_length and not 1 / self.guard_length <= growth <= self.guard_length:

@@ -94,8 +94,9 @@ def with_system(record: dict, turns: list) -> list:
                 "the key out"
             )
     beside = record.get("system") or record.get("system_prompt")
-    named = [turn.get("role") or turn.get("from") for turn in turns if isinstance(turn, dict)]
-    return turns if not beside or "system" in named else [{"role": "system", "content": beside}, *turns]
+    systems = [turn for turn in turns if isinstance(turn, dict) and "system" in (turn.get("role"), turn.get("from"))]
+    own = any(turn.get("content") or turn.get("value") for turn in systems)
+    return turns if not beside or own else [{"role": "system", "content": beside}, *turns]
 
 
 def turns_of(record: dict) -> list:

@@ -16,6 +16,7 @@ from arguments.encoding import LengthArguments
 from arguments.model import ModelArguments, keep_unpacked, pad_candidate
 from arguments.reward_functions import load_functions
 
+RESERVED = ("std", "length")  # reward_std and reward_length are figures of all sources together
 HEADS = ("score", "classifier")  # what transformers calls the layer that gives the score
 
 
@@ -63,6 +64,14 @@ class RewardSourceArguments:
             )
         return folder
 
+    def check_output(self, output_dir: str) -> None:
+        """Refuse to write the policy over the reward model."""
+        path, output = self.reward_model_name_or_path, Path(output_dir).resolve()
+        adapter = self.find_adapter()
+        folders = [folder.resolve() for folder in (path and Path(path), adapter) if folder]
+        if output in [*folders, *(folder.parent for folder in folders if folder.name == "adapter")]:
+            raise UserError(f"--output_dir {output_dir} is the folder of the reward model: name another one")
+
     def load_model(self, lengths: LengthArguments, model_args: ModelArguments) -> "RewardModel":
         """The reward model with its own weights, tokenizer and template.
 
@@ -101,6 +110,12 @@ class RewardSourceArguments:
         """Weight of each source by name: model, then the functions; 1 each unless --reward_weights says otherwise."""
         names = [name.strip() for name in (self.reward_functions or ":").rpartition(":")[2].split(",") if name.strip()]
         names = (["model"] if self.reward_model_name_or_path else []) + names
+        taken = {name for name in names if names.count(name) > 1 or (len(names) > 1 and name in RESERVED)}
+        if taken:
+            raise UserError(
+                f"--reward_functions names {', '.join(sorted(taken))}: expected each once and, as they are logged as "
+                "reward_<name>, none of model, std and length beside other sources; give it another name"
+            )
         try:
             values = [float(x) for x in self.reward_weights.split(",")] if self.reward_weights else [1.0] * len(names)
         except ValueError as error:
@@ -148,7 +163,8 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         # an answer's limit is in the policy's tokens: in another vocabulary a whole answer may have more
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
+        self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
+        positions = min(self.positions, tokenizer.model_max_length)
         source = min(lengths.max_source_length, positions - lengths.max_target_length)
         if tokenizer.chat_template and source < 1:
             raise UserError(
@@ -175,5 +191,7 @@ class RewardModel(nn.Module):
         else:
             prompts = ["\n".join(m["content"] for m in messages[:-1]) for messages in conversations]
             answers = [messages[-1]["content"] for messages in conversations]
-            batch = self.tokenizer(prompts, answers, truncation=True, padding=True, return_tensors="pt")
+            batch = self.tokenizer(
+                prompts, answers, truncation=True, max_length=self.positions, padding=True, return_tensors="pt"
+            )
         return self.model(**batch.to(device)).logits[:, 0].float()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 from loguru import logger
-from transformers import Trainer, TrainerCallback, get_scheduler
+from transformers import IntervalStrategy, Trainer, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
@@ -120,6 +120,8 @@ class RunArguments(PrecisionArguments, CompileArguments):
         self.checkpoints_kept, self.save_total_limit = self.save_total_limit, None
         self.base_facts = None  # name and fingerprint of what is trained, once it is loaded
         self.use_cpu |= not torch.cuda.is_available()
+        if self.eval_steps and self.do_eval and self.eval_strategy in ("no", IntervalStrategy.NO):
+            self.eval_strategy = "steps"  # why else give them
         self._choose_precision()
         self._take_over_compiling()
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))

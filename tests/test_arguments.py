@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import huggingface_hub
 import pytest
 import torch
+from conftest import ROOT
 from loguru import logger
 from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
 
@@ -222,6 +224,23 @@ def test_what_cannot_be_read_is_bad_input(wrapped, tmp_path, monkeypatch):
 
     assert said("rows.jsonl").code == 2 and "rows.jsonl cannot be read" in str(said("rows.jsonl"))
     assert said("new").code == 1 and "cannot write" in str(said("new"))
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback(tmp_path):
+    code = "from arguments import run_stage; run_stage(lambda: [print('x' * 9999, flush=True) for _ in range(99)])"
+    command = f'{sys.executable} -c "{code}" | head -c 5; echo ${{PIPESTATUS[0]}}'
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("xxxxx141\n", "")
+
+
+@pytest.mark.parametrize("error", [Exception, OSError, RuntimeError])
+def test_a_full_disk_is_said_whoever_says_it(error):
+    assert explained(error("No space left on device (os error 28)")).code == 1
+
+
+def test_eval_steps_evaluate(required):
+    assert parse([*required, "--eval_steps", "5"])["eval_strategy"] == "steps"
+    assert parse([*required, "--eval_steps", "5", "--do_eval", "False"])["eval_strategy"] == "no"
 
 
 @pytest.mark.parametrize(("offline", "why"), [(False, "refused"), (True, "offline mode is enabled")])

@@ -483,21 +483,28 @@ HEALTHY = {"reward": 0.0, "kl": 1.0, "length": 50.0, "eos_rate": 0.8, "distinct_
 )
 def test_alarms(changes, fired):
     history = [HEALTHY] * 5 + [HEALTHY | changes] * 5
-    assert list(GuardArguments().alarms(history)) == fired
+    assert list(GuardArguments().alarms(history, 8)) == fired
     off = GuardArguments(guard_kl=0, guard_repetition=0, guard_eos=0, guard_length=0, guard_correlation=0)
-    assert list(off.alarms(history)) == [guard for guard in fired if guard == "not_finite"]
+    assert list(off.alarms(history, 8)) == [guard for guard in fired if guard == "not_finite"]
 
 
 def test_a_run_may_go_on_without_a_reward_function():
     history = [HEALTHY | {"reward_dropped": 1.0}] * 3 + [HEALTHY | {"reward_new": 1.0}] * 7
-    assert GuardArguments().alarms(history) == {}
-    assert list(GuardArguments().alarms([*history, *[HEALTHY | {"length": 101.0}] * 5])) == ["length"]
+    assert GuardArguments().alarms(history, 8) == {}
+    assert list(GuardArguments().alarms([*history, *[HEALTHY | {"length": 101.0}] * 5], 8)) == ["length"]
 
 
 def test_one_odd_rollout_is_no_drift():
     odd = HEALTHY | {"length": 150.0, "eos_rate": 0.1, "reward_length": 1.0}
-    assert GuardArguments().alarms([HEALTHY] * 9 + [odd]) == {}
-    assert GuardArguments().alarms([odd]) == {}
+    assert GuardArguments().alarms([HEALTHY] * 9 + [odd], 8) == {}
+    assert GuardArguments().alarms([odd], 8) == {}
+
+
+def test_few_ends_are_no_evidence():
+    """8 answers of which one in twenty ends: none in five rollouts is not rare."""
+    rare = HEALTHY | {"eos_rate": 0.05}
+    assert GuardArguments().alarms([rare] * 5 + [rare | {"eos_rate": 0.0}] * 5, answers=8) == {}
+    assert list(GuardArguments().alarms([rare] * 5 + [rare | {"eos_rate": 0.0}] * 5, answers=80)) == ["eos"]
 
 
 def test_guards_stop_or_warn(tmp_path):

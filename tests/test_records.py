@@ -340,6 +340,32 @@ def test_hard_wrapped_paragraphs_are_documents(tmp_path):
     ]
 
 
+def test_an_empty_system_turn_hides_no_system_text():
+    turns = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    (first, *_) = to_conversation({"system": "Be brief.", "messages": turns})
+    assert first == {"role": "system", "content": "Be brief."}
+
+
+def test_what_is_not_utf8_is_named(tmp_path, messages):
+    (tmp_path / "a.txt").write_bytes(b"It\x92s fine\n")
+    assert len(list(read_file(tmp_path / "a.txt"))) == 1
+    assert any("a.txt is not UTF-8, and read as GB18030" in message for message in messages)
+
+
+def test_a_look_leaves_the_list_of_skipped_records(tmp_path):
+    data = write_texts(tmp_path / "a.jsonl", "one", "two")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "bad_records.jsonl").touch()
+    DataArguments(data, data, keep_duplicates=True, preview=1).load_documents(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "bad_records.jsonl").exists()
+    DataArguments(data, data, keep_duplicates=True).load_documents(str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "bad_records.jsonl").exists()
+
+
 def test_each_line_is_a_question_however_it_ends(tmp_path):
     (tmp_path / "q.txt").write_text("what helps against a cold\nwhat helps against a burn\nand a sprain\n\nand flu\n")
     asked = [messages[-1]["content"] for messages in DataArguments(str(tmp_path)).load_questions()]
@@ -516,6 +542,11 @@ def test_folders_have_weights(tmp_path):
             DataArguments(f"{b},{a}:{weight}", held_out).load_documents()
     with pytest.raises(UserError, match="no such folder of records: nowhere"):
         DataArguments(f"{a},nowhere", held_out).load_documents()
+    assert len(DataArguments(a, f"{held_out},{b}").load_documents()[1]) > len(DataArguments(a, b).load_documents()[1])
+    with pytest.raises(UserError, match="held-out records have no weights"):
+        DataArguments(a, f"{held_out}:2").load_documents()
+    with pytest.raises(UserError, match="no training records left"):
+        DataArguments(f"{b}:0.0001", held_out).load_documents()
 
 
 def test_duplicates_and_held_out_records_are_left_out_of_training(tmp_path, messages):

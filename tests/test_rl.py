@@ -38,7 +38,14 @@ from transformers import (
 )
 
 import rl_training
-from arguments import DataArguments, LengthArguments, ModelArguments, RewardModel, UserError
+from arguments import (
+    DataArguments,
+    LengthArguments,
+    ModelArguments,
+    RewardModel,
+    RewardSourceArguments,
+    UserError,
+)
 from arguments.reward_functions import load_functions
 from arguments.roles import disable_dropout
 from arguments.sampling import until_eos
@@ -373,6 +380,28 @@ def test_a_function_may_be_in_a_module_with_dataclasses_and_neighbours(tmp_path)
     assert function(completions=[1, 2]) == [2, 2]
 
 
+def test_names_that_would_hide_a_figure_are_refused(tiny, records, tmp_path):
+    (tmp_path / "rewards.py").write_text("def model(**columns): ...\ndef length(**columns): ...\n")
+    file = tmp_path / "rewards.py"
+    for given, named in (("model", "model"), ("length", "length")):
+        with pytest.raises(UserError, match=f"--reward_functions names {named}: expected each once"):
+            RewardSourceArguments("some/model", f"{file}:{given}")
+    with pytest.raises(UserError, match="names length: expected each once"):
+        RewardSourceArguments(None, f"{file}:length,length")
+    assert RewardSourceArguments(None, f"{file}:length").weights() == {"length": 1.0}
+
+
+@pytest.mark.parametrize("flags", [(), ("--fresh",)])
+def test_the_reward_models_folder_is_not_written_into(flags, tiny, records, tmp_path):
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+    (tmp_path / "rm" / "run.json").unlink()  # as somebody else's would have none
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "rm").rglob("*")) if path.is_file()}
+    flags += ("--reward_model_name_or_path", tmp_path / "rm")
+    ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rm", *flags))
+    assert ended.code == 2 and "is the folder of the reward model" in ended.errors[0]
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "rm").rglob("*")) if path.is_file()} == before
+
+
 RANKED = """
 def ranked(prompts, completion_ids, **columns):
     print("asked", [prompt[-1]["content"] for prompt in prompts])
@@ -577,8 +606,10 @@ def test_a_run_that_a_guard_stopped_ends_with_its_policy_again(epochs, tiny, rec
     }
     assert all(torch.equal(kept[name], sampled_second[name]) for name in kept)
     assert any(w.abs().max() > 0 for name, w in kept.items() if "lora_B" in name)
+    loss = results(tmp_path / "rl3")["train_loss"]
     # the same command again, as after a kill: the newest checkpoint holds the policy that set off the alarm
     in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl3", *flags)).ok()
+    assert results(tmp_path / "rl3")["train_loss"] == loss != 0.0
     again = load_file(tmp_path / "rl3" / ADAPTER)
     assert all(torch.equal(again[name], kept[name]) for name in kept)
     assert len((tmp_path / "rl3" / "guards.jsonl").read_text().splitlines()) == 1

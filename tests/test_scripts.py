@@ -370,10 +370,13 @@ def test_two_ranks(tiny, records, tmp_path):
     reward += ("--use_cpu", "--precision", "fp32", "--max_eval_samples", 3, "--max_train_samples", 8)
     reward += ("--critic", "adapter", "--adap_kl_ctrl", "--kl_horizon", 8)
     batches = ("--batch_size", 4, "--mini_batch_size", 2)
-    in_process(*stage("rl", llama, records, tmp_path / "rl-one", *reward, *batches)).ok()
+    in_process(*stage("rl", llama, records, tmp_path / "rl-one", *reward, *batches, "--save_steps", 1)).ok()
+    first = min((tmp_path / "rl-one").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    shutil.copytree(first, tmp_path / "rl-resumed" / first.name)
     commands = [stage(name, llama, records, two[name], *exact, batch, 2) for name in trained]
     commands = [stage("sft", llama, records, resumed, *exact, batch, 2, *epochs), *commands]
-    commands += [stage("rl", llama, records, rl, *reward, "--batch_size", 2, "--mini_batch_size", 1)]
+    batches = ("--batch_size", 2, "--mini_batch_size", 1)
+    commands += [stage("rl", llama, records, output, *reward, *batches) for output in (tmp_path / "rl-resumed", rl)]
     (tmp_path / "driver.py").write_text(ON_TWO_RANKS)
     (tmp_path / "commands.json").write_text(json.dumps([list(map(str, command)) for command in commands]))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
@@ -394,9 +397,11 @@ def test_two_ranks(tiny, records, tmp_path):
     assert last.keys() == saved.keys() and all(torch.equal(last[key], saved[key]) for key in saved)
 
     for file in (ADAPTER, "value/model.safetensors", "value/head.safetensors"):
-        alone, shared = load_file(tmp_path / "rl-one" / file), load_file(rl / file)
-        for key in alone:
-            torch.testing.assert_close(shared[key], alone[key], atol=1e-5, rtol=0)
+        alone = load_file(tmp_path / "rl-one" / file)
+        for output in (rl, tmp_path / "rl-resumed"):
+            shared = load_file(output / file)
+            for key in alone:
+                torch.testing.assert_close(shared[key], alone[key], atol=1e-5, rtol=0)
     assert len(set(history(rl, "kl_coef"))) == 2, "this test needs a price that moves"
     for key in ("reward", "kl", "length", "kl_coef"):
         assert history(rl, key) == pytest.approx(history(tmp_path / "rl-one", key), abs=1e-5)
