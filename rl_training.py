@@ -50,6 +50,7 @@ from arguments import (
 )
 from arguments.answers import describe, mean_kl
 from arguments.atomic import append_lines
+from arguments.command_line import expect
 from arguments.plan import plan_ppo
 from arguments.reward_functions import function_scores, recorders
 from arguments.roles import at_columns, build_actor_critic, last_token
@@ -132,10 +133,9 @@ class PPOArguments(RunArguments, TrainingArguments):
     whiten_advantages: bool = field(default=True, metadata={"help": "Mean 0 and variance 1 over a rollout."})
 
     def __post_init__(self):
-        self.mini_batch_size = self.mini_batch_size or self.batch_size
-        for flag in ("max_steps", "batch_size", "mini_batch_size", "micro_batch_size", "ppo_epochs"):
-            if getattr(self, flag) < 1:
-                raise UserError(f"--{flag} is {getattr(self, flag)}, expected at least 1")
+        self.mini_batch_size = self.batch_size if self.mini_batch_size is None else self.mini_batch_size
+        counts = "max_steps", "batch_size", "mini_batch_size", "micro_batch_size", "ppo_epochs"
+        expect(self, "at least 1", lambda x: x >= 1, *counts)
         self._check_ranges()
         if self.deepspeed or self.fsdp:
             raise UserError(
@@ -174,22 +174,14 @@ class PPOArguments(RunArguments, TrainingArguments):
                 "--optim: GaLore, APOLLO and LOMO choose their parameters, and RL has two sets: take another"
             )
         positive = "clip_range", "value_clip_range", "kl_target", "kl_horizon", "reward_clip", "target_kl"
-        for flag in (*positive, "critic_learning_rate"):
-            if (value := getattr(self, flag)) is not None and not value > 0:
-                raise UserError(f"--{flag} is {value}, expected a number above 0")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"--temperature is {self.temperature}, expected a finite number above 0")
+        expect(self, "a number above 0", lambda x: x > 0, *positive, "critic_learning_rate")
+        expect(self, "a finite number above 0", lambda x: 0 < x < math.inf, "temperature")
+        from_zero = "init_kl_coef", "value_coef", "critic_warmup", "min_target_length"
+        expect(self, "a number from 0 on", lambda x: 0 <= x < math.inf, *from_zero)
+        expect(self, "a finite number", math.isfinite, "reward_baseline", "missing_eos_penalty")
+        expect(self, "a number from 0 to 1", lambda x: 0 <= x <= 1, "gamma", "gae_lambda")
         if self.critic_warmup >= self.max_steps:
             logger.warning(f"--critic_warmup {self.critic_warmup} covers all rollouts: the policy is not trained")
-        for flag in ("init_kl_coef", "value_coef", "critic_warmup", "min_target_length"):
-            if not 0 <= getattr(self, flag) < math.inf:
-                raise UserError(f"--{flag} is {getattr(self, flag)}, expected a number from 0 on")
-        for flag in ("reward_baseline", "missing_eos_penalty"):
-            if not math.isfinite(getattr(self, flag)):
-                raise UserError(f"--{flag} is {getattr(self, flag)}, expected a finite number")
-        for flag in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, flag) <= 1:
-                raise UserError(f"--{flag} is {getattr(self, flag)}, expected a number from 0 to 1")
 
     def finish(self, trainer, data_args) -> None:
         super().finish(trainer, data_args)

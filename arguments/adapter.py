@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import deepspeed_config
 
 from arguments.base import adapter_config, adapter_folder, check_base
-from arguments.command_line import UserError
+from arguments.command_line import UserError, expect
 from arguments.model import count_parameters
 
 
@@ -45,10 +45,8 @@ class AdapterArguments:
             raise UserError("--use_peft False trains no adapter, so --peft_path has none to go on from")
         if not self.target_modules.strip(", "):
             raise UserError("--target_modules is empty: a comma list of module names, or all")
-        if self.lora_rank < 1:
-            raise UserError(f"--lora_rank is {self.lora_rank}, expected at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout is {self.lora_dropout}, expected a share in [0, 1)")
+        expect(self, "at least 1", lambda x: x >= 1, "lora_rank")
+        expect(self, "a share in [0, 1)", lambda x: 0 <= x < 1, "lora_dropout")
 
     @property
     def saved_modules(self) -> list[str]:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 
 import datasets
 import huggingface_hub
@@ -54,6 +55,13 @@ class Fault(UserError):
     """The input was right and the run failed, as said in the message; the process exits with code 1."""
 
     code = 1
+
+
+def expect(args, what: str, holds: Callable, *flags: str) -> None:
+    """Refuse each flag whose value is not `what`, as `holds` says; None stands for no value, NaN holds nowhere."""
+    for flag in flags:
+        if (value := getattr(args, flag)) is not None and not holds(value):
+            raise UserError(f"--{flag} is {value}, expected {what}")
 
 
 def run_stage(main):

@@ -16,8 +16,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from loguru import logger
 
 from arguments.atomic import append_lines
-from arguments.command_line import UserError, first_line
-from arguments.encoding import LengthArguments, at_least_one, embedding_rows, encode_turns, judged
+from arguments.command_line import UserError, expect, first_line
+from arguments.encoding import LengthArguments, embedding_rows, encode_turns, judged
 from arguments.files import SUFFIXES, find_files, other_files
 from arguments.preview import preview
 from arguments.rows import (
@@ -95,13 +95,9 @@ class DataArguments(LengthArguments):
         self.facts = {}  # what the training data looked like, for data.json
         counts = "max_train_samples", "max_eval_samples", "validation_split_count", "preprocessing_num_workers"
         super().__post_init__()
-        at_least_one(self, *counts)
-        if self.preview < 0:
-            raise UserError(f"--preview is {self.preview}, expected a number of records")
-        if not 0 < self.validation_split_percentage < 100:
-            raise UserError(
-                f"--validation_split_percentage is {self.validation_split_percentage}, expected a share in percent"
-            )
+        expect(self, "at least 1", lambda x: x >= 1, *counts)
+        expect(self, "a number of records", lambda x: x >= 0, "preview")
+        expect(self, "a share in percent", lambda x: 0 < x < 100, "validation_split_percentage")
 
     def load_documents(self, output_dir: str | None = None) -> tuple[Dataset, Dataset]:
         """Training and held-out rows {"text"}, each with its place. Skipped records are listed in output_dir."""

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 from jinja2 import TemplateError
 
-from arguments.command_line import UserError
+from arguments.command_line import UserError, expect
 
 EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*$")
 OPENING = re.compile(r"^\s*<think>\s*")
@@ -28,7 +28,7 @@ class LengthArguments:
     )
 
     def __post_init__(self):
-        at_least_one(self, "max_source_length", "max_target_length")
+        expect(self, "at least 1", lambda x: x >= 1, "max_source_length", "max_target_length")
 
     @property
     def longest(self) -> int:
@@ -73,13 +73,6 @@ class LengthArguments:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         trained = self.encode(tokenizer, turn)["input_ids"][-1]
         return sorted({tokenizer.eos_token_id, trained, *(i for i in configured if i is not None)})
-
-
-def at_least_one(args, *flags: str) -> None:
-    """Refuse a number below 1; None stands for no limit."""
-    for flag in flags:
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise UserError(f"--{flag} is {value}, expected at least 1")
 
 
 def without_oldest(messages: list[dict]) -> list[dict] | None:

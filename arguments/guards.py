@@ -11,7 +11,7 @@ from pathlib import Path
 from loguru import logger
 
 from arguments.atomic import append_lines
-from arguments.command_line import UserError
+from arguments.command_line import expect
 
 WINDOW = 5  # rollouts over which length, ends and correlation are averaged: one rollout is a small sample
 ENDED = 20  # answers that ended at first: of fewer, a quarter by chance is not rare
@@ -46,13 +46,10 @@ class GuardArguments:
 
     def __post_init__(self):
         self.fired: set[str] = set()
-        for flag in ("guard_repetition", "guard_eos", "guard_correlation"):
-            if not 0 <= (value := getattr(self, flag)) <= 1:
-                raise UserError(f"--{flag} is {value}, expected a share from 0 (off) to 1")
-        if not self.guard_kl >= 0:  # also refuses NaN
-            raise UserError(f"--guard_kl is {self.guard_kl}, expected nats per answer, or 0 (off)")
-        if not (self.guard_length == 0 or self.guard_length >= 1):
-            raise UserError(f"--guard_length is {self.guard_length}, expected a factor of at least 1, or 0 (off)")
+        shares = "guard_repetition", "guard_eos", "guard_correlation"
+        expect(self, "a share from 0 (off) to 1", lambda x: 0 <= x <= 1, *shares)
+        expect(self, "nats per answer, or 0 (off)", lambda x: x >= 0, "guard_kl")
+        expect(self, "a factor of at least 1, or 0 (off)", lambda x: x == 0 or x >= 1, "guard_length")
 
     def alarms(self, history: list[dict[str, float]], answers: int) -> dict[str, str]:
         """The guards that the last rollout sets off, with the reason.

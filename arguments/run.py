@@ -26,7 +26,7 @@ from arguments.checkpoints import (
     clear_output,
     numbered,
 )
-from arguments.command_line import UserError, without_secrets
+from arguments.command_line import UserError, expect, without_secrets
 from arguments.compiling import CompileArguments
 from arguments.curves import plot_curves
 from arguments.data import DataArguments
@@ -106,14 +106,10 @@ class RunArguments(PrecisionArguments, CompileArguments):
             )
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise UserError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise UserError(f"--max_steps is {self.max_steps}, expected at least 1, or -1 for --num_train_epochs")
-        for flag in POSITIVE:
-            if (value := getattr(self, flag)) is not None and not value > 0:  # also true for NaN
-                raise UserError(f"--{flag} is {value}, expected a number above 0")
+        expect(self, "at least 1, or -1 for --num_train_epochs", lambda x: x >= 1 or x == -1, "max_steps")
+        expect(self, "a number above 0", lambda x: x > 0, *POSITIVE)
         for flag, (least, most) in RANGES.items():
-            if not least <= (value := getattr(self, flag)) <= most:
-                raise UserError(f"--{flag} is {value}, expected a number from {least} to {most:.10g}")
+            expect(self, f"a number from {least} to {most:.10g}", lambda x, a=least, b=most: a <= x <= b, flag)
         if self.hub_token:  # it would be saved with the arguments in every checkpoint
             os.environ["HF_TOKEN"], self.hub_token = self.hub_token, None
         # transformers would delete the old ones before the new one is whole; CheckpointSeal does it then
