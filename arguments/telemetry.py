@@ -63,8 +63,9 @@ class LogLine:
         """Evaluations and checkpoints do not count: the clock stands still meanwhile."""
         started = time.perf_counter()
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        then, step = self._logged
-        self._logged = then + time.perf_counter() - max(started, then), step
+        if self._logged:
+            then, step = self._logged  # of before, or of the log just written
+            self._logged = then + time.perf_counter() - max(started, then), step
 
     def speed(self) -> dict[str, float]:
         now, (then, step) = time.perf_counter(), self._logged
