@@ -9,23 +9,29 @@
 
 Reads   a model (--base_model), with an adapter on it or not (--lora_model); questions: a .txt with one a line, or
         prompts and conversations in any of the forms of data/README.md.
-Writes  predictions_file: JSON lines {"Input", "Output", "Model"}, after those of an earlier call; with --compare
+Writes  predictions_file: JSON lines {"Input", "Output", "Model", "With": weights and settings}, and "Messages" where
+        there was more than the question, after those of an earlier call; with --compare
         {"Input", "Output": {model: answer}, "Score": {model: reward}}.
         votes_file: with --web, preference pairs for stage 3.
 """
 
 import contextlib
+import hashlib
+import io
 import json
 import math
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from loguru import logger
 from peft import PeftModel, TaskType
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, TextStreamer, set_seed
 
@@ -44,9 +50,17 @@ from arguments import (
     run_stage,
 )
 from arguments.atomic import append_lines
+from arguments.base import fingerprint, tokenizer_folder
+from arguments.checkpoints import digest
+from arguments.streamed import adapter_shapes, grown_vocabulary
 
 with contextlib.suppress(ImportError):  # some Pythons lack it
     import readline  # noqa: F401 - gives input() line editing, of Chinese characters too
+
+ANSWERS = "predictions.jsonl"
+# Flags that change the answers of a model: written beside each one
+SETTINGS = ("max_source_length", "max_new_tokens", "temperature", "top_p", "with_prompt")
+SETTINGS += ("tokenizer_path", "dtype", "load_in_8bit", "load_in_4bit")
 
 
 @dataclass
@@ -55,14 +69,16 @@ class InferenceArguments:
 
     base_model: str | None = field(default=None, metadata={"help": "Folder or hub name of the model."})
     lora_model: str | None = field(default=None, metadata={"help": "Adapter to put on it; a merged model needs none."})
-    tokenizer_path: str | None = field(default=None, metadata={"help": "If not the model's own."})
+    tokenizer_path: str | None = field(default=None, metadata={"help": "If not the adapter's, or the model's, own."})
     interactive: bool = field(default=False, metadata={"help": "Chat; the default without --data_file."})
     data_file: str | None = field(default=None, metadata={"help": "File or folder of questions."})
-    predictions_file: str = field(default="predictions.jsonl", metadata={"help": "Where the answers go."})
+    predictions_file: str | None = field(
+        default=None, metadata={"help": f"Where the answers to the data_file go. Default: {ANSWERS}"}
+    )
     with_prompt: bool = field(
         default=True, metadata={"help": "Ask through the chat template; False: continue the bare text."}
     )
-    system: str | None = field(default=None, metadata={"help": "System text of an interactive chat."})
+    system: str | None = field(default=None, metadata={"help": "System text of a chat, or of questions without one."})
     compare: list[str] = field(
         default_factory=list, metadata={"help": "Models that all answer the data_file, or side by side with --web."}
     )
@@ -76,7 +92,13 @@ class InferenceArguments:
     top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
     batch_size: int = field(default=8, metadata={"help": "Questions answered at once."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Answer only that many, from the first on."})
-    dtype: str | None = field(default=None, metadata={"help": "Of the weights; default: what suits the hardware."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of the weights; default, and auto: what suits the hardware.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
     load_in_8bit: bool = field(default=False, metadata={"help": "8-bit weights (needs bitsandbytes)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 weights (needs bitsandbytes)."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
@@ -99,6 +121,18 @@ class InferenceArguments:
                 "--lora_model goes with --base_model, and --compare takes whole models: merge the adapter "
                 "(merge_peft_adapter.py) and name the merged model in --compare"
             )
+        if self.compare and self.base_model:
+            raise UserError("--compare and --base_model: name all models in --compare")
+        if len({Path(name).resolve() for name in self.compare}) < len(self.compare):
+            raise UserError(f"--compare {' '.join(self.compare)} names a model twice: name each once")
+        if self.data_file and (self.interactive or self.web):
+            flag = "--interactive" if self.interactive else "--web"
+            raise UserError(f"{flag} is a chat, and --data_file a file to answer: give one of them")
+        if self.predictions_file and not self.data_file:
+            raise UserError("--predictions_file is for the answers to a --data_file: add that, or leave it out")
+        if self.system and not self.with_prompt:
+            raise UserError("--system is told by the chat template, which --with_prompt False leaves out: give one")
+        self.predictions_file = self.predictions_file or ANSWERS
         if self.reward_model and not (self.compare and self.data_file):
             raise UserError(
                 "--reward_model scores the answers of --compare with --data_file: add these, or leave it out"
@@ -108,6 +142,8 @@ class InferenceArguments:
                 raise UserError(f"--{flag} is {value}, expected at least 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed is {self.seed}, expected 0 to {2**32 - 1}")
+        if not 0 < self.port < 2**16:
+            raise UserError(f"--port is {self.port}, expected 1 to {2**16 - 1}")
         if not 0 <= self.temperature < math.inf:  # also refuses NaN
             raise UserError(f"--temperature is {self.temperature}, expected 0 or more")
         if not 0 < self.top_p <= 1:
@@ -116,10 +152,11 @@ class InferenceArguments:
         if self.only_cpu or self.gpus is not None:  # before CUDA is initialised
             os.environ["CUDA_VISIBLE_DEVICES"] = "" if self.only_cpu else self.gpus
 
-    def model_args(self, name: str) -> ModelArguments:
+    def model_args(self, name: str, adapter: Path | None = None) -> ModelArguments:
+        own = tokenizer_folder(adapter) if adapter else None  # the adapter was trained on its tokens and template
         args = ModelArguments(
             model_name_or_path=name,
-            tokenizer_name_or_path=self.tokenizer_path,
+            tokenizer_name_or_path=self.tokenizer_path or (str(own) if own else None),
             dtype=self.dtype,
             load_in_8bit=self.load_in_8bit,
             load_in_4bit=self.load_in_4bit,
@@ -134,25 +171,54 @@ class InferenceArguments:
         return model.to("cuda") if torch.cuda.is_available() and not quantised else model
 
 
+def find_adapter(adapter: str, base: str, args: InferenceArguments) -> Path:
+    """The folder of the adapter that --lora_model names, looked at before its base is loaded.
+
+    Raises:
+        UserError: when there is none, or one that gives no answers on this base.
+    """
+    if (folder := adapter_folder(adapter)) is None:
+        raise UserError(f"--lora_model {adapter} holds no adapter_config.json: name the output folder of a stage")
+    task = adapter_config(folder).task_type
+    if task != TaskType.CAUSAL_LM:
+        raise UserError(f"--lora_model {adapter} is a {task} adapter: it scores answers, it gives none")
+    if not adapter_shapes(folder):
+        raise UserError(f"--lora_model {adapter}: its file of weights is empty: copy or train it again")
+    args.model_args(base).load_config()  # says that there is no base, which its files could not
+    check_base(folder, base, args.force)
+    return folder
+
+
+def with_adapter(model: torch.nn.Module, adapter: Path, base: str) -> PeftModel:
+    """The model with the adapter on it.
+
+    Raises:
+        UserError: when it does not fit.
+    """
+    if grown_vocabulary(model, adapter):
+        raise UserError(
+            f"{adapter} was trained with another number of token ids than {base} has: merge it "
+            "(merge_peft_adapter.py) and name the merged model as --base_model"
+        )
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"--lora_model {adapter} is not an adapter for {base}: {said}") from error
+
+
 class Answerer:
     """A model that answers conversations: batched or streamed."""
 
     def __init__(self, name: str, args: InferenceArguments, adapter: str | None = None):
-        model_args = args.model_args(name)
+        folder = find_adapter(adapter, name, args) if adapter else None
+        model_args = args.model_args(name, folder)
         self.args, self.tokenizer = args, model_args.load_tokenizer()
         longest = model_args.longest_question(args.max_source_length, args.max_new_tokens)
         self.lengths = LengthArguments(max_source_length=longest)
         model = model_args.load_model(AutoModelForCausalLM)
-        if adapter:
-            if (folder := adapter_folder(adapter)) is None:
-                raise UserError(
-                    f"--lora_model {adapter} holds no adapter_config.json: name the output folder of a stage"
-                )
-            check_base(folder, name, args.force)
-            task = adapter_config(folder).task_type
-            if task != TaskType.CAUSAL_LM:
-                raise UserError(f"--lora_model {adapter} is a {task} adapter: it scores answers, it gives none")
-            model = PeftModel.from_pretrained(model, folder)
+        if folder:
+            model = with_adapter(model, folder, name)
         self.model = args.placed(model).eval()
         self.settings = GenerationConfig(
             max_new_tokens=args.max_new_tokens,
@@ -208,6 +274,8 @@ class Answerer:
 def chat(answerer: Answerer, system: str | None) -> None:
     """Ask and answer on the terminal, with history, until the input ends."""
     print("Ask away. /clear forgets what was said, /exit (or Ctrl-D) ends.")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # else other encodings would end the chat in a traceback
+        sys.stdin.reconfigure(errors="surrogateescape")
     before = [{"role": "system", "content": system}] if system else []
     messages = list(before)
     streamer = TextStreamer(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -218,6 +286,9 @@ def chat(answerer: Answerer, system: str | None) -> None:
             return
         if question == "/exit":
             return
+        if any("\ud800" <= letter <= "\udfff" for letter in question):
+            print("That was not UTF-8 text, and the model has not seen it: set the terminal to UTF-8, and ask again.")
+            continue
         if question == "/clear":
             messages = list(before)
         elif question:
@@ -257,6 +328,7 @@ def web(args: InferenceArguments) -> None:
         import gradio
     except ImportError as error:
         raise UserError("--web needs gradio: pip install gradio") from error
+    check_port(args.port)
     votes = writable("votes_file", args.votes_file)
     names = args.compare or [args.base_model]
     answerers = [Answerer(name, args, None if args.compare else args.lora_model) for name in names]
@@ -292,9 +364,26 @@ def web(args: InferenceArguments) -> None:
     page.launch(server_name="127.0.0.1", server_port=args.port, share=False)
 
 
+def check_port(port: int) -> None:
+    """See that a page can be served at this port, before models load for it."""
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: an ended one frees it at once
+        try:
+            tried.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(f"--port {port} cannot be had ({error.strerror}): name another") from error
+
+
 def load_questions(args: InferenceArguments) -> list[list[dict]]:
-    """The conversations of the data file, in order; a line of a .txt is a question."""
-    return DataArguments(args.data_file).load_questions()[: args.max_eval_samples]
+    """The conversations of the data file, in order, with --system where they have no such text.
+
+    A line of a .txt is a question.
+    """
+    questions = DataArguments(args.data_file).load_questions()
+    if not args.system:
+        return questions
+    system = {"role": "system", "content": args.system}
+    return [asked if asked[0]["role"] == "system" else [system, *asked] for asked in questions]
 
 
 def writable(flag: str, file: str) -> Path:
@@ -310,25 +399,57 @@ def writable(flag: str, file: str) -> Path:
     return path
 
 
-def already_answered(path: Path, questions: list[list[dict]], model: str) -> int:
+def question_of(messages: list[dict]) -> dict:
+    """What a line of answers says of its question."""
+    return {"Input": messages[-1]["content"]} | ({"Messages": messages} if len(messages) > 1 else {})
+
+
+def answered_with(args: InferenceArguments) -> dict:
+    """What a line of answers says of the weights and the flags behind it: those flags that are not as by default."""
+    defaults = {flag.name: flag.default for flag in fields(args)}
+    found = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) != defaults[name]}
+    args.model_args(args.base_model).load_config()  # says that there is no model, which its files could not
+    adapter = adapter_folder(args.lora_model) if args.lora_model else None
+    own = [digest(path) for path in sorted(adapter.glob("adapter_model.*"))] if adapter else []
+    if known := fingerprint(args.base_model):  # a model of the hub has none until it is here
+        weights = json.dumps([known["shapes"], known["weights"], own])
+        found["weights"] = hashlib.sha256(weights.encode()).hexdigest()[:16]
+    return found
+
+
+def fault_of(row: dict, messages: list[dict] | None, model: str, settings: dict) -> str | None:
+    """Why a line of answers is not what this call would write; None if it is, or an older version left it unsaid."""
+    if messages is None or row["Input"] != messages[-1]["content"]:
+        return "to other questions"
+    if "With" in row and row.get("Messages") != question_of(messages).get("Messages"):
+        return "to these questions with another system text, or other turns before them"
+    if Path(row.get("Model", model)).resolve() != Path(model).resolve():
+        return f"of {row['Model']}, not of {model}"
+    then = row.get("With", settings)
+    unknown = {"weights"} - (then.keys() & settings.keys())
+    changed = sorted(n for n in (then.keys() | settings.keys()) - unknown if then.get(n) != settings.get(n))
+    names = ["other weights in that folder" if name == "weights" else f"another --{name}" for name in changed]
+    return f"by {' and '.join(names)}" if names else None
+
+
+def already_answered(path: Path, questions: list[list[dict]], model: str, settings: dict) -> int:
     """How many answers an earlier call left; they must be by this model, to the first of these questions.
 
-    A last line that a kill or a full disk cut short does not count.
+    A last line that a kill or a full disk cut short does not count. Lines of older versions say less of themselves.
     """
     if not path.exists():
         return 0
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
+    following = [*questions, *[None] * text.count(b"\n")]  # a file may hold more answers than there are questions
     try:
         rows = [json.loads(line) for line in whole.split(b"\n")[:-1]]
-        done, models = [row["Input"] for row in rows], {row.get("Model", model) for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+        faults = [fault_of(row, asked, model, settings) for row, asked in zip(rows, following, strict=False)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is not of lines {{"Input", "Output"}}: name another --predictions_file') from error
-    if done != [messages[-1]["content"] for messages in questions[: len(done)]]:
-        raise UserError(f"{path} holds answers to other questions: name another --predictions_file")
-    if models - {model}:
-        raise UserError(f"{path} holds answers of {models.pop()}, not of {model}: name another --predictions_file")
-    return len(done)
+    if fault := next(filter(None, faults), None):
+        raise UserError(f"{path} holds answers {fault}: name another --predictions_file")
+    return len(rows)
 
 
 def refuse_to_replace(path: Path) -> None:
@@ -350,12 +471,14 @@ def refuse_to_replace(path: Path) -> None:
 def answer_file(args: InferenceArguments) -> None:
     path, questions = writable("predictions_file", args.predictions_file), load_questions(args)
     name = args.lora_model or args.base_model
-    done = already_answered(path, questions, name)
+    settings = answered_with(args)
+    done = already_answered(path, questions, name, settings)
+    questions = questions[: args.max_eval_samples]
     if done:
-        logger.info(f"{done} of {len(questions)} answers are in {path}: going on behind them")
+        logger.info(f"{min(done, len(questions))} of {len(questions)} answers are in {path}: going on behind them")
     answerer = Answerer(args.base_model, args, args.lora_model)
     for messages, (text, _) in zip(questions[done:], answerer.answer_all(questions[done:]), strict=True):
-        append_lines(path, [{"Input": messages[-1]["content"], "Output": text, "Model": name}])
+        append_lines(path, [question_of(messages) | {"Output": text, "Model": name, "With": settings}])
     logger.info(f"{len(questions)} answers in {path}")
 
 
@@ -370,10 +493,13 @@ def replace_lines(path: Path, rows: list[dict]) -> None:
 @torch.no_grad()
 def compare(args: InferenceArguments) -> None:
     """Let each model answer all questions; print mean reward, length and wins against the first model."""
-    path, questions = writable("predictions_file", args.predictions_file), load_questions(args)
+    path = writable("predictions_file", args.predictions_file)
+    questions = load_questions(args)[: args.max_eval_samples]
     refuse_to_replace(path)
     for name in args.compare:  # a wrong name fails before the first model has answered
         args.model_args(name).load_config()
+    if args.reward_model:
+        load_scorer(args)  # and lets go of it: a wrong one is said now, without its memory being held meanwhile
     answers = {name: list(Answerer(name, args).answer_all(questions)) for name in args.compare}
     rows = [
         {"Input": messages[-1]["content"], "Output": {name: found[i][0] for name, found in answers.items()}}
@@ -395,12 +521,26 @@ def compare(args: InferenceArguments) -> None:
     print(f"{len(questions)} questions, answers in {args.predictions_file}")
 
 
-def score(args: InferenceArguments, questions: list, answers: dict[str, list]) -> dict[str, list[float]]:
-    """What the reward model says of each answer (text, whether it ended), as RL would score it."""
+def load_scorer(args: InferenceArguments) -> torch.nn.Module:
+    """The reward model, as RL would load it.
+
+    Raises:
+        UserError: when it is none, or its files are damaged.
+    """
     lengths = LengthArguments(max_source_length=args.max_source_length, max_target_length=args.max_new_tokens)
     source = RewardSourceArguments(reward_model_name_or_path=args.reward_model)
-    model = args.placed(source.load_model(lengths, args.model_args(args.compare[0])))
-    found = {}
+    try:
+        return source.load_model(lengths, args.model_args(args.compare[0]))
+    except UserError as error:
+        raise UserError(str(error).replace("--reward_model_name_or_path", "--reward_model")) from error
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"--reward_model {args.reward_model} cannot be loaded: {said}") from error
+
+
+def score(args: InferenceArguments, questions: list, answers: dict[str, list]) -> dict[str, list[float]]:
+    """What the reward model says of each answer (text, whether it ended), as RL would score it."""
+    model, found = args.placed(load_scorer(args)), {}
     for name, given in answers.items():
         found[name] = []
         for start in tqdm(range(0, len(given), args.batch_size), desc="Scoring"):

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors in huge pages, rea
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from loguru import logger
 from peft import PeftConfig, PeftType
 from safetensors import SafetensorError
@@ -39,7 +42,8 @@ from transformers import (
 )
 
 from arguments import UserError, adapter_config, adapter_folder, check_base, parse_arguments, run_stage
-from arguments.base import fingerprint, weight_files
+from arguments.atomic import hold_folder
+from arguments.base import fingerprint, tokenizer_folder, weight_files
 from arguments.checkpoints import digest
 from arguments.command_line import Fault, explained, first_line
 from arguments.streamed import MergedWeights, adapted, grown_vocabulary, opened, running, save_merged, untie
@@ -105,8 +109,13 @@ def check(args: MergeArguments, config: PeftConfig, adapter: Path) -> None:
     base = args.base_model_name_or_path
     if not base:
         raise UserError(f"{adapter} does not say which base it was trained on: name it with --base_model_name_or_path")
-    if Path(args.output_dir).resolve() == Path(base).resolve():
+    output = Path(args.output_dir).resolve()
+    if output == Path(base).resolve():
         raise UserError(f"--output_dir {args.output_dir} is the base model's own folder: name another")
+    if (output / "adapter_config.json").exists() and output != adapter.resolve():
+        raise UserError(
+            f"--output_dir {args.output_dir} holds another adapter, which is not merged: name another folder"
+        )
     if args.gguf and config.task_type == "SEQ_CLS":
         raise UserError(f"{adapter} is of a reward model, for which GGUF has no head: leave --gguf out")
     try:
@@ -117,10 +126,21 @@ def check(args: MergeArguments, config: PeftConfig, adapter: Path) -> None:
         raise UserError(f"{base} is quantised and cannot hold what a merge makes of it: name what it was made from")
 
 
-def load_tokenizer(args: MergeArguments):
+def check_hub(name: str) -> None:
+    """See that the hub can be reached, and knows this user, before hours of work are to go there."""
+    try:
+        validate_repo_id(name)
+        HfApi().whoami()
+    except (HFValidationError, HfHubHTTPError, LocalTokenNotFoundError) as error:
+        raise UserError(
+            f"--push_to_hub {name}: {first_line(error)} (expected a name like user/model, and a user who is logged in "
+            "with hf auth login)"
+        ) from error
+
+
+def load_tokenizer(args: MergeArguments, adapter: Path):
     """The adapter's tokenizer, else the base's."""
-    own = (Path(args.peft_model_path) / "tokenizer_config.json").exists()
-    source = args.peft_model_path if own else args.base_model_name_or_path
+    source = tokenizer_folder(adapter) or args.base_model_name_or_path
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -315,6 +335,12 @@ def upload(folder: Path, name: str) -> None:
     logger.info(f"Uploaded to https://huggingface.co/{name}")
 
 
+def terminated(number: int, frame) -> None:
+    """SIGTERM ends the merge as Ctrl-C does, which cleans up; a second one does not end the cleaning."""
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
 def main():
     (args,) = parse_arguments(MergeArguments)
     give_memory_back()
@@ -328,12 +354,19 @@ def main():
     args.base_model_name_or_path = args.base_model_name_or_path or config.base_model_name_or_path
     check(args, config, adapter)
     check_base(adapter, args.base_model_name_or_path, args.force)
-    tokenizer = load_tokenizer(args)
+    tokenizer = load_tokenizer(args, adapter)
+    if args.push_to_hub:
+        check_hub(args.push_to_hub)
     output = Path(args.output_dir).resolve()
+    if not hold_folder(output):
+        raise UserError(
+            f"--output_dir {args.output_dir}: another run is writing there. Wait for its end, or name another folder"
+        )
     staging = output / ".merging"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
         facts = merge(args, config, adapter, tokenizer, staging)
         if args.gguf:
             facts["gguf"] = write_gguf(Path(args.gguf), staging, tokenizer)
@@ -344,6 +377,8 @@ def main():
         if not any(output.iterdir()):
             output.rmdir()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     parity, tensors = facts["parity"], facts["tensors"]
     top = f", equal top-1 {parity['equal_top1']:.1%}" if "equal_top1" in parity else ""
     logger.info(

@@ -1,5 +1,6 @@
 """Which LoRA: rank, targets, modules to save; or none, to train all weights."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,16 +90,26 @@ class AdapterArguments:
             for saved in self.saved_modules:
                 if not any(name.endswith(saved) for name in names):
                     raise UserError(f"--modules_to_save {saved}: the model has no module of that name")
+            linear = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is nn.Linear}
             try:
                 model = get_peft_model(model, self.peft_config(task_type))
             except ValueError as error:
-                raise UserError(f"--target_modules {self.target_modules}: {error}") from error
+                raise UserError(self._refused(str(error), linear)) from error
         cast_trained(model)
         quicken_dropout(model)
         trained = count_parameters(p for p in model.parameters() if p.requires_grad)
         total = count_parameters(model.parameters())
         logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%})")
         return model
+
+    def _refused(self, said: str, linear: set[str]) -> str:
+        """What peft said against this adapter, behind the flag that it is about."""
+        if "lora_dropout" in said:  # the experts of a mixture take none
+            return f"--lora_dropout {self.lora_dropout} does not go with this model's experts ({said}): leave it out"
+        if "is incompatible with" in said:  # parts of Mamba, and peft names them in quotes
+            left = ",".join(sorted(linear - {"lm_head", "score", *re.findall(r"'(\w+)'", said)}))
+            return f"--target_modules {self.target_modules}: {said} All but those: --target_modules {left}"
+        return f"--target_modules {self.target_modules}: {said}"
 
     def _check_task(self, wanted: TaskType) -> None:
         """See that peft_path is an adapter of the task that is trained: one of another goes on as that other one."""

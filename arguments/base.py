@@ -203,6 +203,12 @@ def adapter_folder(path: str) -> Path | None:
     return next((folder for folder in folders if (folder / "adapter_config.json").is_file()), None)
 
 
+def tokenizer_folder(adapter: Path) -> Path | None:
+    """Where an adapter's tokenizer lies: beside it or, after a merge in place, in the folder above; else None."""
+    folders = (adapter, adapter.absolute().parent) if adapter.absolute().name == "adapter" else (adapter,)
+    return next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
+
+
 def adapter_config(folder: Path) -> PeftConfig:
     """The adapter_config.json of a folder.
 

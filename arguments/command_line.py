@@ -142,7 +142,7 @@ def explained(error: Exception) -> UserError | None:
     if DISK.search(text):  # torch.save raises RuntimeError for a write that failed, tokenizers a bare Exception
         return Fault(
             f"cannot write or read: {text}. Free some space, fix the permissions or name another --output_dir, then "
-            "run the same command: it goes on from the last whole checkpoint"
+            "run the same command: training goes on from its last whole checkpoint, anything else starts over"
         )
     return None
 

@@ -96,9 +96,7 @@ class ModelArguments:
         except (OSError, ValueError) as error:
             adapter = Path(self.model_name_or_path) / "adapter_config.json"
             hint = " It holds an adapter: merge it first with merge_peft_adapter.py." if adapter.exists() else ""
-            raise UserError(
-                f"--model_name_or_path {self.model_name_or_path} is no model: {first_line(error)}{hint}"
-            ) from error
+            raise UserError(f"{self.model_name_or_path} is no model: {first_line(error)}{hint}") from error
         return config
 
     def check(self, longest: int, trains_all: bool, output_dir: str) -> None:
@@ -175,6 +173,12 @@ class ModelArguments:
         config, scores = self.load_config(), "num_labels" in kwargs
         if scores:
             config.num_labels = kwargs.pop("num_labels")
+        scorers = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
+        if scorers and not scores:  # with tied embeddings no weight of a language model is missing
+            raise UserError(
+                f"{self.model_name_or_path} is a {scorers[0]}, which scores texts and writes none: name a causal "
+                "language model"
+            )
         weights = self.weights_in_memory()
         attend_in_blocks()
         try:
@@ -190,6 +194,13 @@ class ModelArguments:
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"cannot load {self.model_name_or_path}: {first_line(error)}") from error
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise UserError(
+                f"{self.model_name_or_path}: its weights have other sizes than its config.json says: copy or download "
+                "both again, from one place"
+            ) from error
         lacking = set() if scores else found["missing_keys"] & {name for name, _ in model.named_parameters()}
         if lacking:
             kind, names = " or ".join(config.architectures or ["model"]), ", ".join(sorted(lacking)[:3])

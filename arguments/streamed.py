@@ -112,7 +112,7 @@ def adapter_shapes(adapter: Path) -> dict[str, torch.Size]:
     """Shapes of the adapter's tensors, by the names that their counterparts have in the base model."""
     try:
         return {plain(name): tensor.shape for name, tensor in load_peft_weights(str(adapter), device="cpu").items()}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, EOFError) as error:
         raise UserError(f"{adapter} holds no whole adapter weights ({first_line(error)})") from error
 
 

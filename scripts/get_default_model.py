@@ -38,9 +38,13 @@ def perplexity(model, tokenizer) -> float:
 
 
 def main():
+    if len(sys.argv) != 2:
+        print(f"error: expected the folder to make: python {sys.argv[0]} FOLDER", file=sys.stderr)
+        sys.exit(2)
     target = Path(sys.argv[1])
     if (target / "config.json").exists():
         return
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         gguf = download_gguf(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

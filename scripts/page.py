@@ -191,5 +191,17 @@ def write_page(outputs: Path) -> Path:
     return target
 
 
+def main():
+    marks = ("ledger.jsonl", "run.json", *(f"{name}/run.json" for name in STAGES))
+    if len(sys.argv) != 2:
+        fault = f"expected one folder: python {sys.argv[0]} FOLDER"
+    elif not any(Path(sys.argv[1], mark).exists() for mark in marks):
+        fault = f"{sys.argv[1]} holds no ledger.jsonl of a pipeline, nor a stage's run.json: name such a folder"
+    else:
+        return print(f"see {write_page(Path(sys.argv[1]))}")
+    print(f"error: {fault}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
-    print(f"see {write_page(Path(sys.argv[1]))}")
+    main()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import DataArguments, ModelArguments, UserError, best_precision, run_stage  # noqa: E402
@@ -27,8 +27,18 @@ def load_judged(path: str) -> tuple:
     """A model, on the GPU if there is one and in the precision that suits, and its tokenizer."""
     model_args = ModelArguments(path)
     model_args.resolve_dtype(best_precision(), trains_all=False)
-    model = model_args.load_model(AutoModelForCausalLM).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(path)
+    tokenizer, model = model_args.load_tokenizer(), model_args.load_model(AutoModelForCausalLM).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def folder_and_models() -> tuple[str, list[str]]:
+    """The words of a command line like the one above, seen to be a folder and models before the first is loaded."""
+    folder, *models = sys.argv[1:] or [""]
+    if not models:
+        raise UserError(f"expected a folder and models: python {sys.argv[0]} FOLDER MODEL ...")
+    for name in models:
+        ModelArguments(name).load_config()
+    return folder, models
 
 
 @torch.no_grad()
@@ -52,7 +62,7 @@ def perplexity(path: str, texts: list[str]) -> dict:
 
 def main():
     logger.remove()  # lines of arguments would stand between those that are printed
-    folder, *models = sys.argv[1:]
+    folder, models = folder_and_models()
     texts = DataArguments(folder).load_texts()
     print(json.dumps({path: perplexity(path, texts) for path in models}, indent=1))
 

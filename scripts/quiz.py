@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import UserError, run_stage  # noqa: E402
-from scripts.perplexity import load_judged  # noqa: E402
+from arguments.files import BadRecord, read_file  # noqa: E402
+from scripts.perplexity import folder_and_models, load_judged  # noqa: E402
 
 # by the name of the file; other languages are asked in English words
 PROMPTS = {"en": "Question: {}\nAnswer: ", "zh": "问题：{}\n答案："}
@@ -32,13 +33,16 @@ def choice(model, tokenizer, prompt: str, options: list[str]) -> int:
     shared = min(len(start), *(len(row) - 1 for row in rows))
     shared = next((i for i in range(shared) if any(row[i] != start[i] for row in rows)), shared)
     read = torch.tensor([rows[0][: shared - 1]], device=model.device)
-    cache = model(read, use_cache=True, logits_to_keep=1).past_key_values
-    cache.batch_repeat_interleave(len(rows))
-    rest = [torch.tensor(row[shared - 1 :]) for row in rows]
+    cache = getattr(model(read, use_cache=True, logits_to_keep=1), "past_key_values", None)
+    if cache is not None:
+        cache.batch_repeat_interleave(len(rows))
+    known = shared - 1 if cache is not None else 0  # Mamba has no such cache: it reads the prompt with each option
+    rest = [torch.tensor(row[known:]) for row in rows]
     ids = pad_sequence(rest, batch_first=True).to(model.device)  # nothing reads the padding
-    logp = model(ids[:, :-1], past_key_values=cache).logits.float().log_softmax(-1)
+    given = {} if cache is None else {"past_key_values": cache}
+    logp = model(ids[:, :-1], **given).logits.float().log_softmax(-1)
     logp = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    totals = [row[: len(tokens) - 1].sum() for row, tokens in zip(logp, rest, strict=True)]
+    totals = [row[shared - 1 - known : len(tokens) - 1].sum() for row, tokens in zip(logp, rest, strict=True)]
     return int(torch.tensor([t / len(o.encode()) for t, o in zip(totals, options, strict=True)]).argmax())
 
 
@@ -58,13 +62,41 @@ def accuracy(path: str, quiz: dict[str, list[dict]]) -> dict:
     return {"accuracy": sum(everything) / len(everything), "questions": len(everything), "language": by_language}
 
 
+def load_questions(path: Path) -> list[dict]:
+    """The questions of a file.
+
+    Raises:
+        UserError: when a line is none, or the file holds none.
+    """
+    rows = []
+    for place, row in read_file(path):
+        if isinstance(row, BadRecord):
+            raise UserError(f"{place}: {row}")
+        if not is_question(row):
+            raise UserError(
+                f'{place}: expected {{"question": text, "options": [two texts or more], "answer": the index of the '
+                f"right one, from 0}}, found {str(row)[:100]}"
+            )
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} holds no questions: fill it, or take it away")
+    return rows
+
+
+def is_question(row) -> bool:
+    if not (isinstance(row, dict) and isinstance(row.get("question"), str) and isinstance(row.get("options"), list)):
+        return False
+    options, answer = row["options"], row.get("answer")
+    texts = len(options) > 1 and all(isinstance(option, str) and option for option in options)
+    return texts and type(answer) is int and 0 <= answer < len(options)
+
+
 def main():
     logger.remove()  # lines of arguments would stand between the bars
-    folder, *models = sys.argv[1:]
-    files = {path.stem: path.read_text("utf-8").split("\n") for path in sorted(Path(folder).glob("*.jsonl"))}
-    if not files:
+    folder, models = folder_and_models()
+    quiz = {path.stem: load_questions(path) for path in sorted(Path(folder).glob("*.jsonl"))}
+    if not quiz:
         raise UserError(f"{folder} holds no .jsonl file of questions: name a folder like data/quiz")
-    quiz = {language: [json.loads(line) for line in lines if line.strip()] for language, lines in files.items()}
     print(json.dumps({path: accuracy(path, quiz) for path in models}, indent=1))
 
 

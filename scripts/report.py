@@ -14,6 +14,7 @@ from pathlib import Path
 from loguru import logger
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arguments import UserError, run_stage  # noqa: E402
 from inference import Answerer, InferenceArguments  # noqa: E402
 from scripts.page import STAGES, read_lines, write_page  # noqa: E402
 from scripts.table import table_rows  # noqa: E402
@@ -37,7 +38,14 @@ def unseen_prompts(outputs: Path) -> list[list[dict]]:
 
 def main():
     logger.remove()  # lines of arguments would stand between those that are printed
+    if len(sys.argv) != 6:
+        raise UserError(f"expected a folder and four models: python {sys.argv[0]} OUTPUTS BASE PT SFT RL")
     outputs, base, pt, sft, rl = Path(sys.argv[1]), *sys.argv[2:]
+    for name in STAGES:
+        if not (outputs / name / "all_results.json").exists():
+            raise UserError(
+                f"{outputs / name} holds no all_results.json: name the folder of a pipeline that has ended"
+            )
     print_table(outputs)
     prompts = unseen_prompts(outputs)
     answers = {}
@@ -57,4 +65,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,5 +1,6 @@
 """The command line: old flags, typos, precision, splits, resuming, and what a run leaves behind."""
 
+import copy
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from loguru import logger
-from transformers import AutoModelForCausalLM, TrainerState, TrainingArguments
+from transformers import AutoModelForCausalLM, MambaConfig, Qwen3MoeConfig, TrainerState, TrainingArguments
 
 from arguments import (
     AdapterArguments,
@@ -224,6 +225,7 @@ def test_what_cannot_be_read_is_bad_input(wrapped, tmp_path, monkeypatch):
 
     assert said("rows.jsonl").code == 2 and "rows.jsonl cannot be read" in str(said("rows.jsonl"))
     assert said("new").code == 1 and "cannot write" in str(said("new"))
+    assert "training goes on from its last whole checkpoint, anything else starts over" in str(said("new"))
 
 
 def test_a_reader_that_has_seen_enough_is_no_traceback(tmp_path):
@@ -251,6 +253,27 @@ def test_a_hub_out_of_reach_is_no_traceback(offline, why, monkeypatch):
     said = explained(failed.value)
     assert said.code == 1 and "the hub cannot be reached" in str(said) and why in str(said)
     assert explained(ImportError("cannot import name 'a' from 'b'")) is None
+
+
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "said"),
+    [
+        (MambaConfig, {}, "All but those: --target_modules dt_proj,in_proj,x_proj"),
+        (Qwen3MoeConfig, EXPERTS, "--lora_dropout 0.1 does not go with this model's experts"),
+    ],
+)
+def test_what_peft_refuses_is_said_of_the_flag_that_helps(config, flags, said):
+    """It names the last module in Mamba, and the targets of a mixture, whose experts take no dropout."""
+    small = config(vocab_size=400, hidden_size=32, num_hidden_layers=1, **flags)
+    model, dropout = AutoModelForCausalLM.from_config(small), 0.1 if flags else 0.0
+    with pytest.raises(UserError) as refused:
+        AdapterArguments(lora_dropout=dropout).apply(copy.deepcopy(model), "CAUSAL_LM")
+    assert str(refused.value).startswith(said) or str(refused.value).endswith(said)
+    targets = said.rpartition(" ")[2] if not flags else "all"
+    AdapterArguments(target_modules=targets).apply(model, "CAUSAL_LM")
 
 
 def test_ppo_steps_are_rollouts(tmp_path):

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ADAPTER, ROOT, SCRIPTS, in_process, in_subprocess, merge, stage, write_lines, write_records
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -46,12 +47,27 @@ def house(tiny, records, tmp_path_factory):
     no_eos = model("no eos")
     settings = json.loads((no_eos / "tokenizer_config.json").read_text())
     (no_eos / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    tensors = load_file(Path(llama) / "model.safetensors")
+    headless = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    save_file(headless, model("no output layer") / "model.safetensors", {"format": "pt"})
+    other_sizes = model("other sizes")
+    settings = json.loads((other_sizes / "config.json").read_text())
+    (other_sizes / "config.json").write_text(json.dumps(settings | {"intermediate_size": 48}))
     for name, content in (("half adapter", slice(0, 2000)), ("no adapter weights", None)):
         folder = shutil.copytree(root / "adapter", root / name)
         data = (folder / ADAPTER).read_bytes()
         (folder / ADAPTER).unlink()
         if content:
             (folder / ADAPTER).write_bytes(data[content])
+    tensors = load_file(root / "adapter" / ADAPTER)
+    embedding = {"base_model.model.model.embed_tokens.weight": torch.zeros(405, 32)}
+    for name, content in (("empty adapter", {}), ("grown adapter", tensors | embedding)):
+        save_file(content, shutil.copytree(root / "adapter", root / name) / ADAPTER)
+    (shutil.copytree(root / "no adapter weights", root / "empty bin") / "adapter_model.bin").touch()
+    for name in ("adapter", "rm"):
+        folder = shutil.copytree(root / name, root / f"{name} of another rank")
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(settings | {"r": 3}))
     folder = shutil.copytree(root / "adapter", root / "broken adapter config")
     (folder / "adapter_config.json").write_text("{")
     settings = json.loads((root / "rm" / "adapter_config.json").read_text())
@@ -112,6 +128,7 @@ EVERY_STAGE = [
     (("--model_name_or_path", "{house}/no tokenizer"), "no tokenizer"),
     (("--model_name_or_path", "{house}/no weights"), "no weights"),
     (("--model_name_or_path", "{house}/half weights"), "half weights"),
+    (("--model_name_or_path", "{house}/other sizes"), "have other sizes than its config.json says"),
     (("--model_name_or_path", ""), "--model_name_or_path"),
     (("--train_file_dir", "{house}/missing"), "no such folder"),
     (("--train_file_dir", "{house}/empty"), "{house}/empty"),
@@ -180,7 +197,7 @@ EVERY_STAGE = [
 ]
 ONE_STAGE = {
     "pt": [
-        (("--model_name_or_path", "{house}/rm whole"), "lacks the weights of lm_head.weight"),
+        (("--model_name_or_path", "{house}/no output layer"), "lacks the weights of lm_head.weight"),
         (("--block_size", "many"), "--block_size"),
         (("--block_size", 0), "--block_size"),
         (("--block_size", 5000), "--block_size"),
@@ -188,7 +205,7 @@ ONE_STAGE = {
         (("--gradient_accumulation_steps", 0), "--gradient_accumulation_steps"),
     ],
     "sft": [
-        (("--model_name_or_path", "{house}/rm whole"), "lacks the weights of lm_head.weight"),
+        (("--model_name_or_path", "{house}/rm whole"), "LlamaForSequenceClassification, which scores"),
         (("--peft_path", "{house}/rm"), "is a SEQ_CLS adapter, and this stage trains CAUSAL_LM"),
         (("--max_steps", 0), "--max_steps"),
         (("--model_name_or_path", "{house}/broken template"), "chat template"),
@@ -207,7 +224,7 @@ ONE_STAGE = {
         (("--max_source_length", 4000, "--max_target_length", 4000), "positions"),
     ],
     "rl": [
-        (("--model_name_or_path", "{house}/rm whole"), "lacks the weights of lm_head.weight"),
+        (("--model_name_or_path", "{house}/rm whole"), "LlamaForSequenceClassification, which scores"),
         (("--reward_model_name_or_path", ""), "--reward_model_name_or_path is missing"),
         (("--reward_model_name_or_path", "{llama}"), "has no score head"),
         (("--reward_model_name_or_path", "{house}/adapter"), "not a reward model"),
@@ -271,6 +288,8 @@ MERGES = [
     ("{bloom}", "{house}/adapter", "{out}", (), "it is a bloom, the training was on a llama"),
     ("{bloom}", "{house}/adapter", "{out}", ("--force",), "is not an adapter of this base"),
     ("{llama}", "{house}/adapter", "{house}/a file", (), "a file"),
+    ("{llama}", "{house}/adapter", "{house}/rm", (), "rm holds another adapter"),
+    ("{llama}", "{house}/adapter", "{out}", ("--push_to_hub", "no name"), "--push_to_hub no name"),
     ("{llama}", "{house}/adapter", "{out}", ("--dtype", "int8"), "int8"),
     ("{llama}", "{house}/adapter", "{out}", ("--max_shard_size", "big"), "--max_shard_size"),
 ]
@@ -287,7 +306,22 @@ INFERENCE = [
         ("--base_model", "{llama}", "--lora_model", "{house}/broken adapter config", *QUESTIONS),
         "broken adapter config",
     ),
-    (("--base_model", "{house}/rm whole", *QUESTIONS), "lacks the weights of lm_head.weight"),
+    (("--base_model", "{house}/whole without head", *QUESTIONS), "LlamaForSequenceClassification, which scores"),
+    *(
+        (("--base_model", "{llama}", "--lora_model", f"{{house}}/{name}", *QUESTIONS), message)
+        for name, message in (
+            ("half adapter", "half adapter holds no whole adapter weights"),
+            ("no adapter weights", "no adapter weights holds no whole adapter weights"),
+            ("empty adapter", "empty adapter: its file of weights is empty"),
+            ("empty bin", "empty bin holds no whole adapter weights"),
+            ("grown adapter", "merge it (merge_peft_adapter.py)"),
+            ("adapter of another rank", "adapter of another rank is not an adapter for {llama}"),
+        )
+    ),
+    (("--compare", "{llama}", "--reward_model", "{llama}", *QUESTIONS), "error: --reward_model {llama} is a ["),
+    (("--compare", "{llama}", "--reward_model", "{house}/rm of another rank", *QUESTIONS), "rank cannot be loaded"),
+    (("--compare", "{llama}", "--reward_model", "{house}/half adapter", *QUESTIONS), "error: --reward_model {house}"),
+    (("--base_model", "{llama}", "--dtype", "float8", *QUESTIONS), "choose from"),
     (("--base_model", "{llama}", "--max_new_tokens", 1024, *QUESTIONS), "knows 1024 positions"),
     (
         ("--compare", "{llama}", *QUESTIONS, "--predictions_file", "{house}/questions.txt"),

@@ -3,10 +3,14 @@
 import io
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
-from conftest import in_process, merge, stage
+from conftest import ADAPTER, in_process, merge, stage
+from safetensors.torch import load_file, save_file
 
+from arguments import RewardModel
+from arguments.command_line import Fault
 from inference import Answerer, InferenceArguments, score
 
 QUESTIONS = "What does the heart do?\n高血压要注意什么？\nHow is asthma treated?\n"
@@ -57,7 +61,89 @@ def test_a_file_is_answered_and_gone_on_with(tiny, trained, tmp_path):
     assert other.code == 2 and "is not of lines" in other.stderr and one.read_text() == "no line of ours\n"
 
 
-def test_models_are_compared(tiny, trained, records, tmp_path):
+@pytest.fixture
+def begun(trained, tmp_path):
+    """A call that has answered three questions, one of them with turns before it; and a copy of its model."""
+    shutil.copytree(trained / "merged", tmp_path / "m")
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    rows = [{"prompt": q} for q in QUESTIONS.splitlines()]
+    rows[1] = {"messages": [*turns, {"role": "user", "content": rows[1]["prompt"]}]}
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--data_file", tmp_path / "q.jsonl", "--predictions_file", tmp_path / "a.jsonl")
+    ask("--base_model", tmp_path / "m", *flags).ok()
+    return flags
+
+
+def test_answers_that_this_call_would_not_give_are_not_gone_on_with(begun, tmp_path):
+    answers, questions = tmp_path / "a.jsonl", tmp_path / "q.jsonl"
+    before, text, same = answers.read_bytes(), questions.read_text(), ("--base_model", tmp_path / "m", *begun)
+    assert [len(row.get("Messages", [1])) for row in lines(answers)] == [1, 3, 1]
+    assert "3 of 3 answers are in" in ask(*same).ok().stderr
+    assert "2 of 2 answers are in" in ask(*same, "--max_eval_samples", 2).ok().stderr
+    ask("--base_model", tmp_path / "m" / ".." / "m", *begun).ok()
+    cases = {
+        "by another --max_new_tokens": ("--max_new_tokens", 7),
+        "by another --temperature": ("--temperature", 0.5),
+        "another system text, or other turns": ("--system", "Be brief."),
+    }
+    for said, flags in cases.items():
+        ended = in_process("inference.py", "--max_new_tokens", 6, *same, *flags)
+        assert ended.code == 2 and said in ended.errors[0]
+    questions.write_text(text.replace("Hello", "Good day"))
+    assert "other turns before them" in ask(*same).errors[0]
+    questions.write_text(text.splitlines()[0] + "\n")
+    assert "to other questions" in ask(*same).errors[0], "the file holds more answers than there are questions"
+    questions.write_text(text)
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, tmp_path / "m" / "model.safetensors")
+    assert "by other weights in that folder" in ask(*same).errors[0]
+    assert answers.read_bytes() == before
+
+
+def test_answers_of_older_versions_are_gone_on_with(begun, tmp_path):
+    old = [{key: row[key] for key in ("Input", "Output", "Model")} for row in lines(tmp_path / "a.jsonl")[:2]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    assert "2 of 3 answers are in" in ask("--base_model", tmp_path / "m", *begun).ok().stderr
+    assert len(lines(tmp_path / "a.jsonl")) == 3
+
+
+def test_an_adapter_retrained_in_its_folder_is_seen(tiny, trained, tmp_path):
+    (tmp_path / "q.txt").write_text(QUESTIONS, encoding="utf-8")
+    adapter = shutil.copytree(trained / "sft", tmp_path / "sft")
+    flags = ("--base_model", tiny("llama"), "--lora_model", adapter, "--data_file", tmp_path / "q.txt")
+    ask(*flags, "--predictions_file", tmp_path / "a.jsonl").ok()
+    weights = load_file(adapter / ADAPTER)
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, adapter / ADAPTER)
+    assert "by other weights" in ask(*flags, "--predictions_file", tmp_path / "a.jsonl").errors[0]
+
+
+def test_a_system_text_goes_before_questions_without_one(trained, tmp_path):
+    rows = [{"prompt": "What is flu?"}, {"prompt": "What is flu?", "system": "At length."}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--data_file", tmp_path / "q.jsonl", "--predictions_file", tmp_path / "a.jsonl", "--system", "Be brief.")
+    ask("--base_model", trained / "merged", *flags).ok()
+    told = [row["Messages"][0] for row in lines(tmp_path / "a.jsonl")]
+    assert told == [{"role": "system", "content": text} for text in ("Be brief.", "At length.")]
+
+
+def test_an_adapter_is_asked_by_its_own_tokenizer(tiny, trained, tmp_path):
+    """After a merge in place it lies in the folder above the adapter's."""
+    own = "{{ messages[-1]['content'] }} it was"
+    adapter = shutil.copytree(trained / "sft", tmp_path / "sft")
+    (adapter / "chat_template.jinja").write_text(own)
+
+    def template(folder, **flags):
+        args = InferenceArguments(base_model=tiny("llama"), lora_model=str(folder), **flags)
+        return Answerer(tiny("llama"), args, str(folder)).tokenizer.chat_template
+
+    assert template(adapter) == own != template(adapter, tokenizer_path=tiny("llama"))
+    in_process(*merge(tiny("llama"), adapter, adapter)).ok()
+    assert template(adapter) == template(adapter / "adapter") == own
+    (adapter / "tokenizer_config.json").unlink()
+    assert template(adapter) != own, "the base's, where the adapter has none"
+
+
+def test_models_are_compared(tiny, trained, records, tmp_path, monkeypatch):
     output = tmp_path / "new" / "folder" / "compared.jsonl"
     flags = ("--compare", tiny("llama"), trained / "merged", "--reward_model", trained / "rm", "--data_file")
     printed = ask(*flags, records / "rl", "--predictions_file", output, "--max_eval_samples", 3).ok().stdout
@@ -65,10 +151,14 @@ def test_models_are_compared(tiny, trained, records, tmp_path):
     assert "3 questions" in printed
     for row in lines(output):
         assert row["Output"].keys() == row["Score"].keys() == {tiny("llama"), str(trained / "merged")}
-    failing = ("--compare", tiny("llama"), "--reward_model", tiny("llama"), "--data_file", records / "rl")
     kept = tmp_path / "kept.jsonl"
-    ended = ask(*failing, "--predictions_file", kept, "--max_eval_samples", 3)
+    failing = ("--compare", tiny("llama"), "--data_file", records / "rl", "--predictions_file", kept)
+    ended = ask(*failing, "--max_eval_samples", 3, "--reward_model", tiny("llama"))
     assert ended.code == 2 and "which has no score head" in ended.errors[0]
+    assert "Answering" not in ended.stderr and not kept.exists(), "a wrong reward model is said at once"
+    monkeypatch.setattr(RewardModel, "forward", Mock(side_effect=Fault("out of luck")))
+    ended = ask(*failing, "--max_eval_samples", 3, "--reward_model", trained / "rm")
+    assert ended.code == 1 and "out of luck" in ended.errors[0]
     assert len(lines(kept)) == 3, "the answers, though they could not be scored"
 
 
@@ -127,13 +217,35 @@ def test_a_chat_has_history_that_can_be_cleared(trained, monkeypatch):
     assert first.split("You:")[0] == third.split("You:")[0]
 
 
+def test_a_question_in_another_encoding_is_asked_for_again(trained, monkeypatch):
+    heard = []
+
+    def encode(self, tokenizer, messages):
+        heard.append([turn["content"] for turn in messages if turn["role"] == "user"])
+        return {"input_ids": [5]}
+
+    monkeypatch.setattr("arguments.LengthArguments.encode_prompt", encode)
+    typed = b"What is flu?\n" + "流感是什么？\n".encode("gb18030") + b"And why?\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
+    shown = ask("--base_model", trained / "merged").ok().stdout
+    assert shown.count("That was not UTF-8 text") == 1
+    assert heard == [["What is flu?"], ["What is flu?", "And why?"]]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ((), "--base_model is missing"),
+        (("--compare", "a", "./a", "--data_file", "q"), "--compare a ./a names a model twice"),
+        (("--compare", "a", "b", "--base_model", "c", "--web"), "--compare and --base_model"),
+        (("--base_model", "a", "--interactive", "--data_file", "q"), "--interactive is a chat"),
+        (("--base_model", "a", "--web", "--data_file", "q"), "--web is a chat"),
+        (("--base_model", "a", "--predictions_file", "p"), "--predictions_file is for the answers"),
+        (("--base_model", "a", "--system", "s", "--with_prompt", "False"), "--system is told by the chat template"),
+        (("--base_model", "a", "--web", "--port", 65536), "--port is 65536, expected 1 to 65535"),
         (("--compare", "a", "b"), "--compare needs --data_file"),
         (("--compare", "a", "b", "--lora_model", "c", "--web"), "--lora_model goes with --base_model"),
-        (("--base_model", "nowhere"), "--model_name_or_path nowhere is no model"),
+        (("--base_model", "nowhere"), "nowhere is no model"),
         (("--base_model", "a", "--max_new_tokens", 0), "--max_new_tokens is 0"),
         (("--base_model", "a", "--max_eval_samples", 0), "--max_eval_samples is 0"),
         (("--base_model", "a", "--seed", -1), "--seed is -1, expected 0 to 4294967295"),

@@ -2,11 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from conftest import in_process, write_lines
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from scripts.quiz import PROMPTS, choice
 
@@ -54,10 +55,15 @@ def test_of_a_long_text_the_first_tokens_count(family, tiny, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mamba"])
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_the_likeliest_option_per_byte_is_chosen(kind, tiny):
+def test_the_likeliest_option_per_byte_is_chosen(kind, family, tiny):
     options, language = OPTIONS[kind], kind if kind in PROMPTS else "en"
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
+    if family == "mamba":  # has no cache that could be shared between the options
+        torch.manual_seed(0)
+        size = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+        model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=400, **size)).eval()
     tokenizer, prompt = AutoTokenizer.from_pretrained(tiny("llama")), PROMPTS[language].format("What pumps blood?")
     likelihoods = []
     for option in options:
@@ -84,6 +90,55 @@ def test_a_text_of_one_token_predicts_nothing(tiny, tmp_path):
     write_lines(tmp_path, [{"text": "a"}, {"text": "asthma and influenza"}])
     found = json.loads(in_process("scripts/perplexity.py", tmp_path, tiny("llama")).ok().stdout)
     assert found[str(tiny("llama"))]["tokens"] > 0
+
+
+GOOD = {"question": "What pumps blood?", "options": ["The heart", "A kidney"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"question": "What', "en.jsonl:2: not JSON"),
+        ("[]", "en.jsonl:2: expected"),
+        (json.dumps(GOOD | {"answer": 2}), "en.jsonl:2: expected"),
+        (json.dumps(GOOD | {"answer": -1}), "en.jsonl:2: expected"),
+        (json.dumps(GOOD | {"answer": "0"}), "en.jsonl:2: expected"),
+        (json.dumps(GOOD | {"options": ["one"]}), "en.jsonl:2: expected"),
+        (json.dumps(GOOD | {"options": ["one", ""]}), "en.jsonl:2: expected"),
+    ],
+)
+def test_a_line_that_is_no_question_is_named(line, said, tiny, tmp_path):
+    (tmp_path / "en.jsonl").write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    ended = in_process("scripts/quiz.py", tmp_path, tiny("llama"))
+    assert ended.code == 2 and len(ended.errors) == 1 and said in ended.errors[0] and ended.stdout == ""
+
+
+def test_a_quiz_from_windows_and_an_empty_one(tiny, tmp_path):
+    (tmp_path / "en.jsonl").write_text(json.dumps(GOOD) + "\r\n", "utf-8-sig")
+    found = json.loads(in_process("scripts/quiz.py", tmp_path, tiny("llama")).ok().stdout)
+    assert found[str(tiny("llama"))]["questions"] == 1
+    (tmp_path / "zh.jsonl").write_text("\n")
+    ended = in_process("scripts/quiz.py", tmp_path, tiny("llama"))
+    assert ended.code == 2 and "zh.jsonl holds no questions" in ended.errors[0]
+
+
+@pytest.mark.parametrize("script", ["quiz", "perplexity"])
+def test_what_is_judged_is_looked_at_first(script, tiny, tmp_path):
+    write_lines(tmp_path / "data", [GOOD | {"text": "asthma and influenza"}])
+    bare = shutil.copytree(tiny("llama"), tmp_path / "bare")
+    for file in bare.glob("token*"):
+        file.unlink()
+    cases = {
+        "expected a folder and models": (),
+        "expected a folder and models: ": (tmp_path / "data",),
+        "nowhere is no model": (tmp_path / "data", tiny("llama"), "nowhere"),
+        "no tokenizer in": (tmp_path / "data", bare),
+        "missing": (tmp_path / "missing", tiny("llama")),
+    }
+    for said, words in cases.items():
+        ended = in_process(f"scripts/{script}.py", *words)
+        assert ended.code == 2 and len(ended.errors) == 1 and said in ended.errors[0] and ended.stdout == ""
+        assert f"for {tiny('llama')}" not in ended.stderr, "nothing was judged"
 
 
 def test_a_folder_without_questions(tiny, tmp_path):

@@ -1,6 +1,7 @@
 """The merge: every kind of adapter, base and dtype against peft's adapter model; and what a failed one leaves."""
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -10,11 +11,13 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROOT, in_process, merge
 from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
@@ -438,9 +441,30 @@ def test_ctrl_c_leaves_nothing(tiny, tmp_path, monkeypatch):
     assert ended.code == 130 and "Traceback" not in ended.stderr and not (tmp_path / "merged").exists()
 
 
+def test_sigterm_leaves_nothing(tiny, tmp_path, monkeypatch):
+    """Also a second one, while the first is being heeded."""
+    remove, killed = shutil.rmtree, lambda: os.kill(os.getpid(), signal.SIGTERM)
+    kept = signal.getsignal(signal.SIGTERM)
+
+    def removed(folder, **kwargs):
+        if Path(folder).exists():
+            killed()
+        remove(folder, **kwargs)
+
+    def stopped(*_):
+        monkeypatch.setattr("shutil.rmtree", removed)
+        killed()
+
+    monkeypatch.setattr("arguments.streamed.save_merged", stopped)
+    adapter = save_adapter(tiny("llama"), tmp_path / "adapter")
+    ended = in_process(*merge(tiny("llama"), adapter, tmp_path / "merged"))
+    assert ended.code == 143 and not (tmp_path / "merged").exists() and signal.getsignal(signal.SIGTERM) == kept
+
+
 def test_upload(tiny, tmp_path, monkeypatch):
     """What goes to the hub is the merged model, without the adapter in the same folder."""
     calls = []
+    monkeypatch.setattr(HfApi, "whoami", lambda self: {"name": "me"})
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: calls.append((name, kwargs)))
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: calls.append(kwargs))
     adapter = save_adapter(tiny("llama"), tmp_path / "adapter")
@@ -452,6 +476,51 @@ def test_upload(tiny, tmp_path, monkeypatch):
     uploaded = set(filter_repo_objects(paths, **patterns))
     assert {"config.json", "model.safetensors", "tokenizer.json", "merge.json"} <= uploaded
     assert not any(path.startswith("adapter/") for path in uploaded)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (LocalTokenNotFoundError("log in"), 2, "--push_to_hub me/model: log in"),
+        (OfflineModeIsEnabled("off"), 1, "off"),
+    ],
+)
+def test_a_hub_that_will_not_take_the_model_is_said_before_the_merge(error, code, said, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(HfApi, "whoami", Mock(side_effect=error))
+    adapter = save_adapter(tiny("llama"), tmp_path / "adapter")
+    ended = in_process(*merge(tiny("llama"), adapter, tmp_path / "merged"), "--push_to_hub", "me/model")
+    assert ended.code == code and said in ended.errors[0] and not (tmp_path / "merged").exists()
+
+
+def test_after_a_merge_in_place_the_adapter_has_its_tokenizer(tiny, tmp_path):
+    adapter, own = save_adapter(tiny("llama"), tmp_path / "out"), "{{ messages[-1]['content'] }}"
+    (adapter / "chat_template.jinja").write_text(own)
+    in_process(*merge(tiny("llama"), adapter, adapter)).ok()
+    in_process(*merge(tiny("llama"), adapter / "adapter", tmp_path / "again")).ok()
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").chat_template == own
+
+
+def test_an_adapter_in_the_way_stays(tiny, tmp_path):
+    """It belongs to another stage, and moving it aside would hide it."""
+    first, other = (save_adapter(tiny("llama"), tmp_path / name) for name in ("first", "other"))
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    ended = in_process(*merge(tiny("llama"), first, other))
+    assert ended.code == 2 and "other holds another adapter" in ended.errors[0]
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+
+
+def test_two_merges_into_one_folder(tiny, tmp_path, monkeypatch):
+    adapter, output = save_adapter(tiny("llama"), tmp_path / "adapter"), tmp_path / "merged"
+    (output / ".merging").mkdir(parents=True)
+    (output / ".merging" / "config.json").write_text("{}")
+    monkeypatch.setattr("arguments.atomic.PATIENCE", 0)
+    held = os.open(output, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    ended = in_process(*merge(tiny("llama"), adapter, output))
+    assert ended.code == 2 and "another run is writing there" in ended.errors[0]
+    assert [path.name for path in output.rglob("*")] == [".merging", "config.json"], "that is the other run's"
+    os.close(held)
+    in_process(*merge(tiny("llama"), adapter, output)).ok()
 
 
 def test_a_merge_that_does_not_prove_itself_leaves_nothing(tiny, tmp_path):

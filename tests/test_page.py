@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from unittest.mock import Mock
 
 import pytest
 from conftest import in_process, stage, write_lines
@@ -53,6 +54,42 @@ def test_one_stage_alone(outputs, tmp_path):
     assert "<title>Stage RL</title>" in page and page.count("<li class=") == 1
     assert "--reward_model_name_or_path" in page and "transformers 5." in page
     assert not needs_network(page)
+
+
+def test_a_page_is_written_into_folders_of_runs_alone(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for words in ((), (tmp_path / "missing",), (tmp_path / "photos",)):
+        ended = in_process("scripts/page.py", *words)
+        assert ended.code == 2 and len(ended.errors) == 1 and "folder" in ended.errors[0].lower()
+    assert [path.name for path in tmp_path.rglob("*")] == ["photos"]
+
+
+def test_a_stage_without_a_ledger_has_a_page(outputs, tmp_path):
+    folder = shutil.copytree(outputs / "rl", tmp_path / "rl")
+    for asked in (folder, tmp_path):
+        in_process("scripts/page.py", asked).ok()
+        assert (asked / "report.html").exists()
+
+
+def test_the_other_scripts_say_what_they_expect(outputs, tiny, tmp_path):
+    models = [tiny("llama")] * 4
+    cases = {
+        "expected a folder and four models": ("scripts/report.py",),
+        "expected a folder and four models: ": ("scripts/report.py", outputs),
+        "missing/pt holds no all_results.json": ("scripts/report.py", tmp_path / "missing", *models),
+        "expected the folder to make": ("scripts/get_default_model.py",),
+    }
+    for said, command in cases.items():
+        ended = in_process(*command)
+        assert ended.code == 2 and len(ended.errors) == 1 and said in ended.errors[0]
+
+
+def test_the_default_model_makes_the_folder_above(tmp_path, monkeypatch):
+    """Before it downloads anything."""
+    monkeypatch.setattr("subprocess.run", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        in_process("scripts/get_default_model.py", tmp_path / "new" / "model")
+    assert (tmp_path / "new").is_dir()
 
 
 def test_rewards_that_are_not_finite_and_no_evaluation_before_training(outputs, tmp_path):

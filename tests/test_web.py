@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, in_process, merge, stage
@@ -66,6 +67,16 @@ def test_web_without_gradio_says_what_to_install(models, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     ended = in_process("inference.py", "--base_model", models[0], "--web")
     assert ended.code == 2 and "--web needs gradio: pip install gradio" in ended.errors[0]
+
+
+def test_a_port_that_is_taken_is_said_before_models_load(models, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ended = in_process("inference.py", "--base_model", models[0], "--web", "--port", port)
+    assert ended.code == 2 and f"--port {port} cannot be had" in ended.errors[0] and "Loaded" not in ended.stderr
 
 
 @pytest.fixture
