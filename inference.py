@@ -52,6 +52,14 @@ from arguments import (
 from arguments.atomic import append_lines
 from arguments.base import fingerprint, tokenizer_folder
 from arguments.checkpoints import digest
+from arguments.command_line import expect
+from arguments.predictions import (
+    already_answered,
+    question_of,
+    refuse_to_replace,
+    replace_lines,
+    writable,
+)
 from arguments.streamed import adapter_shapes, grown_vocabulary
 
 with contextlib.suppress(ImportError):  # some Pythons lack it
@@ -137,18 +145,12 @@ class InferenceArguments:
             raise UserError(
                 "--reward_model scores the answers of --compare with --data_file: add these, or leave it out"
             )
-        for flag in ("max_new_tokens", "batch_size", "max_source_length", "max_eval_samples"):
-            if (value := getattr(self, flag)) is not None and value < 1:
-                raise UserError(f"--{flag} is {value}, expected at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed is {self.seed}, expected 0 to {2**32 - 1}")
-        if not 0 < self.port < 2**16:
-            raise UserError(f"--port is {self.port}, expected 1 to {2**16 - 1}")
-        if not 0 <= self.temperature < math.inf:  # also refuses NaN
-            raise UserError(f"--temperature is {self.temperature}, expected 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p is {self.top_p}, expected a share above 0, up to 1")
-
+        counts = "max_new_tokens", "batch_size", "max_source_length", "max_eval_samples"
+        expect(self, "at least 1", lambda x: x >= 1, *counts)
+        expect(self, f"0 to {2**32 - 1}", lambda x: 0 <= x < 2**32, "seed")
+        expect(self, f"1 to {2**16 - 1}", lambda x: 0 < x < 2**16, "port")
+        expect(self, "0 or more", lambda x: 0 <= x < math.inf, "temperature")
+        expect(self, "a share above 0, up to 1", lambda x: 0 < x <= 1, "top_p")
         if self.only_cpu or self.gpus is not None:  # before CUDA is initialised
             os.environ["CUDA_VISIBLE_DEVICES"] = "" if self.only_cpu else self.gpus
 
@@ -386,24 +388,6 @@ def load_questions(args: InferenceArguments) -> list[list[dict]]:
     return [asked if asked[0]["role"] == "system" else [system, *asked] for asked in questions]
 
 
-def writable(flag: str, file: str) -> Path:
-    """The file that `flag` names, checked before models work for hours on its content.
-
-    Raises:
-        UserError: when it cannot be written, nor made.
-    """
-    path = Path(file)
-    there = next(above for above in (path, *path.absolute().parents) if above.exists())
-    if path.is_dir() or not (there == path or there.is_dir()) or not os.access(there, os.W_OK):
-        raise UserError(f"--{flag} {file} cannot be written: name a file, in a folder where this user may")
-    return path
-
-
-def question_of(messages: list[dict]) -> dict:
-    """What a line of answers says of its question."""
-    return {"Input": messages[-1]["content"]} | ({"Messages": messages} if len(messages) > 1 else {})
-
-
 def answered_with(args: InferenceArguments) -> dict:
     """What a line of answers says of the weights and the flags behind it: those flags that are not as by default."""
     defaults = {flag.name: flag.default for flag in fields(args)}
@@ -415,57 +399,6 @@ def answered_with(args: InferenceArguments) -> dict:
         weights = json.dumps([known["shapes"], known["weights"], own])
         found["weights"] = hashlib.sha256(weights.encode()).hexdigest()[:16]
     return found
-
-
-def fault_of(row: dict, messages: list[dict] | None, model: str, settings: dict) -> str | None:
-    """Why a line of answers is not what this call would write; None if it is, or an older version left it unsaid."""
-    if messages is None or row["Input"] != messages[-1]["content"]:
-        return "to other questions"
-    if "With" in row and row.get("Messages") != question_of(messages).get("Messages"):
-        return "to these questions with another system text, or other turns before them"
-    if Path(row.get("Model", model)).resolve() != Path(model).resolve():
-        return f"of {row['Model']}, not of {model}"
-    then = row.get("With", settings)
-    unknown = {"weights"} - (then.keys() & settings.keys())
-    changed = sorted(n for n in (then.keys() | settings.keys()) - unknown if then.get(n) != settings.get(n))
-    names = ["other weights in that folder" if name == "weights" else f"another --{name}" for name in changed]
-    return f"by {' and '.join(names)}" if names else None
-
-
-def already_answered(path: Path, questions: list[list[dict]], model: str, settings: dict) -> int:
-    """How many answers an earlier call left; they must be by this model, to the first of these questions.
-
-    A last line that a kill or a full disk cut short does not count. Lines of older versions say less of themselves.
-    """
-    if not path.exists():
-        return 0
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    following = [*questions, *[None] * text.count(b"\n")]  # a file may hold more answers than there are questions
-    try:
-        rows = [json.loads(line) for line in whole.split(b"\n")[:-1]]
-        faults = [fault_of(row, asked, model, settings) for row, asked in zip(rows, following, strict=False)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path} is not of lines {{"Input", "Output"}}: name another --predictions_file') from error
-    if fault := next(filter(None, faults), None):
-        raise UserError(f"{path} holds answers {fault}: name another --predictions_file")
-    return len(rows)
-
-
-def refuse_to_replace(path: Path) -> None:
-    """See that the file that --compare is to write holds nothing but what an earlier --compare left there.
-
-    Raises:
-        UserError: when it holds something else: the questions, or answers of one model.
-    """
-    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""  # a kill may cut the last line
-    lines = whole.splitlines()
-    try:
-        compared = all(isinstance(json.loads(line)["Output"], dict) for line in lines)
-    except (ValueError, KeyError, TypeError):
-        compared = False
-    if not compared:
-        raise UserError(f"{path} holds something else than compared answers: name another --predictions_file")
 
 
 def answer_file(args: InferenceArguments) -> None:
@@ -480,14 +413,6 @@ def answer_file(args: InferenceArguments) -> None:
     for messages, (text, _) in zip(questions[done:], answerer.answer_all(questions[done:]), strict=True):
         append_lines(path, [question_of(messages) | {"Output": text, "Model": name, "With": settings}])
     logger.info(f"{len(questions)} answers in {path}")
-
-
-def replace_lines(path: Path, rows: list[dict]) -> None:
-    """Write a file of JSON lines anew."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.unlink(missing_ok=True)  # what a kill left there
-    append_lines(aside, rows)
-    os.replace(aside, path)
 
 
 @torch.no_grad()
