@@ -163,8 +163,8 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         # an answer's limit is in the policy's tokens: in another vocabulary a whole answer may have more
-        self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
-        positions = min(self.positions, tokenizer.model_max_length)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
+        self.positions = positions = min(positions, tokenizer.model_max_length)
         source = min(lengths.max_source_length, positions - lengths.max_target_length)
         if tokenizer.chat_template and source < 1:
             raise UserError(
