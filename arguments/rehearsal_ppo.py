@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from arguments.base import adapter_config, is_base
 from arguments.loss import logits_at
 from arguments.rehearsal import Load, Rehearsal, adapted, base_model, evaluates, longest
-from arguments.roles import ActorCritic, at_columns, disable_dropout, full_precision_head, score_head
+from arguments.roles import ActorCritic, collate, disable_dropout, full_precision_head, score_head
 from arguments.shapes import Footprint
 
 
@@ -43,14 +43,17 @@ def rehearse_ppo(model_args, adapter_args, args, train, held_out, length: int, r
         return actor_critic(model_args, adapter_args, reward_args, args.critic)
 
     found = Rehearsal(build, model_args, args, load, accumulates=True)
+    found.model.autocast = found.accelerator.autocast
     found.footprint.now["adapters"] += sum(p.nbytes for p in found.trained)  # the last good policy, for the guards
     answer = math.ceil(load.share * length)
     sampled = min(8 * load.rows, max(args.batch_size, len(held_out) if evaluates(args) else 0))
     prompts = [row["input_ids"] for row in longest(train, load, sampled)]
     found.phase("sample", lambda: sample(found, (len(prompts), len(prompts[0])), answer), grad=False)
-    batch = min(load.rows, args.batch_size), len(prompts[0]), answer
-    found.phase("score", lambda: score(found, *batch), grad=False)
-    found.phase("update", lambda: update(found, *batch))
+    answers = [{"prompt": prompts[0], "ids": [1] * answer}] * min(load.rows, args.batch_size)
+    batch = collate(answers, 0, found.device)
+    batch["states"] = torch.zeros(*batch["tokens"].shape, found.model.value_head.in_features, device=found.device)
+    found.phase("score", lambda: score(found, batch), grad=False)
+    found.phase("update", lambda: update(found, batch))
     return found
 
 
@@ -92,42 +95,17 @@ def sample(found: Rehearsal, shape: tuple[int, int], answer: int) -> None:
             logits.float().softmax(-1).double().cumsum(-1)  # the choice of a token
 
 
-def answer_logits(found: Rehearsal, role: str, rows: int, prompt: int, answer: int) -> torch.Tensor:
-    """Logits [rows * answer, vocabulary] of all answer tokens, as PPO's token_logp asks for them."""
-    at = torch.arange(rows, device=found.device).repeat_interleave(answer)
-    columns = torch.arange(prompt - 1, prompt + answer - 1, device=found.device).repeat(rows)
-    with found.accelerator.autocast():
-        logits = found.model.logits(role, tokens(found, rows, prompt + answer), at, columns) / found.args.temperature
-    return logits
-
-
-def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    chosen = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
-    return logits.gather(1, chosen).squeeze(1) - logits.logsumexp(-1)
-
-
-def score(found: Rehearsal, rows: int, prompt: int, answer: int) -> None:
+def score(found: Rehearsal, batch: dict) -> None:
     """Log-probabilities under policy (with entropies) and reference, then hidden states for reward and value."""
     for role in ("policy", "reference"):
-        logits = answer_logits(found, role, rows, prompt, answer)
-        log_probabilities(logits)
-        if role == "policy":
-            (logits.softmax(-1) * logits).sum(-1)
-        del logits
-    ids = tokens(found, rows, prompt + answer)
+        found.model.token_logp(role, batch, found.args.temperature)
     if hasattr(found.model, "beside"):
-        found.model.beside(input_ids=ids)
-    with found.accelerator.autocast():
-        found.model.hidden(found.model.frozen_role, ids)
+        found.model.beside(input_ids=batch["ids"])
+    found.model.hidden(found.model.frozen_role, batch["ids"])
 
 
-def update(found: Rehearsal, rows: int, prompt: int, answer: int) -> None:
+def update(found: Rehearsal, batch: dict) -> None:
     """Forward and backward of the policy, then of the value function."""
-    log_probabilities(answer_logits(found, "policy", rows, prompt, answer)).exp().sum().backward()
-    columns = torch.arange(prompt - 1, prompt + answer - 1, device=found.device).repeat(rows, 1)
-    if found.model.trains_critic_body:
-        with found.accelerator.autocast():
-            states = at_columns(found.model.hidden("value", tokens(found, rows, prompt + answer)), columns)
-    else:
-        states = torch.zeros(rows, answer, found.model.value_head.in_features, device=found.device)
-    found.model.value_head(states).square().sum().backward()
+    logp, _ = found.model.token_logp("policy", batch, found.args.temperature)
+    logp.exp().sum().backward()
+    found.model.token_values(batch).square().sum().backward()
