@@ -15,7 +15,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from arguments.attention import attend_in_blocks
 from arguments.command_line import UserError, first_line
-from arguments.precision import native_bf16
 
 # For base models without a chat template. A turn ends with eos, so that the model learns to stop.
 PLAIN_CHAT_TEMPLATE = (
@@ -144,6 +143,9 @@ class ModelArguments:
         """Resolve --dtype auto: float32 for trained weights, what the products of `precision` take for frozen ones."""
         if self.dtype in (None, "auto"):
             self.dtype = "float32" if trains_all else PRODUCTS[precision]
+        if self.dtype == "float16" and not torch.cuda.is_available():
+            logger.warning("float16 weights need a GPU: using float32")
+            self.dtype = "float32"
 
     def load_tokenizer(self):
         """The tokenizer, with a chat template and, if its vocabulary has one, a pad token other than eos."""
@@ -212,14 +214,8 @@ class ModelArguments:
         return self.device_map if torch.cuda.is_available() else None
 
     def torch_dtype(self) -> torch.dtype:
-        """Dtype of the frozen weights in memory."""
-        if self.dtype == "float16" and not torch.cuda.is_available():
-            logger.warning("float16 weights need a GPU: using float32")
-        elif self.dtype not in (None, "auto"):
-            return getattr(torch, self.dtype)
-        if not torch.cuda.is_available():
-            return torch.float32
-        return torch.bfloat16 if native_bf16(gpu=True) else torch.float16
+        """Dtype of the frozen weights in memory, once resolve_dtype has chosen it."""
+        return getattr(torch, self.dtype)
 
     def weights_in_memory(self) -> dict:
         """Arguments of from_pretrained for the dtype and quantisation of frozen weights."""

@@ -57,7 +57,7 @@ def test_a_plan_reads_no_weights(name, unreadable, records, tmp_path):
 
 def rehearsals(model: str, output: Path):
     """Each stage's rehearsal on a small model."""
-    groups = ModelArguments(model), AdapterArguments()
+    groups = ModelArguments(model, dtype="float32"), AdapterArguments()
     flags = {"output_dir": str(output), "precision": "fp32", "report_to": "none", "gradient_accumulation_steps": 2}
     args, load = FinetuningArguments(**flags), Load(2)
     ppo = PPOArguments(output_dir=str(output), precision="fp32", report_to="none", batch_size=4)
