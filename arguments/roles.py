@@ -19,6 +19,8 @@ from arguments.command_line import UserError
 from arguments.loss import logits_at
 from arguments.reward import RewardModel, adapter_head
 
+VALUE = "value_function"  # its adapter; no layer is called so: peft leaves others' weights in such a layer unsaved
+
 
 def last_token(ids, pad_token_id: int):
     """Index [batch] of the last token that is not padding, as AutoModelForSequenceClassification finds it."""
@@ -107,7 +109,7 @@ class ActorCritic(nn.Module):
                 yield self.policy.get_base_model()
             self.reset_gradients()
         else:
-            self.policy.set_adapter("default" if name == "policy" else name)
+            self.policy.set_adapter({"policy": "default", "value": VALUE}.get(name, name))
             self.reset_gradients()
             yield self.policy.get_base_model()
 
@@ -153,7 +155,7 @@ class ActorCritic(nn.Module):
         """
         parts = {"head": self.value_head.state_dict()}
         if self.trains_critic_body and self.lora:
-            parts["model"] = get_peft_model_state_dict(self.policy, adapter_name="value")
+            parts["model"] = get_peft_model_state_dict(self.policy, adapter_name=VALUE)
         elif self.trains_critic_body:
             parts["model"] = {name: weight.detach() for name, weight in self.copies["value"].named_parameters()}
         return parts
@@ -182,7 +184,7 @@ class ActorCritic(nn.Module):
             shards = [load_file(path) for path in sorted(folder.glob("model*.safetensors"))]
             self.policy.load_state_dict({k: v for shard in shards for k, v in shard.items()}, strict=False)
         if self.trains_critic_body and self.lora:
-            set_peft_model_state_dict(self.policy, critic["model"], adapter_name="value")
+            set_peft_model_state_dict(self.policy, critic["model"], adapter_name=VALUE)
         elif self.trains_critic_body:
             self.copies["value"].load_state_dict(critic["model"], strict=False)
 
@@ -191,7 +193,7 @@ class ActorCritic(nn.Module):
         policy, critic = [], []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                of_value = name.startswith(("copies.value.", "value_head.")) or (self.lora and ".value." in name)
+                of_value = name.startswith(("copies.value.", "value_head.")) or VALUE in name.split(".")
                 (critic if of_value else policy).append(parameter)
         return policy, critic
 
@@ -240,10 +242,10 @@ def build_actor_critic(
     if shared:
         policy.load_adapter(adapter, "reward", is_trainable=False)
         if critic == "adapter":
-            policy.load_adapter(adapter, "value", is_trainable=True)
+            policy.load_adapter(adapter, VALUE, is_trainable=True)
         head_state = adapter_head(adapter)
     elif adapter_args.use_peft and critic == "adapter":
-        policy.add_adapter("value", adapter_args.peft_config(TaskType.CAUSAL_LM))
+        policy.add_adapter(VALUE, adapter_args.peft_config(TaskType.CAUSAL_LM))
     disable_dropout(policy)
     reward_head = score_head(hidden_size, head_state) if shared else None
     model = ActorCritic(policy, score_head(hidden_size, None), reward_head, adapter_args.use_peft, critic)
