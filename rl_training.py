@@ -661,7 +661,7 @@ def main():
         return data_args.show(train_dataset, tokenizer)
     if training_args.plan:
         groups = model_args, adapter_args, training_args
-        return plan_ppo(*groups, train_dataset, eval_dataset, data_args.max_target_length, reward_args)
+        return plan_ppo(*groups, train_dataset, eval_dataset, data_args, reward_args)
 
     url, folder = training_args.vllm_server, Path(training_args.output_dir) / "vllm"
     server = RolloutServer(url, folder) if url else None

@@ -15,6 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from arguments.attention import attend_in_blocks
 from arguments.command_line import UserError, first_line
+from arguments.shapes import only_shapes
 
 # For base models without a chat template. A turn ends with eos, so that the model learns to stop.
 PLAIN_CHAT_TEMPLATE = (
@@ -171,6 +172,8 @@ class ModelArguments:
     def load_model(self, auto_class, **kwargs):
         """`auto_class.from_pretrained` of the base model, in the dtype and quantisation asked for.
 
+        For --plan the model as its config describes it.
+
         Raises:
             UserError: when it cannot be loaded, or would answer by random weights: a reward model has no output layer.
         """
@@ -179,13 +182,17 @@ class ModelArguments:
             config.num_labels = kwargs.pop("num_labels")
         weights = self.weights_in_memory()
         attend_in_blocks()
+        attention = {"attn_implementation": self.attn_implementation}
         try:
+            if only_shapes():
+                code = {"trust_remote_code": self.trust_remote_code}
+                return auto_class.from_config(config, dtype=weights["dtype"], **attention, **code)
             model, found = auto_class.from_pretrained(
                 self.model_name_or_path,
                 output_loading_info=True,
                 config=config,
                 device_map=self._placement(),
-                attn_implementation=self.attn_implementation,
+                **attention,
                 **weights,
                 **self.hub_kwargs,
                 **kwargs,
@@ -223,7 +230,7 @@ class ModelArguments:
         return {"dtype": dtype, "quantization_config": self._quantization(dtype)}
 
     def _quantization(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-        if not (self.load_in_4bit or self.load_in_8bit):
+        if only_shapes() or not (self.load_in_4bit or self.load_in_8bit):  # a plan counts the bits itself
             return None
         return BitsAndBytesConfig(
             load_in_4bit=self.load_in_4bit,

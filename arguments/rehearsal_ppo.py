@@ -3,49 +3,26 @@
 import math
 
 import torch
-from peft import PeftConfig, TaskType
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from transformers import DynamicCache
 
-from arguments.base import adapter_config, is_base
 from arguments.loss import logits_at
-from arguments.rehearsal import Load, Rehearsal, adapted, base_model, evaluates, longest
-from arguments.roles import ActorCritic, collate, disable_dropout, full_precision_head, score_head
+from arguments.rehearsal import Load, Rehearsal, evaluates, longest
+from arguments.roles import build_actor_critic, collate
 from arguments.shapes import Footprint
 
 
-def actor_critic(model_args, adapter_args, reward_args, critic: str) -> nn.Module:
-    """What roles.build_actor_critic makes; a reward model loaded beside the policy is its attribute `beside`."""
-    adapter, name = reward_args.find_adapter(), reward_args.reward_model_name_or_path
-    shared = bool(adapter) and adapter_args.use_peft and is_base(adapter, model_args.model_name_or_path)
-    policy = base_model(model_args, AutoModelForCausalLM)
-    full_precision_head(policy, frozen=adapter_args.use_peft)
-    size = policy.get_output_embeddings().weight.shape[1]  # OPT-350m's states are wider inside
-    policy = adapted(policy, adapter_args, TaskType.CAUSAL_LM)
-    if shared:
-        policy.add_adapter("reward", PeftConfig.from_pretrained(adapter, inference_mode=True))
-    if adapter_args.use_peft and critic == "adapter":
-        policy.add_adapter("value", adapter_args.peft_config(TaskType.CAUSAL_LM))
-    disable_dropout(policy)
-    reward_head = score_head(size, None) if shared else None
-    model = ActorCritic(policy, score_head(size, None), reward_head, adapter_args.use_peft, critic)
-    if name and not shared:
-        source = adapter_config(adapter).base_model_name_or_path if adapter else name
-        of_reward = type(model_args)(model_name_or_path=source, dtype=model_args.dtype)
-        model.beside = base_model(of_reward, AutoModelForSequenceClassification, num_labels=1).requires_grad_(False)
-    return model
-
-
-def rehearse_ppo(model_args, adapter_args, args, train, held_out, length: int, reward_args, load: Load) -> Rehearsal:
-    """Stage 4: sampling with a KV cache, scoring, and an update of one micro-batch; answers of `length` tokens."""
+def rehearse_ppo(model_args, adapter_args, args, train, held_out, data_args, reward_args, load: Load) -> Rehearsal:
+    """Stage 4: sampling with a KV cache, scoring, and an update of one micro-batch; answers of the full length."""
 
     def build():
-        return actor_critic(model_args, adapter_args, reward_args, args.critic)
+        model, reward_model = build_actor_critic(model_args, adapter_args, data_args, reward_args, args.critic)
+        model.beside = reward_model  # to be counted, too
+        return model
 
     found = Rehearsal(build, model_args, args, load, accumulates=True)
     found.model.autocast = found.accelerator.autocast
     found.footprint.now["adapters"] += sum(p.nbytes for p in found.trained)  # the last good policy, for the guards
-    answer = math.ceil(load.share * length)
+    answer = math.ceil(load.share * data_args.max_target_length)
     sampled = min(8 * load.rows, max(args.batch_size, len(held_out) if evaluates(args) else 0))
     prompts = [row["input_ids"] for row in longest(train, load, sampled)]
     found.phase("sample", lambda: sample(found, (len(prompts), len(prompts[0])), answer), grad=False)
@@ -99,8 +76,8 @@ def score(found: Rehearsal, batch: dict) -> None:
     """Log-probabilities under policy (with entropies) and reference, then hidden states for reward and value."""
     for role in ("policy", "reference"):
         found.model.token_logp(role, batch, found.args.temperature)
-    if hasattr(found.model, "beside"):
-        found.model.beside(input_ids=batch["ids"])
+    if found.model.beside is not None:  # a RewardModel, which makes its ids of text
+        found.model.beside.model(input_ids=batch["ids"])
     found.model.hidden(found.model.frozen_role, batch["ids"])
 
 

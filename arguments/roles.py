@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from arguments.adapter import cast_trained
+from arguments.adapter import cast_trained, with_saved_adapter
 from arguments.base import adapter_config, check_base, is_base
 from arguments.command_line import UserError
 from arguments.loss import logits_at
@@ -217,7 +217,10 @@ def full_precision_head(model, frozen: bool) -> None:
 def build_actor_critic(
     model_args, adapter_args, data_args, reward_args, critic: str
 ) -> tuple[ActorCritic, RewardModel | None]:
-    """Load the base once and put the roles on it; a reward model that cannot share it is loaded beside it."""
+    """Load the base once and put the roles on it; a reward model that cannot share it is loaded beside it.
+
+    --plan builds the same without weights.
+    """
     if model_args.device_map:  # Trainer does not see it inside ActorCritic, and would move all parts to one GPU
         logger.warning(f"--device_map {model_args.device_map} has no effect in RL: a GPU holds all roles")
         model_args.device_map = None
@@ -240,9 +243,9 @@ def build_actor_critic(
     policy = adapter_args.apply(policy, TaskType.CAUSAL_LM)
     head_state = None
     if shared:
-        policy.load_adapter(adapter, "reward", is_trainable=False)
+        with_saved_adapter(policy, adapter, "reward", trainable=False)
         if critic == "adapter":
-            policy.load_adapter(adapter, VALUE, is_trainable=True)
+            with_saved_adapter(policy, adapter, VALUE, trainable=True)
         head_state = adapter_head(adapter)
     elif adapter_args.use_peft and critic == "adapter":
         policy.add_adapter(VALUE, adapter_args.peft_config(TaskType.CAUSAL_LM))
