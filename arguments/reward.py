@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from loguru import logger
 from peft import TaskType, load_peft_weights
 from torch import nn
@@ -69,7 +70,7 @@ class RewardSourceArguments:
         """The reward model with its own weights, tokenizer and template; for --plan without its weights.
 
         Raises:
-            UserError: when there is none, or its score head holds no trained weights.
+            UserError: when there is none, it has no head of one label, or that head holds no trained weights.
         """
         path, adapter = self.reward_model_name_or_path, self.find_adapter()
         source = adapter_config(adapter).base_model_name_or_path if adapter else path
@@ -91,7 +92,10 @@ class RewardSourceArguments:
                 missing = loading["missing_keys"]
             tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"--reward_model_name_or_path {path}: {first_line(error)}") from error
+            no_name = isinstance(error.__cause__, HFValidationError)
+            why = "no such folder, and no name of a model on the hub" if no_name else first_line(error)
+            base = f" is an adapter on {source}" if adapter else ""
+            raise UserError(f"--reward_model_name_or_path {path}{base}: {why}") from error
         if missing and not adapter:
             missing = ", ".join(sorted(missing))
             raise UserError(
@@ -106,10 +110,15 @@ class RewardSourceArguments:
         return RewardModel(model, tokenizer, lengths)
 
     def _check_head(self, config) -> None:
-        """See that a whole model scores: its config names a classifier."""
+        """See that a whole model scores: its config names a classifier of one label."""
         path, kinds = self.reward_model_name_or_path, config.architectures or []
         if not any("SequenceClassification" in name for name in kinds):
             raise UserError(f"--reward_model_name_or_path {path} is a {kinds}, which has no score head")
+        if config.num_labels != 1:
+            raise UserError(
+                f"--reward_model_name_or_path {path} tells {config.num_labels} labels apart (id2label in its "
+                "config.json), expected one label: a score"
+            )
 
     def weights(self) -> dict[str, float]:
         """Weight of each source by name: model, then the functions; 1 each unless --reward_weights says otherwise."""
