@@ -7,19 +7,27 @@ from transformers import DynamicCache
 
 from arguments.loss import logits_at
 from arguments.rehearsal import Load, Rehearsal, evaluates, longest
-from arguments.roles import build_actor_critic, collate
+from arguments.roles import ActorCritic, build_actor_critic, collate
 from arguments.shapes import Footprint
+
+
+class PPORehearsal(Rehearsal):
+    """A Rehearsal of all roles; a reward model that shares no base is `model.beside`, in the dtype it is loaded in."""
+
+    def with_casts(self, built: tuple) -> ActorCritic:
+        model, reward_model = built
+        model = super().with_casts(model)
+        model.beside = reward_model
+        return model
 
 
 def rehearse_ppo(model_args, adapter_args, args, train, held_out, data_args, reward_args, load: Load) -> Rehearsal:
     """Stage 4: sampling with a KV cache, scoring, and an update of one micro-batch; answers of the full length."""
 
     def build():
-        model, reward_model = build_actor_critic(model_args, adapter_args, data_args, reward_args, args.critic)
-        model.beside = reward_model  # to be counted, too
-        return model
+        return build_actor_critic(model_args, adapter_args, data_args, reward_args, args.critic)
 
-    found = Rehearsal(build, model_args, args, load, accumulates=True)
+    found = PPORehearsal(build, model_args, args, load, accumulates=True)
     found.model.autocast = found.accelerator.autocast
     found.footprint.now["adapters"] += sum(p.nbytes for p in found.trained)  # the last good policy, for the guards
     answer = math.ceil(load.share * data_args.max_target_length)
@@ -76,8 +84,9 @@ def score(found: Rehearsal, batch: dict) -> None:
     """Log-probabilities under policy (with entropies) and reference, then hidden states for reward and value."""
     for role in ("policy", "reference"):
         found.model.token_logp(role, batch, found.args.temperature)
-    if found.model.beside is not None:  # a RewardModel, which makes its ids of text
-        found.model.beside.model(input_ids=batch["ids"])
+    if (beside := found.model.beside) is not None:  # it makes ids of text, no more than it knows positions
+        most = getattr(beside.model.config.get_text_config(), "max_position_embeddings", None)
+        beside.model(input_ids=batch["ids"][:, :most])
     found.model.hidden(found.model.frozen_role, batch["ids"])
 
 

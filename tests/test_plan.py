@@ -129,6 +129,18 @@ def test_a_plan_holds_a_reward_model_beside_the_policy(tiny, records, tmp_path):
     assert bert - alone == extra and adapter > alone  # an adapter on another base than the policy's
 
 
+def test_a_reward_model_beside_the_policy_keeps_its_dtype(tiny, tmp_path):
+    """Training in bf16 narrows the policy's frozen weights alone; rows are longer than this reward model knows."""
+    bert, rows = save_tiny_bert(tmp_path / "bert"), Dataset.from_list([{"input_ids": ROW}] * 8)
+    args = PPOArguments(output_dir=str(tmp_path), precision="bf16", use_cpu=True, report_to="none", batch_size=4)
+    groups = ModelArguments(tiny("llama"), dtype="float32"), AdapterArguments(), args, rows, rows, LengthArguments()
+    sources = {"reward_model_name_or_path": bert}, {"reward_functions": f"{__file__}:nothing"}
+    beside, alone = (rehearse_ppo(*groups, RewardSourceArguments(**source), Load(2)) for source in sources)
+    extra = sum(tensor.nbytes for tensor in load_file(Path(bert) / "model.safetensors").values())
+    held = [found.phases["update"]["weights"] for found in (beside, alone)]
+    assert 0 <= held[0] - held[1] - extra < 4096  # its buffers
+
+
 def test_a_footprint_counts_what_is_alive():
     footprint = Footprint(vocabulary=7)
     with footprint.phase() as found:
