@@ -30,7 +30,6 @@ from datasets import Dataset
 from loguru import logger
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -53,7 +52,7 @@ from arguments.atomic import append_lines
 from arguments.command_line import expect
 from arguments.plan import plan_ppo
 from arguments.reward_functions import function_scores, recorders
-from arguments.roles import at_columns, build_actor_critic, last_token
+from arguments.roles import at_columns, build_actor_critic, collate, last_token
 from arguments.rollout_server import RolloutServer, sampler_difference
 from arguments.sampling import sample_answers, uniforms
 
@@ -267,28 +266,6 @@ def prompt_order(prompts: int, per_rollout: int, rollouts: int, repeats: int, se
     return [index for chunk in chunks for _ in range(repeats) for index in chunk]
 
 
-def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.Tensor]:
-    """A batch of answers. ids [batch, time]: prompt and answer, right-padded; the rest is [batch, answer].
-
-    answer_mask marks real tokens, tokens are their ids, columns the positions whose logits predict them; every tensor
-    that the answers carry, one number a token, is padded with 0.
-    """
-
-    def stacked(rows, value=0):
-        return pad_sequence(rows, batch_first=True, padding_value=value)
-
-    rows = [torch.tensor(answer["prompt"] + answer["ids"]) for answer in answers]
-    tokens = [torch.tensor(answer["ids"]) for answer in answers]
-    before = torch.tensor([[len(answer["prompt"]) - 1] for answer in answers])
-    batch = {"ids": stacked(rows, pad_token_id), "tokens": stacked(tokens)}
-    batch["answer_mask"] = stacked([torch.ones(len(ids)) for ids in tokens])
-    columns = before + torch.arange(batch["tokens"].shape[1])
-    batch["columns"] = columns.clamp(max=batch["ids"].shape[1] - 2)
-    carried = [name for name, value in answers[0].items() if torch.is_tensor(value)]
-    batch |= {name: stacked([answer[name] for answer in answers]) for name in carried}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 def assistant_turn(answer: dict) -> list[dict]:
     return [{"role": "assistant", "content": answer["text"]}]
 
@@ -303,12 +280,12 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
 
     def __init__(self, *args, data_args, reward_args, guard_args, reward_model=None, server=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.server: RolloutServer | None = server
+        self.model.autocast = self.accelerator.autocast
         if self.args.do_eval and len(self.eval_dataset) < self.args.world_size:
             raise UserError(
                 f"{len(self.eval_dataset)} held-out prompts for {self.args.world_size} processes: add some"
             )
-        self.data_args, self.guards = data_args, guard_args
+        self.data_args, self.guards, self.server = data_args, guard_args, server
         self.reward_model = reward_model and reward_model.to(self.args.device)
         self.reward_functions, self.reward_weights = reward_args.functions, reward_args.weights()
         self.kl_coef, self.score_scale, self.history = self.args.init_kl_coef, 0.0, []  # a scale of 0 is not known yet
@@ -378,31 +355,13 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             yield chosen, collate(chosen, self.processing_class.pad_token_id, self.args.device)
 
     def token_logp(self, role: str, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies [batch, answer] of the answers' tokens; entropies of samples only."""
-        mask = batch["answer_mask"].bool()
-        rows, columns, tokens = mask.nonzero()[:, 0], batch["columns"][mask], batch["tokens"][mask]
-        with self.accelerator.autocast():
-            logits = self.model.logits(role, batch["ids"], rows, columns) / self.args.temperature
-        log_partition = logits.logsumexp(-1)
-        nothing = torch.zeros_like(batch["answer_mask"])
-        logp = nothing.masked_scatter(mask, logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - log_partition)
-        if torch.is_grad_enabled() or role != "policy":
-            return logp, nothing
-        entropy = log_partition - (logits.softmax(-1) * logits).sum(-1)
-        return logp, nothing.masked_scatter(mask, entropy)
+        return self.model.token_logp(role, batch, self.args.temperature)
 
     def hidden(self, role: str, batch: dict) -> torch.Tensor:
-        """Hidden states [batch, time, size] of a role, in float32."""
-        with self.accelerator.autocast():
-            return self.model.hidden(role, batch["ids"])
+        return self.model.hidden(role, batch["ids"])
 
     def token_values(self, batch: dict) -> torch.Tensor:
-        """Values [batch, answer] of the states before each token."""
-        if self.model.trains_critic_body:
-            states = at_columns(self.hidden("value", batch), batch["columns"])
-        else:
-            states = batch["states"]
-        return self.model.value_head(states).squeeze(-1) * batch["answer_mask"]
+        return self.model.token_values(batch)
 
     def model_scores(self, batch: dict, frozen, answers: list[dict], rows: list[dict]) -> list[float] | None:
         """The reward model's scores, if there is one; `frozen` [batch, time, size] are the reward adapter's states."""
@@ -700,7 +659,7 @@ def main():
         return data_args.show(train_dataset, tokenizer)
     if training_args.plan:
         groups = model_args, adapter_args, training_args
-        return plan_ppo(*groups, train_dataset, eval_dataset, data_args.max_target_length, reward_args)
+        return plan_ppo(*groups, train_dataset, eval_dataset, data_args, reward_args)
 
     url, folder = training_args.vllm_server, Path(training_args.output_dir) / "vllm"
     server = RolloutServer(url, folder) if url else None

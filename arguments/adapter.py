@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import deepspeed_config
 from arguments.base import adapter_config, adapter_folder, check_base
 from arguments.command_line import UserError, expect
 from arguments.model import count_parameters
+from arguments.shapes import only_shapes
 
 
 @dataclass
@@ -82,7 +83,7 @@ class AdapterArguments:
             check_base(Path(self.adapter_path), model.config._name_or_path, self.force)
             self._check_task(task_type)
             try:
-                model = PeftModel.from_pretrained(model, self.adapter_path, is_trainable=True)
+                model = with_saved_adapter(model, Path(self.adapter_path), "default", trainable=True)
             except (ValueError, OSError, RuntimeError, SafetensorError) as error:
                 raise UserError(f"--peft_path {self.peft_path} is not an adapter for this model: {error}") from error
         else:
@@ -116,6 +117,21 @@ class AdapterArguments:
         folder = adapter_folder(self.peft_path)
         if folder and (found := adapter_config(folder).task_type) not in (None, wanted):
             raise UserError(f"--peft_path {self.peft_path} is a {found} adapter, and this stage trains {wanted.value}")
+
+
+def with_saved_adapter(model: nn.Module, folder: Path, name: str, trainable: bool) -> PeftModel:
+    """`model` with the adapter of a folder under `name`, beside those it has; for --plan, one of the same shapes."""
+    if only_shapes():
+        config = adapter_config(folder)
+        config.inference_mode = not trainable
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, config, name)
+        model.add_adapter(name, config)
+    elif isinstance(model, PeftModel):
+        model.load_adapter(folder, name, is_trainable=trainable)
+    else:
+        model = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
+    return model
 
 
 class QuickDropout(nn.Dropout):

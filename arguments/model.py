@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from arguments.attention import attend_in_blocks
 from arguments.command_line import UserError, first_line
-from arguments.precision import native_bf16
+from arguments.shapes import only_shapes
 
 # For base models without a chat template. A turn ends with eos, so that the model learns to stop.
 PLAIN_CHAT_TEMPLATE = (
@@ -142,6 +142,9 @@ class ModelArguments:
         """Resolve --dtype auto: float32 for trained weights, what the products of `precision` take for frozen ones."""
         if self.dtype in (None, "auto"):
             self.dtype = "float32" if trains_all else PRODUCTS[precision]
+        if self.dtype == "float16" and not torch.cuda.is_available():
+            logger.warning("float16 weights need a GPU: using float32")
+            self.dtype = "float32"
 
     def load_tokenizer(self):
         """The tokenizer, with a chat template and, if its vocabulary has one, a pad token other than eos."""
@@ -167,6 +170,8 @@ class ModelArguments:
     def load_model(self, auto_class, **kwargs):
         """`auto_class.from_pretrained` of the base model, in the dtype and quantisation asked for.
 
+        For --plan the model as its config describes it.
+
         Raises:
             UserError: when it cannot be loaded, or would answer by random weights: a reward model has no output layer.
         """
@@ -181,13 +186,17 @@ class ModelArguments:
             )
         weights = self.weights_in_memory()
         attend_in_blocks()
+        attention = {"attn_implementation": self.attn_implementation}
         try:
+            if only_shapes():
+                code = {"trust_remote_code": self.trust_remote_code}
+                return auto_class.from_config(config, dtype=weights["dtype"], **attention, **code)
             model, found = auto_class.from_pretrained(
                 self.model_name_or_path,
                 output_loading_info=True,
                 config=config,
                 device_map=self._placement(),
-                attn_implementation=self.attn_implementation,
+                **attention,
                 **weights,
                 **self.hub_kwargs,
                 **kwargs,
@@ -223,14 +232,8 @@ class ModelArguments:
         return self.device_map if torch.cuda.is_available() else None
 
     def torch_dtype(self) -> torch.dtype:
-        """Dtype of the frozen weights in memory."""
-        if self.dtype == "float16" and not torch.cuda.is_available():
-            logger.warning("float16 weights need a GPU: using float32")
-        elif self.dtype not in (None, "auto"):
-            return getattr(torch, self.dtype)
-        if not torch.cuda.is_available():
-            return torch.float32
-        return torch.bfloat16 if native_bf16(gpu=True) else torch.float16
+        """Dtype of the frozen weights in memory, once resolve_dtype has chosen it."""
+        return getattr(torch, self.dtype)
 
     def weights_in_memory(self) -> dict:
         """Arguments of from_pretrained for the dtype and quantisation of frozen weights."""
@@ -238,7 +241,7 @@ class ModelArguments:
         return {"dtype": dtype, "quantization_config": self._quantization(dtype)}
 
     def _quantization(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-        if not (self.load_in_4bit or self.load_in_8bit):
+        if only_shapes() or not (self.load_in_4bit or self.load_in_8bit):  # a plan counts the bits itself
             return None
         return BitsAndBytesConfig(
             load_in_4bit=self.load_in_4bit,

@@ -50,9 +50,9 @@ def plan_pairs(model_args, adapter_args, args, train: Dataset, held_out: Dataset
     show(model_args, adapter_args, args, train, rehearse)
 
 
-def plan_ppo(model_args, adapter_args, args, train: Dataset, held_out: Dataset, length: int, reward_args) -> None:
-    """Print the plan of stage 4, with answers of `length` tokens."""
-    rehearse = partial(rehearse_ppo, model_args, adapter_args, args, train, held_out, length, reward_args)
+def plan_ppo(model_args, adapter_args, args, train: Dataset, held_out: Dataset, data_args, reward_args) -> None:
+    """Print the plan of stage 4, with answers as long as they may be."""
+    rehearse = partial(rehearse_ppo, model_args, adapter_args, args, train, held_out, data_args, reward_args)
     show(model_args, adapter_args, args, train, rehearse, "micro_batch_size")
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
-from arguments.adapter import cast_trained
 from arguments.base import weight_files
 from arguments.loss import TokenLoss
 from arguments.pairs import collate_pairs, may_share, score_pairs, shared_tokens, with_length
@@ -98,26 +97,6 @@ class Rehearsal(TokenLoss):
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
-def base_model(model_args, auto_class, **settings) -> nn.Module:
-    """The base model as its config describes it, in the dtype that the flags load it in."""
-    config = model_args.load_config()
-    for name, value in settings.items():
-        setattr(config, name, value)
-    return auto_class.from_config(
-        config, dtype=model_args.torch_dtype(), trust_remote_code=model_args.trust_remote_code
-    )
-
-
-def adapted(model, adapter_args, task_type: TaskType) -> nn.Module:
-    """AdapterArguments.apply, but an adapter to continue is built from its config: its weights are not read."""
-    if not adapter_args.peft_path:
-        return adapter_args.apply(model, task_type)
-    config = PeftConfig.from_pretrained(adapter_args.adapter_path, inference_mode=False)
-    model = get_peft_model(model, config)
-    cast_trained(model)
-    return model
-
-
 def longest(dataset: Dataset, load: Load, rows: int | None = None) -> list[dict]:
     """The longest rows of a data set, as many as are in memory at once, their lists cut to the share to keep."""
     if not isinstance(dataset, Dataset):  # streamed, in blocks of one length
@@ -137,7 +116,7 @@ def rehearse_tokens(model_args, adapter_args, args, train, held_out, collate, lo
     """Stages 1 and 2: TokenLoss over the longest batch; held-out rows without gradients."""
 
     def build():
-        return adapted(base_model(model_args, AutoModelForCausalLM), adapter_args, TaskType.CAUSAL_LM)
+        return adapter_args.apply(model_args.load_model(AutoModelForCausalLM), TaskType.CAUSAL_LM)
 
     found = Rehearsal(build, model_args, args, load, args.gradient_accumulation_steps > 1)
     model = found.accelerator.prepare_model(found.model, device_placement=False, evaluation_mode=True)
@@ -166,9 +145,9 @@ def rehearse_pairs(model_args, adapter_args, args, train, held_out, tokenizer, l
     """Stage 3: trl.RewardTrainer's loss, chosen and rejected answers in one forward pass and, if they may, one row."""
 
     def build():
-        model = base_model(model_args, AutoModelForSequenceClassification, num_labels=1)
+        model = model_args.load_model(AutoModelForSequenceClassification, num_labels=1)
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        return adapted(model, adapter_args, TaskType.SEQ_CLS)
+        return adapter_args.apply(model, TaskType.SEQ_CLS)
 
     found = Rehearsal(build, model_args, args, load, args.gradient_accumulation_steps > 1)
     inner = found.model.get_base_model() if isinstance(found.model, PeftModel) else found.model

@@ -3,54 +3,42 @@
 import math
 
 import torch
-from peft import PeftConfig, TaskType
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from transformers import DynamicCache
 
-from arguments.base import adapter_config, is_base
 from arguments.loss import logits_at
-from arguments.rehearsal import Load, Rehearsal, adapted, base_model, evaluates, longest
-from arguments.roles import ActorCritic, at_columns, disable_dropout, full_precision_head, score_head
+from arguments.rehearsal import Load, Rehearsal, evaluates, longest
+from arguments.roles import ActorCritic, build_actor_critic, collate
 from arguments.shapes import Footprint
 
 
-def actor_critic(model_args, adapter_args, reward_args, critic: str) -> nn.Module:
-    """What roles.build_actor_critic makes; a reward model loaded beside the policy is its attribute `beside`."""
-    adapter, name = reward_args.find_adapter(), reward_args.reward_model_name_or_path
-    shared = bool(adapter) and adapter_args.use_peft and is_base(adapter, model_args.model_name_or_path)
-    policy = base_model(model_args, AutoModelForCausalLM)
-    full_precision_head(policy, frozen=adapter_args.use_peft)
-    size = policy.get_output_embeddings().weight.shape[1]  # OPT-350m's states are wider inside
-    policy = adapted(policy, adapter_args, TaskType.CAUSAL_LM)
-    if shared:
-        policy.add_adapter("reward", PeftConfig.from_pretrained(adapter, inference_mode=True))
-    if adapter_args.use_peft and critic == "adapter":
-        policy.add_adapter("value", adapter_args.peft_config(TaskType.CAUSAL_LM))
-    disable_dropout(policy)
-    reward_head = score_head(size, None) if shared else None
-    model = ActorCritic(policy, score_head(size, None), reward_head, adapter_args.use_peft, critic)
-    if name and not shared:
-        source = adapter_config(adapter).base_model_name_or_path if adapter else name
-        of_reward = type(model_args)(model_name_or_path=source, dtype=model_args.dtype)
-        model.beside = base_model(of_reward, AutoModelForSequenceClassification, num_labels=1).requires_grad_(False)
-    return model
+class PPORehearsal(Rehearsal):
+    """A Rehearsal of all roles; a reward model that shares no base is `model.beside`, in the dtype it is loaded in."""
+
+    def with_casts(self, built: tuple) -> ActorCritic:
+        model, reward_model = built
+        model = super().with_casts(model)
+        model.beside = reward_model
+        return model
 
 
-def rehearse_ppo(model_args, adapter_args, args, train, held_out, length: int, reward_args, load: Load) -> Rehearsal:
-    """Stage 4: sampling with a KV cache, scoring, and an update of one micro-batch; answers of `length` tokens."""
+def rehearse_ppo(model_args, adapter_args, args, train, held_out, data_args, reward_args, load: Load) -> Rehearsal:
+    """Stage 4: sampling with a KV cache, scoring, and an update of one micro-batch; answers of the full length."""
 
     def build():
-        return actor_critic(model_args, adapter_args, reward_args, args.critic)
+        return build_actor_critic(model_args, adapter_args, data_args, reward_args, args.critic)
 
-    found = Rehearsal(build, model_args, args, load, accumulates=True)
+    found = PPORehearsal(build, model_args, args, load, accumulates=True)
+    found.model.autocast = found.accelerator.autocast
     found.footprint.now["adapters"] += sum(p.nbytes for p in found.trained)  # the last good policy, for the guards
-    answer = math.ceil(load.share * length)
+    answer = math.ceil(load.share * data_args.max_target_length)
     sampled = min(8 * load.rows, max(args.batch_size, len(held_out) if evaluates(args) else 0))
     prompts = [row["input_ids"] for row in longest(train, load, sampled)]
     found.phase("sample", lambda: sample(found, (len(prompts), len(prompts[0])), answer), grad=False)
-    batch = min(load.rows, args.batch_size), len(prompts[0]), answer
-    found.phase("score", lambda: score(found, *batch), grad=False)
-    found.phase("update", lambda: update(found, *batch))
+    answers = [{"prompt": prompts[0], "ids": [1] * answer}] * min(load.rows, args.batch_size)
+    batch = collate(answers, 0, found.device)
+    batch["states"] = torch.zeros(*batch["tokens"].shape, found.model.value_head.in_features, device=found.device)
+    found.phase("score", lambda: score(found, batch), grad=False)
+    found.phase("update", lambda: update(found, batch))
     return found
 
 
@@ -92,42 +80,18 @@ def sample(found: Rehearsal, shape: tuple[int, int], answer: int) -> None:
             logits.float().softmax(-1).double().cumsum(-1)  # the choice of a token
 
 
-def answer_logits(found: Rehearsal, role: str, rows: int, prompt: int, answer: int) -> torch.Tensor:
-    """Logits [rows * answer, vocabulary] of all answer tokens, as PPO's token_logp asks for them."""
-    at = torch.arange(rows, device=found.device).repeat_interleave(answer)
-    columns = torch.arange(prompt - 1, prompt + answer - 1, device=found.device).repeat(rows)
-    with found.accelerator.autocast():
-        logits = found.model.logits(role, tokens(found, rows, prompt + answer), at, columns) / found.args.temperature
-    return logits
-
-
-def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    chosen = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
-    return logits.gather(1, chosen).squeeze(1) - logits.logsumexp(-1)
-
-
-def score(found: Rehearsal, rows: int, prompt: int, answer: int) -> None:
+def score(found: Rehearsal, batch: dict) -> None:
     """Log-probabilities under policy (with entropies) and reference, then hidden states for reward and value."""
     for role in ("policy", "reference"):
-        logits = answer_logits(found, role, rows, prompt, answer)
-        log_probabilities(logits)
-        if role == "policy":
-            (logits.softmax(-1) * logits).sum(-1)
-        del logits
-    ids = tokens(found, rows, prompt + answer)
-    if hasattr(found.model, "beside"):
-        found.model.beside(input_ids=ids)
-    with found.accelerator.autocast():
-        found.model.hidden(found.model.frozen_role, ids)
+        found.model.token_logp(role, batch, found.args.temperature)
+    if (beside := found.model.beside) is not None:  # it makes ids of text, no more than it knows positions
+        most = getattr(beside.model.config.get_text_config(), "max_position_embeddings", None)
+        beside.model(input_ids=batch["ids"][:, :most])
+    found.model.hidden(found.model.frozen_role, batch["ids"])
 
 
-def update(found: Rehearsal, rows: int, prompt: int, answer: int) -> None:
+def update(found: Rehearsal, batch: dict) -> None:
     """Forward and backward of the policy, then of the value function."""
-    log_probabilities(answer_logits(found, "policy", rows, prompt, answer)).exp().sum().backward()
-    columns = torch.arange(prompt - 1, prompt + answer - 1, device=found.device).repeat(rows, 1)
-    if found.model.trains_critic_body:
-        with found.accelerator.autocast():
-            states = at_columns(found.model.hidden("value", tokens(found, rows, prompt + answer)), columns)
-    else:
-        states = torch.zeros(rows, answer, found.model.value_head.in_features, device=found.device)
-    found.model.value_head(states).square().sum().backward()
+    logp, _ = found.model.token_logp("policy", batch, found.args.temperature)
+    logp.exp().sum().backward()
+    found.model.token_values(batch).square().sum().backward()

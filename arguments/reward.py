@@ -5,16 +5,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from loguru import logger
-from peft import PeftModel, TaskType, load_peft_weights
+from peft import TaskType, load_peft_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from arguments.adapter import with_saved_adapter
 from arguments.base import adapter_config, adapter_folder
 from arguments.command_line import UserError, first_line
 from arguments.encoding import LengthArguments
 from arguments.model import ModelArguments, keep_unpacked, pad_candidate
 from arguments.reward_functions import load_functions
+from arguments.shapes import only_shapes
 
 RESERVED = ("std", "length")  # reward_std and reward_length are figures of all sources together
 HEADS = ("score", "classifier")  # what transformers calls the layer that gives the score
@@ -73,10 +76,10 @@ class RewardSourceArguments:
             raise UserError(f"--output_dir {output_dir} is the folder of the reward model: name another one")
 
     def load_model(self, lengths: LengthArguments, model_args: ModelArguments) -> "RewardModel":
-        """The reward model with its own weights, tokenizer and template.
+        """The reward model with its own weights, tokenizer and template; for --plan without its weights.
 
         Raises:
-            UserError: when there is none, or its score head holds no trained weights.
+            UserError: when there is none, it has no head of one label, or that head holds no trained weights.
         """
         path, adapter = self.reward_model_name_or_path, self.find_adapter()
         source = adapter_config(adapter).base_model_name_or_path if adapter else path
@@ -84,17 +87,26 @@ class RewardSourceArguments:
         if weights["quantization_config"]:
             weights["quantization_config"].llm_int8_skip_modules = list(HEADS)
         try:
-            architectures = AutoConfig.from_pretrained(source, **kwargs).architectures or []
-            if not adapter and not any("SequenceClassification" in name for name in architectures):
-                raise UserError(f"--reward_model_name_or_path {path} is a {architectures}, which has no score head")
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=1, output_loading_info=True, **weights, **kwargs
-            )
+            config = AutoConfig.from_pretrained(source, **kwargs)
+            if not adapter:
+                self._check_head(config)
+            config.num_labels, missing = 1, []
+            if only_shapes():
+                code = {"trust_remote_code": model_args.trust_remote_code}
+                model = AutoModelForSequenceClassification.from_config(config, dtype=weights["dtype"], **code)
+            else:
+                model, loading = AutoModelForSequenceClassification.from_pretrained(
+                    source, config=config, output_loading_info=True, **weights, **kwargs
+                )
+                missing = loading["missing_keys"]
             tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"--reward_model_name_or_path {path}: {first_line(error)}") from error
-        if not adapter and loading["missing_keys"]:
-            missing = ", ".join(sorted(loading["missing_keys"]))
+            no_name = isinstance(error.__cause__, HFValidationError)
+            why = "no such folder, and no name of a model on the hub" if no_name else first_line(error)
+            base = f" is an adapter on {source}" if adapter else ""
+            raise UserError(f"--reward_model_name_or_path {path}{base}: {why}") from error
+        if missing and not adapter:
+            missing = ", ".join(sorted(missing))
             raise UserError(
                 f"--reward_model_name_or_path {path} lacks the weights of {missing}: nobody trained that score head, "
                 "its rewards would be random"
@@ -103,8 +115,19 @@ class RewardSourceArguments:
         pad_alike(model.config.get_text_config(), tokenizer, first="tokenizer" if adapter else "config")
         if adapter:
             adapter_head(adapter)
-            model = PeftModel.from_pretrained(model, adapter)
+            model = with_saved_adapter(model, adapter, "default", trainable=False)
         return RewardModel(model, tokenizer, lengths)
+
+    def _check_head(self, config) -> None:
+        """See that a whole model scores: its config names a classifier of one label."""
+        path, kinds = self.reward_model_name_or_path, config.architectures or []
+        if not any("SequenceClassification" in name for name in kinds):
+            raise UserError(f"--reward_model_name_or_path {path} is a {kinds}, which has no score head")
+        if config.num_labels != 1:
+            raise UserError(
+                f"--reward_model_name_or_path {path} tells {config.num_labels} labels apart (id2label in its "
+                "config.json), expected one label: a score"
+            )
 
     def weights(self) -> dict[str, float]:
         """Weight of each source by name: model, then the functions; 1 each unless --reward_weights says otherwise."""
@@ -130,11 +153,13 @@ class RewardSourceArguments:
 
 
 def adapter_head(adapter: Path) -> dict[str, torch.Tensor]:
-    """The trained score head of a reward adapter, by the names of its parameters.
+    """The trained score head of a reward adapter, by the names of its parameters; {} for --plan.
 
     Raises:
         UserError: when the adapter was saved without one.
     """
+    if only_shapes():
+        return {}
     tensors = load_peft_weights(str(adapter), device="cpu")
     found = {k.rpartition(".")[2]: v for k, v in tensors.items() if set(HEADS) & set(k.split("."))}
     if not found:

@@ -1,7 +1,7 @@
 """PPO's roles on one base model: policy and reward are adapters, the reference is the base with adapters off."""
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
 
@@ -10,13 +10,16 @@ from loguru import logger
 from peft import TaskType, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from arguments.adapter import cast_trained
+from arguments.adapter import cast_trained, with_saved_adapter
 from arguments.base import adapter_config, check_base, is_base
 from arguments.command_line import UserError
 from arguments.loss import logits_at
 from arguments.reward import RewardModel, adapter_head
+
+VALUE = "value_function"  # its adapter; no layer is called so: peft leaves others' weights in such a layer unsaved
 
 
 def last_token(ids, pad_token_id: int):
@@ -44,6 +47,28 @@ def at_columns(hidden, columns):
     return hidden.gather(1, columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
+def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.Tensor]:
+    """A batch of answers. ids [batch, time]: prompt and answer, right-padded; the rest is [batch, answer].
+
+    answer_mask marks real tokens, tokens are their ids, columns the positions whose logits predict them; every tensor
+    that the answers carry, one number a token, is padded with 0.
+    """
+
+    def stacked(rows, value=0):
+        return pad_sequence(rows, batch_first=True, padding_value=value)
+
+    rows = [torch.tensor(answer["prompt"] + answer["ids"]) for answer in answers]
+    tokens = [torch.tensor(answer["ids"]) for answer in answers]
+    before = torch.tensor([[len(answer["prompt"]) - 1] for answer in answers])
+    batch = {"ids": stacked(rows, pad_token_id), "tokens": stacked(tokens)}
+    batch["answer_mask"] = stacked([torch.ones(len(ids)) for ids in tokens])
+    columns = before + torch.arange(batch["tokens"].shape[1])
+    batch["columns"] = columns.clamp(max=batch["ids"].shape[1] - 2)
+    carried = [name for name, value in answers[0].items() if torch.is_tensor(value)]
+    batch |= {name: stacked([answer[name] for answer in answers]) for name in carried}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 class ActorCritic(nn.Module):
     """The roles of PPO. With LoRA all share one base; without, reference and value are copies of the policy.
 
@@ -54,7 +79,7 @@ class ActorCritic(nn.Module):
     def __init__(self, policy, value_head: nn.Linear, reward_head: nn.Linear | None, lora: bool, critic: str):
         super().__init__()
         self.policy, self.value_head, self.reward_head, self.lora = policy, value_head, reward_head, lora
-        self.config = policy.config
+        self.config, self.autocast = policy.config, nullcontext  # the trainer gives its own
         self.frozen_role = "reward" if reward_head else "reference"
         self.trains_critic_body = critic == "adapter"
         copies = {} if lora else {"reference": copy.deepcopy(policy).requires_grad_(False)}
@@ -84,7 +109,7 @@ class ActorCritic(nn.Module):
                 yield self.policy.get_base_model()
             self.reset_gradients()
         else:
-            self.policy.set_adapter("default" if name == "policy" else name)
+            self.policy.set_adapter({"policy": "default", "value": VALUE}.get(name, name))
             self.reset_gradients()
             yield self.policy.get_base_model()
 
@@ -93,13 +118,35 @@ class ActorCritic(nn.Module):
 
         No attention mask: a causal model sees no padding after a token.
         """
-        with self.role(name) as model, logits_at(model, rows, columns):
+        with self.autocast(), self.role(name) as model, logits_at(model, rows, columns):
             return model(input_ids=ids, use_cache=False).logits.squeeze(0).float()
 
     def hidden(self, name: str, ids):
         """Last hidden states [batch, time, size] of right-padded ids in float32."""
-        with self.role(name) as model:
+        with self.autocast(), self.role(name) as model:
             return model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+
+    def token_logp(self, name: str, batch: dict, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies [batch, answer] of the answers' tokens; entropies of samples only."""
+        mask = batch["answer_mask"].bool()
+        rows, columns, tokens = mask.nonzero()[:, 0], batch["columns"][mask], batch["tokens"][mask]
+        logits = self.logits(name, batch["ids"], rows, columns) / temperature
+        chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)  # first: backward then holds a table less
+        log_partition = logits.logsumexp(-1)
+        nothing = torch.zeros_like(batch["answer_mask"])
+        logp = nothing.masked_scatter(mask, chosen - log_partition)
+        if torch.is_grad_enabled() or name != "policy":
+            return logp, nothing
+        entropy = log_partition - (logits.softmax(-1) * logits).sum(-1)
+        return logp, nothing.masked_scatter(mask, entropy)
+
+    def token_values(self, batch: dict) -> torch.Tensor:
+        """Values [batch, answer] of the states before each token."""
+        if self.trains_critic_body:
+            states = at_columns(self.hidden("value", batch["ids"]), batch["columns"])
+        else:
+            states = batch["states"]
+        return self.value_head(states).squeeze(-1) * batch["answer_mask"]
 
     def critic_parts(self) -> dict[str, dict]:
         """The tensors of the value function, by the name of their file.
@@ -108,7 +155,7 @@ class ActorCritic(nn.Module):
         """
         parts = {"head": self.value_head.state_dict()}
         if self.trains_critic_body and self.lora:
-            parts["model"] = get_peft_model_state_dict(self.policy, adapter_name="value")
+            parts["model"] = get_peft_model_state_dict(self.policy, adapter_name=VALUE)
         elif self.trains_critic_body:
             parts["model"] = {name: weight.detach() for name, weight in self.copies["value"].named_parameters()}
         return parts
@@ -137,7 +184,7 @@ class ActorCritic(nn.Module):
             shards = [load_file(path) for path in sorted(folder.glob("model*.safetensors"))]
             self.policy.load_state_dict({k: v for shard in shards for k, v in shard.items()}, strict=False)
         if self.trains_critic_body and self.lora:
-            set_peft_model_state_dict(self.policy, critic["model"], adapter_name="value")
+            set_peft_model_state_dict(self.policy, critic["model"], adapter_name=VALUE)
         elif self.trains_critic_body:
             self.copies["value"].load_state_dict(critic["model"], strict=False)
 
@@ -146,7 +193,7 @@ class ActorCritic(nn.Module):
         policy, critic = [], []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                of_value = name.startswith(("copies.value.", "value_head.")) or (self.lora and ".value." in name)
+                of_value = name.startswith(("copies.value.", "value_head.")) or VALUE in name.split(".")
                 (critic if of_value else policy).append(parameter)
         return policy, critic
 
@@ -170,7 +217,10 @@ def full_precision_head(model, frozen: bool) -> None:
 def build_actor_critic(
     model_args, adapter_args, data_args, reward_args, critic: str
 ) -> tuple[ActorCritic, RewardModel | None]:
-    """Load the base once and put the roles on it; a reward model that cannot share it is loaded beside it."""
+    """Load the base once and put the roles on it; a reward model that cannot share it is loaded beside it.
+
+    --plan builds the same without weights.
+    """
     if model_args.device_map:  # Trainer does not see it inside ActorCritic, and would move all parts to one GPU
         logger.warning(f"--device_map {model_args.device_map} has no effect in RL: a GPU holds all roles")
         model_args.device_map = None
@@ -193,12 +243,12 @@ def build_actor_critic(
     policy = adapter_args.apply(policy, TaskType.CAUSAL_LM)
     head_state = None
     if shared:
-        policy.load_adapter(adapter, "reward", is_trainable=False)
+        with_saved_adapter(policy, adapter, "reward", trainable=False)
         if critic == "adapter":
-            policy.load_adapter(adapter, "value", is_trainable=True)
+            with_saved_adapter(policy, adapter, VALUE, trainable=True)
         head_state = adapter_head(adapter)
     elif adapter_args.use_peft and critic == "adapter":
-        policy.add_adapter("value", adapter_args.peft_config(TaskType.CAUSAL_LM))
+        policy.add_adapter(VALUE, adapter_args.peft_config(TaskType.CAUSAL_LM))
     disable_dropout(policy)
     reward_head = score_head(hidden_size, head_state) if shared else None
     model = ActorCritic(policy, score_head(hidden_size, None), reward_head, adapter_args.use_peft, critic)

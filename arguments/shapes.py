@@ -38,6 +38,11 @@ def without_storage(build: Callable[[], nn.Module], device: torch.device) -> nn.
     return model
 
 
+def only_shapes() -> bool:
+    """Whether `without_storage` is building a model: then no weights are read."""
+    return torch.get_default_device().type == "meta"
+
+
 class Footprint(TorchDispatchMode):
     """Bytes of all storages that are alive, by role, and what they were when their sum was largest.
 

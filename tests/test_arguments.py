@@ -325,15 +325,6 @@ def test_bf16_as_transformers_has_it(required, monkeypatch, flags, expected):
 
 @needs_no_gpu
 @pytest.mark.parametrize(
-    ("flag", "expected"),
-    [(None, torch.float32), ("auto", torch.float32), ("float16", torch.float32), ("bfloat16", torch.bfloat16)],
-)
-def test_dtype_of_frozen_weights(flag, expected):
-    assert ModelArguments(model_name_or_path="m", dtype=flag).torch_dtype() == expected
-
-
-@needs_no_gpu
-@pytest.mark.parametrize(
     ("flag", "precision", "trains_all", "expected"),
     [
         ("auto", "bf16", False, torch.bfloat16),
@@ -341,6 +332,8 @@ def test_dtype_of_frozen_weights(flag, expected):
         (None, "bf16", True, torch.float32),
         ("float32", "bf16", False, torch.float32),
         ("bfloat16", "fp32", True, torch.bfloat16),
+        ("float16", "fp32", False, torch.float32),  # which needs a GPU
+        ("auto", "fp16", False, torch.float32),
     ],
 )
 def test_frozen_weights_follow_the_precision(flag, precision, trains_all, expected):

@@ -83,8 +83,9 @@ def house(tiny, records, tmp_path_factory):
     in_process(*merge(llama, root / "rm", root / "rm whole")).ok()
     headless = model("whole without head")
     settings = json.loads((headless / "config.json").read_text())
-    architectures = {"architectures": ["LlamaForSequenceClassification"]}
-    (headless / "config.json").write_text(json.dumps(settings | architectures))
+    scores = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    (headless / "config.json").write_text(json.dumps(settings | scores))
+    (model("two labels") / "config.json").write_text(json.dumps(settings | scores | {"num_labels": 2}))
 
     (root / "empty").mkdir()
     (root / "a file").write_text("x")
@@ -227,8 +228,12 @@ ONE_STAGE = {
         (("--model_name_or_path", "{house}/rm whole"), "LlamaForSequenceClassification, which scores"),
         (("--reward_model_name_or_path", ""), "--reward_model_name_or_path is missing"),
         (("--reward_model_name_or_path", "{llama}"), "has no score head"),
+        (("--reward_model_name_or_path", "{llama}", "--plan"), "has no score head"),
+        (("--reward_model_name_or_path", "{house}/two labels"), "expected one label"),
+        (("--reward_model_name_or_path", "{house}/two labels", "--plan"), "expected one label"),
         (("--reward_model_name_or_path", "{house}/adapter"), "not a reward model"),
-        (("--reward_model_name_or_path", "{house}/missing"), "{house}/missing"),
+        (("--reward_model_name_or_path", "{house}/missing"), "--reward_model_name_or_path {house}/missing: no such"),
+        (("--reward_model_name_or_path", "{house}/missing", "--plan"), "path {house}/missing: no such folder"),
         (("--reward_model_name_or_path", "{house}/rm without head"), "holds no score head"),
         (("--reward_model_name_or_path", "{house}/rm without head", "--use_peft", "False"), "holds no score head"),
         (("--reward_model_name_or_path", "{house}/whole without head"), "lacks the weights of score.weight"),

@@ -14,11 +14,14 @@ import pytest
 import torch
 from conftest import ADAPTER, MODEL, ROOT, SCRIPTS, in_process, results, stage
 from datasets import Dataset
+from safetensors.torch import load_file
+from tiny_models import save_tiny_bert
 from transformers import default_data_collator
 
 import arguments.plan
 import arguments.rehearsal
 from arguments import AdapterArguments, ModelArguments, RewardSourceArguments
+from arguments.encoding import LengthArguments
 from arguments.rehearsal import Load, rehearse_pairs, rehearse_tokens
 from arguments.rehearsal_ppo import rehearse_ppo
 from arguments.shapes import Footprint
@@ -57,7 +60,7 @@ def test_a_plan_reads_no_weights(name, unreadable, records, tmp_path):
 
 def rehearsals(model: str, output: Path):
     """Each stage's rehearsal on a small model."""
-    groups = ModelArguments(model), AdapterArguments()
+    groups = ModelArguments(model, dtype="float32"), AdapterArguments()
     flags = {"output_dir": str(output), "precision": "fp32", "report_to": "none", "gradient_accumulation_steps": 2}
     args, load = FinetuningArguments(**flags), Load(2)
     ppo = PPOArguments(output_dir=str(output), precision="fp32", report_to="none", batch_size=4)
@@ -69,7 +72,7 @@ def rehearsals(model: str, output: Path):
     return {
         "tokens": partial(rehearse_tokens, *groups, args, rows, rows, default_data_collator, load),
         "pairs": partial(rehearse_pairs, *groups, reward_args, pairs, pairs, groups[0].load_tokenizer(), 64, load),
-        "ppo": partial(rehearse_ppo, *groups, ppo, rows, rows, 8, reward, load),
+        "ppo": partial(rehearse_ppo, *groups, ppo, rows, rows, LengthArguments(max_target_length=8), reward, load),
     }
 
 
@@ -90,6 +93,52 @@ def test_shapes_take_what_real_tensors_take(name, family, tiny, tmp_path, monkey
     trained = sum(parameter.nbytes for parameter in real.trained)
     assert found["optimizer"] == pytest.approx(2 * trained, rel=0.05)  # two moments, and the numbers of steps
     assert found["gradients"] == trained
+
+
+def test_a_plan_trains_what_the_run_trains(tiny, records, tmp_path):
+    """The critic starts from the reward adapter, of another rank, whose base lies in another folder here."""
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm", "--max_steps", 1, "--lora_rank", 2)).ok()
+    model = shutil.copytree(tiny("llama"), tmp_path / "copy")
+    command = stage("rl", model, records, tmp_path / "rl", REWARD, tmp_path / "rm", "--critic", "adapter")
+    said = in_process(*command, "--plan").ok().stdout
+    in_process(*command).ok()
+    files = [tmp_path / "rl" / name for name in (ADAPTER, "value/model.safetensors", "value/head.safetensors")]
+    trained = sum(tensor.numel() for file in files for tensor in load_file(file).values())
+    assert f"trained {trained:,} " in said
+
+
+def test_a_plan_goes_on_with_an_adapter(tiny, records, tmp_path):
+    """It trains the adapter, of its own rank, and reads no weights of it."""
+    command = stage("sft", tiny("llama"), records, tmp_path / "sft", "--max_steps", 1)
+    in_process(*command, "--lora_rank", 2).ok()
+    (tmp_path / "sft" / ADAPTER).write_bytes(bytes(9))
+    flags = ("--lora_rank", 2), ("--peft_path", tmp_path / "sft")
+    new, old = (in_process(*command, *some, "--plan").ok().stdout for some in flags)
+    assert re.search("parameters.*", new)[0] == re.search("parameters.*", old)[0]
+
+
+def test_a_plan_holds_a_reward_model_beside_the_policy(tiny, records, tmp_path):
+    reward = Path(save_tiny_bert(tmp_path / "bert")) / "model.safetensors"
+    extra = sum(tensor.numel() for tensor in load_file(reward).values())
+    reward.write_bytes(bytes(reward.stat().st_size))
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm", "--max_steps", 1)).ok()
+    sources = ("--reward_functions", f"{__file__}:nothing"), (REWARD, reward.parent), (REWARD, tmp_path / "rm")
+    commands = (stage("rl", tiny("bloom"), records, tmp_path / "rl", *source, "--plan") for source in sources)
+    said = [in_process(*command).ok().stdout for command in commands]
+    alone, bert, adapter = (int(re.search(r"parameters +([\d,]+)", text)[1].replace(",", "")) for text in said)
+    assert bert - alone == extra and adapter > alone  # an adapter on another base than the policy's
+
+
+def test_a_reward_model_beside_the_policy_keeps_its_dtype(tiny, tmp_path):
+    """Training in bf16 narrows the policy's frozen weights alone; rows are longer than this reward model knows."""
+    bert, rows = save_tiny_bert(tmp_path / "bert"), Dataset.from_list([{"input_ids": ROW}] * 8)
+    args = PPOArguments(output_dir=str(tmp_path), precision="bf16", use_cpu=True, report_to="none", batch_size=4)
+    groups = ModelArguments(tiny("llama"), dtype="float32"), AdapterArguments(), args, rows, rows, LengthArguments()
+    sources = {"reward_model_name_or_path": bert}, {"reward_functions": f"{__file__}:nothing"}
+    beside, alone = (rehearse_ppo(*groups, RewardSourceArguments(**source), Load(2)) for source in sources)
+    extra = sum(tensor.nbytes for tensor in load_file(Path(bert) / "model.safetensors").values())
+    held = [found.phases["update"]["weights"] for found in (beside, alone)]
+    assert 0 <= held[0] - held[1] - extra < 4096  # its buffers
 
 
 def test_a_footprint_counts_what_is_alive():

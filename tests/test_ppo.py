@@ -7,13 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_models import FAMILIES, save_tiny
 from torch.utils.data import BatchSampler
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from arguments import GuardArguments
 from arguments.answers import correlation, distinct, kl_estimate
-from arguments.roles import ActorCritic, last_token, score_head
+from arguments.roles import VALUE, ActorCritic, last_token, score_head
 from arguments.sampling import InverseTransformSampling, uniforms
 from rl_training import (
     PPOArguments,
@@ -334,6 +343,22 @@ def tiny():
     policy = LlamaForCausalLM(config).eval()
     head = score_head(16, {"weight": torch.randn(1, 16)})
     return ActorCritic(policy, head, None, lora=False, critic="adapter").eval()
+
+
+def test_layers_called_value_train_with_the_policy(tmp_path):
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["query", "value", "position_embeddings"])
+    policy = get_peft_model(BertLMHeadModel(BertConfig(vocab_size=32, is_decoder=True, **size)), config)
+    policy.add_adapter(VALUE, config)
+    model = ActorCritic(policy, score_head(16, None), None, lora=True, critic="adapter")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    of_policy, of_value = ([names[id(parameter)] for parameter in part] for part in model.trained())
+    assert len(of_policy) == 6 and all("default" in name for name in of_policy)
+    assert len(of_value) == 7 and all(VALUE in name for name in of_value if not name.startswith("value_head"))
+    model.save(tmp_path)
+    for name in ("adapter_model", "value/model"):
+        saved = load_file(tmp_path / f"{name}.safetensors")
+        assert len(saved) == 6 and sum(".value.lora" in name for name in saved) == 2
 
 
 def padded(rows, width, pad=0):

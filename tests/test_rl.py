@@ -47,7 +47,7 @@ from arguments import (
     UserError,
 )
 from arguments.reward_functions import load_functions
-from arguments.roles import disable_dropout
+from arguments.roles import VALUE, disable_dropout
 from arguments.sampling import until_eos
 
 # --- the roles of PPO
@@ -108,7 +108,7 @@ def check_roles(trainer, llama: str, adapter: Path) -> None:
     assert not others and (batch["ids"] == pad).any(dim=1).sum() == 3, "this test needs padded rows"
 
     for name, parameter in trainer.model.named_parameters():  # as if trained for long
-        if parameter.requires_grad and ("default" in name or ".value." in name):
+        if parameter.requires_grad and ("default" in name or VALUE in name):
             parameter.add_(0.1 * torch.randn_like(parameter))
 
     plain = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
@@ -237,7 +237,7 @@ def test_modules_saved_in_full_are_float32_in_every_adapter(tiny, records, tmp_p
     trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "made", *flags))
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     embeddings = trainer.model.policy.get_base_model().get_input_embeddings()
-    assert list(embeddings.modules_to_save) == ["default", "value"]
+    assert list(embeddings.modules_to_save) == ["default", VALUE]
     for module in embeddings.modules_to_save.values():
         assert (len(module._forward_pre_hooks), len(module._forward_hooks)) == (1, 1)
     in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)).ok()
