@@ -354,15 +354,6 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             chosen = by_length[start : start + self.args.micro_batch_size]
             yield chosen, collate(chosen, self.processing_class.pad_token_id, self.args.device)
 
-    def token_logp(self, role: str, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.model.token_logp(role, batch, self.args.temperature)
-
-    def hidden(self, role: str, batch: dict) -> torch.Tensor:
-        return self.model.hidden(role, batch["ids"])
-
-    def token_values(self, batch: dict) -> torch.Tensor:
-        return self.model.token_values(batch)
-
     def model_scores(self, batch: dict, frozen, answers: list[dict], rows: list[dict]) -> list[float] | None:
         """The reward model's scores, if there is one; `frozen` [batch, time, size] are the reward adapter's states."""
         if self.reward_model is not None:
@@ -400,17 +391,17 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
     @torch.no_grad()
     def judge(self, answers: list[dict], rows: list[dict], critic: bool = False) -> list[dict]:
         """The answers of all ranks in order, with log-probabilities and scores; with values if `critic`."""
-        bar = self.bar("Scoring answers", len(answers))
+        bar, temperature = self.bar("Scoring answers", len(answers)), self.args.temperature
         for chosen, batch in self.micro_batches(answers):
-            logp, entropy = self.token_logp("policy", batch)
-            seen = {"logp": logp, "entropy": entropy, "ref_logp": self.token_logp("reference", batch)[0]}
+            seen = dict(zip(("logp", "entropy"), self.model.token_logp("policy", batch, temperature), strict=True))
+            seen["ref_logp"], _ = self.model.token_logp("reference", batch, temperature)
             head_alone, frozen = critic and not self.model.trains_critic_body, None
             if head_alone or self.model.reward_head is not None:  # one pass for both
-                frozen = self.hidden(self.model.frozen_role, batch)
+                frozen = self.model.hidden(self.model.frozen_role, batch["ids"])
             if head_alone:
                 seen["states"] = batch["states"] = at_columns(frozen, batch["columns"])
             if critic:
-                seen["values"] = self.token_values(batch)
+                seen["values"] = self.model.token_values(batch)
             scores = self.model_scores(batch, frozen, chosen, [rows[answer["number"]] for answer in chosen])
             for i, answer in enumerate(chosen):
                 answer |= {name: tensor[i, : len(answer["ids"])].cpu() for name, tensor in seen.items()}
@@ -501,12 +492,12 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         for _, batch in self.micro_batches(answers[args.process_index :: args.world_size]):
             mask = batch["answer_mask"]
             if not self.policy_stopped:  # forward and backward of one role before the next takes the base
-                logp, _ = self.token_logp("policy", batch)
+                logp, _ = self.model.token_logp("policy", batch, args.temperature)
                 loss = policy_loss(logp, batch["logp"], batch["advantages"], mask, args.clip_range) / tokens
                 self.accelerator.backward(loss)
                 sums[0] += loss.detach()
                 sums[2] += ((batch["logp"] - logp.detach()) * mask).sum() / tokens
-            values = self.token_values(batch)
+            values = self.model.token_values(batch)
             loss = value_loss(values, batch["values"], batch["returns"], mask, args.value_clip_range) / tokens
             self.accelerator.backward(args.value_coef * loss)
             sums[1] += loss.detach()

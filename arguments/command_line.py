@@ -16,6 +16,7 @@ import datasets
 import huggingface_hub
 import jinja2
 import torch
+from huggingface_hub.errors import HFValidationError
 from loguru import logger
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -150,6 +151,13 @@ def explained(error: Exception) -> UserError | None:
 def first_line(error: Exception) -> str:
     """The first line of what an error says; its type, if it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def not_found(error: Exception) -> str:
+    """Why a model or tokenizer could not be loaded; transformers takes what is no folder for a name on the hub."""
+    if isinstance(error.__cause__, HFValidationError):
+        return "no such folder, and no name of a model on the hub"
+    return first_line(error)
 
 
 def without_secrets(argv: list[str]) -> list[str]:

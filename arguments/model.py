@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from arguments.attention import attend_in_blocks
-from arguments.command_line import UserError, first_line
+from arguments.command_line import UserError, first_line, not_found
 from arguments.shapes import only_shapes
 
 # For base models without a chat template. A turn ends with eos, so that the model learns to stop.
@@ -96,7 +96,7 @@ class ModelArguments:
         except (OSError, ValueError) as error:
             adapter = Path(self.model_name_or_path) / "adapter_config.json"
             hint = " It holds an adapter: merge it first with merge_peft_adapter.py." if adapter.exists() else ""
-            raise UserError(f"{self.model_name_or_path} is no model: {first_line(error)}{hint}") from error
+            raise UserError(f"{self.model_name_or_path} is no model: {not_found(error)}{hint}") from error
         return config
 
     def check(self, longest: int, trains_all: bool, output_dir: str) -> None:

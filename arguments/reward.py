@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from loguru import logger
 from peft import TaskType, load_peft_weights
 from torch import nn
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from arguments.adapter import with_saved_adapter
 from arguments.base import adapter_config, adapter_folder
-from arguments.command_line import UserError, first_line
+from arguments.command_line import UserError, not_found
 from arguments.encoding import LengthArguments
 from arguments.model import ModelArguments, keep_unpacked, pad_candidate
 from arguments.reward_functions import load_functions
@@ -101,10 +100,8 @@ class RewardSourceArguments:
                 missing = loading["missing_keys"]
             tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            no_name = isinstance(error.__cause__, HFValidationError)
-            why = "no such folder, and no name of a model on the hub" if no_name else first_line(error)
             base = f" is an adapter on {source}" if adapter else ""
-            raise UserError(f"--reward_model_name_or_path {path}{base}: {why}") from error
+            raise UserError(f"--reward_model_name_or_path {path}{base}: {not_found(error)}") from error
         if missing and not adapter:
             missing = ", ".join(sorted(missing))
             raise UserError(

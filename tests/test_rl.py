@@ -129,11 +129,11 @@ def check_roles(trainer, llama: str, adapter: Path) -> None:
     singles = []
     for answer, row in zip(answers, rows, strict=True):
         _, single = next(trainer.micro_batches([answer]))
-        singles += trainer.model_scores(single, trainer.hidden("reward", single), [answer], [row])
+        singles += trainer.model_scores(single, trainer.model.hidden("reward", single["ids"]), [answer], [row])
     together = [
         dict(zip(map(id, chosen), trainer.model_scores(batch, frozen, chosen, rows), strict=True))
         for chosen, batch in trainer.micro_batches(answers)
-        for frozen in [trainer.hidden("reward", batch)]
+        for frozen in [trainer.model.hidden("reward", batch["ids"])]
     ]
     together = [together[0][id(answer)] for answer in answers]
     assert together == pytest.approx(singles, abs=1e-5)
@@ -222,9 +222,9 @@ def test_every_role_computes_in_the_precision_asked_for(precision, dtype, tiny, 
     with torch.no_grad():
         answers, rows = written_answers(trainer, ("Fever.", "Rest")), [trainer.train_dataset[i] for i in range(2)]
         chosen, batch = next(trainer.micro_batches(answers))
-        logps = [trainer.token_logp(name, batch)[0] for name in ("policy", "reference")]
-        values = trainer.token_values(batch)
-        trainer.model_scores(batch, trainer.hidden("reward", batch), chosen, rows)
+        logps = [trainer.model.token_logp(name, batch, 1.0)[0] for name in ("policy", "reference")]
+        values = trainer.model.token_values(batch)
+        trainer.model_scores(batch, trainer.model.hidden("reward", batch["ids"]), chosen, rows)
     assert found == [dtype] * 4
     assert all(tensor.dtype == torch.float32 for tensor in [*logps, values])
 
