@@ -35,24 +35,14 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, TextStreamer, set_seed
 
-from arguments import (
-    DataArguments,
-    LengthArguments,
-    ModelArguments,
-    RewardSourceArguments,
-    UserError,
-    adapter_config,
-    adapter_folder,
-    best_precision,
-    check_base,
-    known_ids,
-    parse_arguments,
-    run_stage,
-)
 from arguments.atomic import append_lines
-from arguments.base import fingerprint, tokenizer_folder
+from arguments.base import adapter_config, adapter_folder, check_base, fingerprint, tokenizer_folder
 from arguments.checkpoints import digest
-from arguments.command_line import expect
+from arguments.command_line import UserError, expect, parse_arguments, run_stage
+from arguments.data import DataArguments
+from arguments.encoding import LengthArguments, known_ids
+from arguments.model import ModelArguments
+from arguments.precision import best_precision
 from arguments.predictions import (
     already_answered,
     question_of,
@@ -60,6 +50,7 @@ from arguments.predictions import (
     replace_lines,
     writable,
 )
+from arguments.reward import RewardSourceArguments
 from arguments.streamed import adapter_shapes, grown_vocabulary
 
 with contextlib.suppress(ImportError):  # some Pythons lack it

@@ -41,11 +41,10 @@ from transformers import (
     GgufConfig,
 )
 
-from arguments import UserError, adapter_config, adapter_folder, check_base, parse_arguments, run_stage
 from arguments.atomic import hold_folder
-from arguments.base import fingerprint, tokenizer_folder, weight_files
+from arguments.base import adapter_config, adapter_folder, check_base, fingerprint, tokenizer_folder, weight_files
 from arguments.checkpoints import digest
-from arguments.command_line import Fault, explained, first_line
+from arguments.command_line import Fault, UserError, explained, first_line, parse_arguments, run_stage
 from arguments.streamed import MergedWeights, adapted, grown_vocabulary, opened, running, save_merged, untie
 
 PROBES = (

@@ -16,22 +16,17 @@ from datasets import Dataset, IterableDataset
 from peft import TaskType
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator, set_seed
 
-from arguments import (
-    AdapterArguments,
-    DataArguments,
-    EndsOnce,
-    LogLine,
-    ModelArguments,
-    RunArguments,
-    SeededOrder,
-    TokenLoss,
-    UserError,
-    keeps_apart,
-    known_ids,
-    parse_arguments,
-    run_stage,
-)
+from arguments.adapter import AdapterArguments
+from arguments.command_line import UserError, parse_arguments, run_stage
+from arguments.data import DataArguments
+from arguments.encoding import known_ids
+from arguments.loss import TokenLoss
+from arguments.model import ModelArguments, keeps_apart
+from arguments.order import SeededOrder
 from arguments.plan import plan_tokens
+from arguments.run import RunArguments
+from arguments.stops import EndsOnce
+from arguments.telemetry import LogLine
 
 
 @dataclass

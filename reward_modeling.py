@@ -20,22 +20,17 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForSequenceClassification, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from arguments import (
-    AdapterArguments,
-    DataArguments,
-    EndsOnce,
-    LogLine,
-    ModelArguments,
-    RunArguments,
-    SeededOrder,
-    UserError,
-    parse_arguments,
-    run_stage,
-)
-from arguments.adapter import cast_trained
+from arguments.adapter import AdapterArguments, cast_trained
 from arguments.atomic import append_lines
+from arguments.command_line import UserError, parse_arguments, run_stage
+from arguments.data import DataArguments
+from arguments.model import ModelArguments
+from arguments.order import SeededOrder
 from arguments.pairs import collate_pairs, score_pairs, shared_tokens, shares_prompts, with_length
 from arguments.plan import plan_pairs
+from arguments.run import RunArguments
+from arguments.stops import EndsOnce
+from arguments.telemetry import LogLine
 
 
 @dataclass

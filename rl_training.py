@@ -34,27 +34,22 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from arguments import (
-    AdapterArguments,
-    DataArguments,
-    EndsOnce,
-    GuardArguments,
-    LogLine,
-    ModelArguments,
-    RewardSourceArguments,
-    RunArguments,
-    UserError,
-    parse_arguments,
-    run_stage,
-)
+from arguments.adapter import AdapterArguments
 from arguments.answers import describe, mean_kl
 from arguments.atomic import append_lines
-from arguments.command_line import expect
+from arguments.command_line import UserError, expect, parse_arguments, run_stage
+from arguments.data import DataArguments
+from arguments.guards import GuardArguments
+from arguments.model import ModelArguments
 from arguments.plan import plan_ppo
+from arguments.reward import RewardSourceArguments
 from arguments.reward_functions import function_scores, recorders
 from arguments.roles import at_columns, build_actor_critic, collate, last_token
 from arguments.rollout_server import RolloutServer, sampler_difference
+from arguments.run import RunArguments
 from arguments.sampling import sample_answers, uniforms
+from arguments.stops import EndsOnce
+from arguments.telemetry import LogLine
 
 
 @dataclass

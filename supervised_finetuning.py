@@ -18,21 +18,16 @@ from peft import TaskType
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
-from arguments import (
-    AdapterArguments,
-    DataArguments,
-    EndsOnce,
-    LogLine,
-    ModelArguments,
-    RunArguments,
-    SeededOrder,
-    TokenLoss,
-    UserError,
-    keeps_apart,
-    parse_arguments,
-    run_stage,
-)
+from arguments.adapter import AdapterArguments
+from arguments.command_line import UserError, parse_arguments, run_stage
+from arguments.data import DataArguments
+from arguments.loss import TokenLoss
+from arguments.model import ModelArguments, keeps_apart
+from arguments.order import SeededOrder
 from arguments.plan import plan_tokens
+from arguments.run import RunArguments
+from arguments.stops import EndsOnce
+from arguments.telemetry import LogLine
 
 
 @dataclass

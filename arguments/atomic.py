@@ -30,6 +30,12 @@ def append_lines(path: Path, rows: Iterable[dict]) -> None:
         file.write("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode())
 
 
+def read_lines(path: Path) -> list:
+    """What a file of JSON lines holds, without a last one that was cut short; [] if there is no file."""
+    text = path.read_bytes() if path.exists() else b""
+    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].split(b"\n") if line]
+
+
 def read_json(path: Path):
     """What a JSON file holds; None if it is missing or was cut short."""
     try:

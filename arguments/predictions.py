@@ -1,10 +1,9 @@
 """Files of answers: what a line says of itself, and whether a call may go on behind those of an earlier one."""
 
-import json
 import os
 from pathlib import Path
 
-from arguments.atomic import append_lines
+from arguments.atomic import append_lines, read_lines
 from arguments.command_line import UserError
 
 
@@ -46,13 +45,9 @@ def already_answered(path: Path, questions: list[list[dict]], model: str, settin
 
     A last line that a kill or a full disk cut short does not count. Lines of older versions say less of themselves.
     """
-    if not path.exists():
-        return 0
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    following = [*questions, *[None] * text.count(b"\n")]  # a file may hold more answers than there are questions
     try:
-        rows = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+        rows = read_lines(path)
+        following = [*questions, *[None] * len(rows)]  # a file may hold more answers than there are questions
         faults = [fault_of(row, asked, model, settings) for row, asked in zip(rows, following, strict=False)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is not of lines {{"Input", "Output"}}: name another --predictions_file') from error
@@ -67,10 +62,8 @@ def refuse_to_replace(path: Path) -> None:
     Raises:
         UserError: when it holds something else: the questions, or answers of one model.
     """
-    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""  # a kill may cut the last line
-    lines = whole.splitlines()
     try:
-        compared = all(isinstance(json.loads(line)["Output"], dict) for line in lines)
+        compared = all(isinstance(row["Output"], dict) for row in read_lines(path))
     except (ValueError, KeyError, TypeError):
         compared = False
     if not compared:

@@ -72,7 +72,8 @@ def rows_table(args, folder: Path, environment: dict) -> str:
 def count_tokens(args, data: Path) -> int:
     """Tokens that a pass over the conversations trains on or reads, without padding."""
     sys.path.insert(0, str(ROOT))
-    from arguments import DataArguments, ModelArguments
+    from arguments.data import DataArguments
+    from arguments.model import ModelArguments
     from supervised_finetuning import build_dataset
 
     folders = {"train_file_dir": str(data / "train"), "validation_file_dir": str(data / "validation")}

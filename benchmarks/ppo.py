@@ -41,7 +41,8 @@ def arguments() -> argparse.Namespace:
 def write_prompts(args, folder: Path) -> list[list[int]]:
     """One record for each episode into `folder`/prompts, and their token ids, which TRL's script gets."""
     sys.path.insert(0, str(ROOT))
-    from arguments import DataArguments, ModelArguments
+    from arguments.data import DataArguments
+    from arguments.model import ModelArguments
 
     data_args = DataArguments(train_file_dir=args.prompts, max_source_length=256)
     rows, _ = data_args.load_prompts()

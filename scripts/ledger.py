@@ -20,6 +20,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arguments.atomic import append_lines, read_lines  # noqa: E402
+from arguments.files import all_files  # noqa: E402
+
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 WEIGHTS = (".safetensors", ".bin")
 LOADED = (  # in a model's folder: other files there (a report, figures, notes) do not affect a stage
@@ -52,33 +56,9 @@ def digest(path: Path) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def all_files(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
-    """The files of a data folder as arguments.files finds them: without hidden ones, following links to folders."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir() or path.resolve() in above:
-        return []
-    shown = sorted(inner for inner in path.iterdir() if not inner.name.startswith("."))
-    return [file for inner in shown for file in all_files(inner, (*above, path.resolve()))]
-
-
-def whole_lines(path: Path) -> str:
-    """A file's text without a last line that a kill cut short; empty if there is no file."""
-    text = path.read_bytes() if path.exists() else b""
-    return text[: text.rfind(b"\n") + 1].decode()  # a cut may lie within a character
-
-
 def entries(outputs: Path, stage: str) -> list[dict]:
     """What the ledger holds of a stage."""
-    rows = map(json.loads, whole_lines(outputs / "ledger.jsonl").split("\n")[:-1])
-    return [row for row in rows if row["stage"] == stage]
-
-
-def add(outputs: Path, row: dict) -> None:
-    path = outputs / "ledger.jsonl"
-    text = whole_lines(path) + json.dumps(row, ensure_ascii=False) + "\n"
-    path.with_suffix(".new").write_text(text, "utf-8")
-    path.with_suffix(".new").replace(path)
+    return [row for row in read_lines(outputs / "ledger.jsonl") if row["stage"] == stage]
 
 
 def present(outputs: Path, stage: str) -> bool:
@@ -101,10 +81,9 @@ def content(name: str) -> str:
 
 
 def without_secrets(flags: list[str]) -> list[str]:
-    """The flags with tokens masked. arguments is slow to import, so only if there may be one."""
+    """The flags with tokens masked. What masks them is slow to import, so only if there may be one."""
     if not any("token" in flag.lower() for flag in flags):
         return flags
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from arguments.command_line import without_secrets as masked
 
     return masked(flags)
@@ -129,7 +108,7 @@ def start(outputs: Path, stage: str, inputs: list[str], flags: list[str]) -> str
             shutil.rmtree(made_then, ignore_errors=True)
     versions = {name: version(name) for name in PACKAGES}
     row = {"stage": stage, "event": "start", "time": time.time(), "inputs": made, "flags": flags, "versions": versions}
-    add(outputs, row)
+    append_lines(outputs / "ledger.jsonl", [row])
     return "new" if not known else "changed" if changed else "begun"
 
 
@@ -141,7 +120,8 @@ def finish(outputs: Path, stage: str) -> None:
     results = outputs / stage / "all_results.json"
     figures = json.loads(results.read_text()) if results.exists() else {}
     seconds = round(time.time() - last["time"], 1)
-    add(outputs, last | {"event": "finish", "time": time.time(), "seconds": seconds, "figures": figures})
+    last |= {"event": "finish", "time": time.time(), "seconds": seconds, "figures": figures}
+    append_lines(outputs / "ledger.jsonl", [last])
 
 
 def main():

@@ -20,7 +20,8 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib import pyplot
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scripts.ledger import entries, whole_lines  # noqa: E402
+from arguments.atomic import read_lines  # noqa: E402
+from scripts.ledger import entries  # noqa: E402
 from scripts.table import table_rows  # noqa: E402
 
 matplotlib.use("Agg")
@@ -45,11 +46,6 @@ CURVES = {
 
 def read_json(path: Path, empty):
     return json.loads(path.read_text("utf-8")) if path.exists() else empty
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The JSON lines of a file, without a last one that a kill or a full disk cut short."""
-    return [json.loads(line) for line in whole_lines(path).split("\n") if line]
 
 
 def svg(title: str, draw) -> str:

@@ -18,7 +18,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments import DataArguments, ModelArguments, UserError, best_precision, run_stage  # noqa: E402
+from arguments.command_line import UserError, run_stage  # noqa: E402
+from arguments.data import DataArguments  # noqa: E402
+from arguments.model import ModelArguments  # noqa: E402
+from arguments.precision import best_precision  # noqa: E402
 
 LONGEST = 2048  # tokens of a text, whose logits are in memory at once
 

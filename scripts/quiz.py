@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments import UserError, run_stage  # noqa: E402
+from arguments.command_line import UserError, run_stage  # noqa: E402
 from arguments.files import BadRecord, read_file  # noqa: E402
 from scripts.perplexity import folder_and_models, load_judged  # noqa: E402
 

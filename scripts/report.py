@@ -14,9 +14,10 @@ from pathlib import Path
 from loguru import logger
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments import UserError, run_stage  # noqa: E402
+from arguments.atomic import read_lines  # noqa: E402
+from arguments.command_line import UserError, run_stage  # noqa: E402
 from inference import Answerer, InferenceArguments  # noqa: E402
-from scripts.page import STAGES, read_lines, write_page  # noqa: E402
+from scripts.page import STAGES, write_page  # noqa: E402
 from scripts.table import table_rows  # noqa: E402
 
 PROMPTS = 3

@@ -14,20 +14,24 @@ from conftest import ROOT
 from loguru import logger
 from transformers import AutoModelForCausalLM, MambaConfig, Qwen3MoeConfig, TrainerState, TrainingArguments
 
-from arguments import (
-    AdapterArguments,
-    DataArguments,
-    ModelArguments,
-    RewardSourceArguments,
-    UserError,
-    parse_arguments,
-    run_stage,
-)
+from arguments.adapter import AdapterArguments
 from arguments.base import adapter_folder, check_base, difference, facts_of, fingerprint, record_base
 from arguments.checkpoints import CheckpointSeal
-from arguments.command_line import RENAMED_FLAGS, explained, first_line, modern_flags, without_secrets
+from arguments.command_line import (
+    RENAMED_FLAGS,
+    UserError,
+    explained,
+    first_line,
+    modern_flags,
+    parse_arguments,
+    run_stage,
+    without_secrets,
+)
 from arguments.curves import plot_curves
+from arguments.data import DataArguments
+from arguments.model import ModelArguments
 from arguments.precision import native_bf16
+from arguments.reward import RewardSourceArguments
 from merge_peft_adapter import MergeArguments
 from pretraining import PretrainingArguments
 from reward_modeling import RewardArguments
@@ -229,7 +233,7 @@ def test_what_cannot_be_read_is_bad_input(wrapped, tmp_path, monkeypatch):
 
 
 def test_a_reader_that_has_seen_enough_is_no_traceback(tmp_path):
-    code = "from arguments import run_stage; run_stage(lambda: [print('x' * 9999, flush=True) for _ in range(99)])"
+    code = "from arguments.command_line import run_stage as run; run(lambda: [print('x' * 9999) for _ in range(99)])"
     command = f'{sys.executable} -c "{code}" | head -c 5; echo ${{PIPESTATUS[0]}}'
     ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (ended.stdout, ended.stderr) == ("xxxxx141\n", "")

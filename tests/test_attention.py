@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import arguments.attention
-from arguments import ModelArguments
 from arguments.attention import ROWS, attend, bf16_units, blockwise_attention
+from arguments.model import ModelArguments
 
 MASKED = sorted(set(FAMILIES) - {"bloom"})  # ALiBi is a mask of numbers, in a model with attention of its own
 

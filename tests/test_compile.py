@@ -13,8 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from arguments import AdapterArguments, UserError
+from arguments.adapter import AdapterArguments
 from arguments.attention import blockwise_attention
+from arguments.command_line import UserError
 from supervised_finetuning import FinetuningArguments
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from arguments import DataArguments
+from arguments.data import DataArguments
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 FILES = sorted(

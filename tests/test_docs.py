@@ -11,8 +11,12 @@ from functools import reduce
 import pytest
 from conftest import ROOT
 
-from arguments import AdapterArguments, DataArguments, GuardArguments, ModelArguments, RewardSourceArguments
+from arguments.adapter import AdapterArguments
 from arguments.command_line import RENAMED_FLAGS
+from arguments.data import DataArguments
+from arguments.guards import GuardArguments
+from arguments.model import ModelArguments
+from arguments.reward import RewardSourceArguments
 from inference import InferenceArguments
 from merge_peft_adapter import MergeArguments
 from pretraining import PretrainingArguments

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from arguments import DataArguments, UserError
+from arguments.command_line import UserError
+from arguments.data import DataArguments
 from arguments.encoding import encode_turns, render
 from arguments.model import PLAIN_CHAT_TEMPLATE, pad_candidate
 

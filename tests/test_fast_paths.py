@@ -6,8 +6,7 @@ from conftest import ROOT, SCRIPTS, history, in_process, results
 from peft import TaskType
 from transformers import AutoModelForCausalLM
 
-from arguments import AdapterArguments
-from arguments.adapter import QuickDropout
+from arguments.adapter import AdapterArguments, QuickDropout
 
 DATA = ROOT / "data"
 PLAIN = ("--precision", "fp32", "--train_sampling_strategy", "random")

@@ -13,7 +13,8 @@ from conftest import SCRIPTS, history, in_process, results, stage
 from test_kills import trained
 from transformers.trainer_utils import sort_checkpoints
 
-from arguments import ModelArguments, RunArguments
+from arguments.model import ModelArguments
+from arguments.run import RunArguments
 
 FAMILIES = ("bloom", "gemma3", "llama")
 

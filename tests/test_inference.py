@@ -9,8 +9,8 @@ import pytest
 from conftest import ADAPTER, in_process, merge, stage
 from safetensors.torch import load_file, save_file
 
-from arguments import RewardModel
 from arguments.command_line import Fault
+from arguments.reward import RewardModel
 from inference import Answerer, InferenceArguments, score
 
 QUESTIONS = "What does the heart do?\n高血压要注意什么？\nHow is asthma treated?\n"
@@ -224,7 +224,7 @@ def test_a_question_in_another_encoding_is_asked_for_again(trained, monkeypatch)
         heard.append([turn["content"] for turn in messages if turn["role"] == "user"])
         return {"input_ids": [5]}
 
-    monkeypatch.setattr("arguments.LengthArguments.encode_prompt", encode)
+    monkeypatch.setattr("arguments.encoding.LengthArguments.encode_prompt", encode)
     typed = b"What is flu?\n" + "流感是什么？\n".encode("gb18030") + b"And why?\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
     shown = ask("--base_model", trained / "merged").ok().stdout

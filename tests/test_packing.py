@@ -12,7 +12,9 @@ from tiny_models import FAMILIES
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-from arguments import DataArguments, UserError, keeps_apart
+from arguments.command_line import UserError
+from arguments.data import DataArguments
+from arguments.model import keeps_apart
 from pretraining import PretrainingArguments, build_blocks
 from pretraining import pack as pack_documents
 from supervised_finetuning import FinetuningTrainer, collate, pack

@@ -8,8 +8,9 @@ from unittest.mock import Mock
 import pytest
 from conftest import in_process, stage, write_lines
 
+from arguments.atomic import read_lines
 from scripts.ledger import finish, start
-from scripts.page import read_lines, write_page
+from scripts.page import write_page
 from scripts.report import unseen_prompts
 
 

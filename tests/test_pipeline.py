@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from arguments import DataArguments, ModelArguments
+from arguments.data import DataArguments
+from arguments.model import ModelArguments
 from scripts.table import ROWS
 
 pytestmark = pytest.mark.slow

@@ -20,10 +20,12 @@ from transformers import default_data_collator
 
 import arguments.plan
 import arguments.rehearsal
-from arguments import AdapterArguments, ModelArguments, RewardSourceArguments
+from arguments.adapter import AdapterArguments
 from arguments.encoding import LengthArguments
+from arguments.model import ModelArguments
 from arguments.rehearsal import Load, rehearse_pairs, rehearse_tokens
 from arguments.rehearsal_ppo import rehearse_ppo
+from arguments.reward import RewardSourceArguments
 from arguments.shapes import Footprint
 from reward_modeling import RewardArguments
 from rl_training import PPOArguments

@@ -20,8 +20,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from arguments import GuardArguments
 from arguments.answers import correlation, distinct, kl_estimate
+from arguments.guards import GuardArguments
 from arguments.roles import VALUE, ActorCritic, last_token, score_head
 from arguments.sampling import InverseTransformSampling, uniforms
 from rl_training import (

@@ -5,7 +5,7 @@ from conftest import in_process, stage
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from arguments import DataArguments
+from arguments.data import DataArguments
 from arguments.preview import histogram, limits_table, preview
 from supervised_finetuning import build_dataset
 

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from loguru import logger
 
-from arguments import DataArguments, UserError
+from arguments.command_line import UserError
+from arguments.data import DataArguments
 from arguments.files import BadRecord, find_files, other_files, read_file
 from arguments.records import to_conversation, to_document, to_pair, to_prompt
 

@@ -38,14 +38,11 @@ from transformers import (
 )
 
 import rl_training
-from arguments import (
-    DataArguments,
-    LengthArguments,
-    ModelArguments,
-    RewardModel,
-    RewardSourceArguments,
-    UserError,
-)
+from arguments.command_line import UserError
+from arguments.data import DataArguments
+from arguments.encoding import LengthArguments
+from arguments.model import ModelArguments
+from arguments.reward import RewardModel, RewardSourceArguments
 from arguments.reward_functions import load_functions
 from arguments.roles import VALUE, disable_dropout
 from arguments.sampling import until_eos

@@ -27,7 +27,7 @@ import arguments.atomic
 import arguments.checkpoints
 import arguments.data
 import arguments.run
-from arguments import AdapterArguments
+from arguments.adapter import AdapterArguments
 from arguments.atomic import write_atomically
 from arguments.checkpoints import SEAL, SHAPING, checkpoint_fault, clear_output, shape
 from arguments.command_line import Fault

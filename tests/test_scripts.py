@@ -286,7 +286,7 @@ def test_interrupted_run_goes_on(name, tiny, records, tmp_path):
 
 def test_chinese_record_in_every_stage(tiny, tmp_path):
     """A document, a conversation, a pair and a prompt, all Chinese: the tokens trained on decode to the text."""
-    from arguments import DataArguments
+    from arguments.data import DataArguments
     from pretraining import PretrainingArguments, build_blocks
     from reward_modeling import build_dataset as build_pairs
     from rl_training import build_dataset as build_prompts

@@ -8,8 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from arguments import LogLine
-from arguments.telemetry import peak_memory
+from arguments.telemetry import LogLine, peak_memory
 
 PAUSE = 0.4
 

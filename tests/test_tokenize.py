@@ -11,7 +11,8 @@ import trl
 from conftest import QUESTIONS, in_process, stage, write_lines
 from transformers import AutoTokenizer, TrainingArguments
 
-from arguments import DataArguments, UserError
+from arguments.command_line import UserError
+from arguments.data import DataArguments
 from reward_modeling import build_dataset as build_pairs
 from supervised_finetuning import build_dataset, pack
 
