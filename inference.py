@@ -136,6 +136,7 @@ class InferenceArguments:
             raise UserError(
                 "--reward_model scores the answers of --compare with --data_file: add these, or leave it out"
             )
+        self.dtype = None if self.dtype == "auto" else self.dtype
         counts = "max_new_tokens", "batch_size", "max_source_length", "max_eval_samples"
         expect(self, "at least 1", lambda x: x >= 1, *counts)
         expect(self, f"0 to {2**32 - 1}", lambda x: 0 <= x < 2**32, "seed")
@@ -159,9 +160,9 @@ class InferenceArguments:
         return args
 
     def placed(self, model: torch.nn.Module) -> torch.nn.Module:
-        """On the GPU where there is one; a quantised model was loaded there."""
-        quantised = any(getattr(part, "hf_quantizer", None) for part in model.modules())  # by flag, or as it was saved
-        return model.to("cuda") if torch.cuda.is_available() and not quantised else model
+        """On the GPU where there is one; bitsandbytes has loaded its models there."""
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        return model.to("cuda") if torch.cuda.is_available() and on_cpu else model
 
 
 def find_adapter(adapter: str, base: str, args: InferenceArguments) -> Path:

@@ -91,7 +91,7 @@ class AdapterArguments:
             for saved in self.saved_modules:
                 if not any(name.endswith(saved) for name in names):
                     raise UserError(f"--modules_to_save {saved}: the model has no module of that name")
-            linear = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is nn.Linear}
+            linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
             try:
                 model = get_peft_model(model, self.peft_config(task_type))
             except ValueError as error:

@@ -21,19 +21,36 @@ def write_atomically(path: Path, text: str) -> None:
 def append_lines(path: Path, rows: Iterable[dict]) -> None:
     """Add rows to a file of JSON lines, behind its last whole line: a kill or a full disk may have cut one short."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    added = as_lines(rows)
     with path.open("ab+") as file:
         if end := file.tell():
             file.seek(end - 1)
             if file.read() != b"\n":
                 file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        file.write("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode())
+                last = file.read().rpartition(b"\n")[2]
+                if is_json(last):  # whole, but for the line's end: written by hand
+                    added = b"\n" + added
+                else:
+                    file.truncate(end - len(last))
+        file.write(added)
+
+
+def as_lines(rows: Iterable[dict]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+
+
+def is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_lines(path: Path) -> list:
     """What a file of JSON lines holds, without a last one that was cut short; [] if there is no file."""
-    text = path.read_bytes() if path.exists() else b""
-    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].split(b"\n") if line]
+    *lines, last = (path.read_bytes() if path.exists() else b"").split(b"\n")
+    return [json.loads(line) for line in [*lines, *[last] * is_json(last)] if line]
 
 
 def read_json(path: Path):

@@ -138,11 +138,12 @@ def check_changes(folder: Path) -> None:
 
 def clear_output(folder: Path, sources: list[str]) -> None:
     """Remove what an earlier run left in `folder` and could be taken for this run's, except this run's `sources`."""
-    names = ["adapter", "merge.json", "run.json", "*_results.json", "training_*.png", "runs"]
+    names = ["adapter", "merge.json", "run.json", "*_results.json"]
     names += [f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
     checkpoints = numbered(folder)
     of_a_run = checkpoints or (folder / "merge.json").exists() or (folder / "run.json").exists()
     if of_a_run and folder.resolve() not in [Path(source).resolve() for source in sources]:
+        names += ["runs", "training_*.png"]
         names += ["adapter_config.json", "adapter_model.*", "value", "base.json"]
         names += ["model*.safetensors*", "config.json", "generation_config.json"]
     kept = {place for source in sources for place in (Path(source).resolve(), *Path(source).resolve().parents)}

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+import select
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ import jinja2
 import torch
 from huggingface_hub.errors import HFValidationError
 from loguru import logger
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -85,10 +87,9 @@ def run_stage(main):
     except KeyboardInterrupt:  # while training, arguments.stops saves a checkpoint first
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # what read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            sys.exit(128 + signal.SIGPIPE)
         said = error if isinstance(error, UserError) else explained(error)
         if said is None:
             raise
@@ -96,6 +97,16 @@ def run_stage(main):
         sys.exit(said.code)
     finally:
         release_folder()
+
+
+def reader_is_gone() -> bool:
+    """Whether nobody reads our output any more, as behind `| head`; then nothing more is written there."""
+    state = select.poll()
+    state.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in state.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def leave_group() -> None:
@@ -129,7 +140,7 @@ def explained(error: Exception) -> UserError | None:
         return UserError(text)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"TransportError", "OfflineModeIsEnabled"}:  # of httpx, which the hub's library uses, and of its own
-        return Fault(f"the hub cannot be reached: {text}. Try again, or leave out what needs it (--push_to_hub)")
+        return Fault(f"a server cannot be reached: {text}. Try again, or leave out what needs it (--push_to_hub)")
     if isinstance(error, jinja2.TemplateSyntaxError):
         return UserError(f"the tokenizer's chat template, line {error.lineno}: {error.message}")
     if isinstance(error, pickle.UnpicklingError) or "PytorchStreamReader" in text:
@@ -140,7 +151,9 @@ def explained(error: Exception) -> UserError | None:
     shut = next((e for e in (error, error.__cause__) if isinstance(e, PermissionError) and e.filename), None)
     if shut and os.path.exists(shut.filename) and not os.access(shut.filename, os.R_OK, effective_ids=True):
         return UserError(f"{shut.filename} cannot be read: this user lacks the permission. Grant it, or name another")
-    if DISK.search(text):  # torch.save raises RuntimeError for a write that failed, tokenizers a bare Exception
+    # torch.save raises RuntimeError for a write that failed, tokenizers a bare Exception
+    of_writing = isinstance(error, OSError | SafetensorError | RuntimeError) or type(error) is Exception
+    if of_writing and DISK.search(text):
         return Fault(
             f"cannot write or read: {text}. Free some space, fix the permissions or name another --output_dir, then "
             "run the same command: training goes on from its last whole checkpoint, anything else starts over"

@@ -255,8 +255,8 @@ class DataArguments(LengthArguments):
         picked = np.isin(question, order[: np.searchsorted(sizes[order].cumsum(), count) + 1])
         if picked.all():
             raise UserError(
-                f"{count} held-out pairs asked for, but all {len(train)} are on {len(sizes)} question(s), which are "
-                "held out whole: name a --validation_file_dir, or ask for fewer"
+                f"{count} held-out records asked for, but all {len(train)} are on {len(sizes)} question(s) or texts, "
+                "which are held out whole: name a --validation_file_dir, or ask for fewer"
             )
         return train[~picked], train[picked]
 
@@ -332,8 +332,8 @@ def bad_rows(rows: Dataset) -> list[dict]:
 
 
 def weighted_folders(folders: str | None) -> list[tuple[str | None, float]]:
-    """'a,b:2' as [("a", 1.0), ("b", 2.0)]; a path that exists as it stands is one folder. None is a hub data set."""
-    if folders is None:
+    """'a,b:2' as [("a", 1.0), ("b", 2.0)]; a path that exists as it stands is one folder; none, a hub data set."""
+    if not folders:  # '' is what a run script passes on for no folder
         return [(None, 1.0)]
     found = []
     for part in [folders] if Path(folders).exists() else folders.split(","):

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from arguments.atomic import append_lines, read_lines
+from arguments.atomic import as_lines, read_lines
 from arguments.command_line import UserError
 
 
@@ -71,8 +71,6 @@ def refuse_to_replace(path: Path) -> None:
 
 
 def replace_lines(path: Path, rows: list[dict]) -> None:
-    """Write a file of JSON lines anew."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.unlink(missing_ok=True)  # what a kill left there
-    append_lines(aside, rows)
-    os.replace(aside, path)
+    """Write a file of JSON lines anew, in its place: it may be a link, or /dev/null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(as_lines(rows))

@@ -85,8 +85,7 @@ def score(found: Rehearsal, batch: dict) -> None:
     for role in ("policy", "reference"):
         found.model.token_logp(role, batch, found.args.temperature)
     if (beside := found.model.beside) is not None:  # it makes ids of text, no more than it knows positions
-        most = getattr(beside.model.config.get_text_config(), "max_position_embeddings", None)
-        beside.model(input_ids=batch["ids"][:, :most])
+        beside.model(input_ids=batch["ids"][:, : beside.positions])
     found.model.hidden(found.model.frozen_role, batch["ids"])
 
 

@@ -185,8 +185,8 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         # an answer's limit is in the policy's tokens: in another vocabulary a whole answer may have more
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
-        self.positions = positions = min(positions, tokenizer.model_max_length)
+        known = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # ALiBi has none
+        self.positions = positions = known or max(8192, lengths.longest)
         source = min(lengths.max_source_length, positions - lengths.max_target_length)
         if tokenizer.chat_template and source < 1:
             raise UserError(
@@ -213,7 +213,8 @@ class RewardModel(nn.Module):
         else:
             prompts = ["\n".join(m["content"] for m in messages[:-1]) for messages in conversations]
             answers = [messages[-1]["content"] for messages in conversations]
+            most = min(self.positions, self.tokenizer.model_max_length)
             batch = self.tokenizer(
-                prompts, answers, truncation=True, max_length=self.positions, padding=True, return_tensors="pt"
+                prompts, answers, truncation=True, max_length=most, padding=True, return_tensors="pt"
             )
         return self.model(**batch.to(device)).logits[:, 0].float()

@@ -117,7 +117,8 @@ class RunArguments(PrecisionArguments, CompileArguments):
         self.base_facts = None  # name and fingerprint of what is trained, once it is loaded
         self.use_cpu |= not torch.cuda.is_available()
         if self.eval_steps and self.do_eval and self.eval_strategy in ("no", IntervalStrategy.NO):
-            self.eval_strategy = "steps"  # why else give them
+            logger.info(f"--eval_steps {self.eval_steps}: taking --eval_strategy steps")
+            self.eval_strategy = "steps"
         self._choose_precision()
         self._take_over_compiling()
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))

@@ -26,7 +26,7 @@ for flag in "$@"; do
       echo "error: $flag is for PT, SFT and RM, and RL refuses it: run the stages one by one (docs/distributed.md)" >&2
       exit 2
       ;;
-    --trust_remote_code*)
+    --trust?remote?code | --trust?remote?code=[!Ff]*)
       echo "error: $flag: the quiz and the report at the end do not load a model's own code; run the stages one by one" >&2
       exit 2
       ;;

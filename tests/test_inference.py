@@ -162,6 +162,14 @@ def test_models_are_compared(tiny, trained, records, tmp_path, monkeypatch):
     assert len(lines(kept)) == 3, "the answers, though they could not be scored"
 
 
+def test_compared_answers_go_through_a_link(tiny, tmp_path):
+    (tmp_path / "q.txt").write_text("What is flu?\n")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
+    flags = ("--data_file", tmp_path / "q.txt", "--predictions_file", tmp_path / "link.jsonl", "--max_new_tokens", 2)
+    ask("--compare", tiny("llama"), *flags).ok()
+    assert (tmp_path / "link.jsonl").is_symlink() and len(lines(tmp_path / "real.jsonl")) == 1
+
+
 def test_an_answer_that_was_cut_is_scored_as_one(tiny, trained):
     """Without the token that ends an answer, as RL scores it."""
     name = tiny("llama")

@@ -17,6 +17,7 @@ import torch
 from conftest import ADAPTER, SCRIPTS, in_process, merge, stage
 from peft import PeftModel
 from safetensors.torch import load_file
+from tqdm.std import TqdmDefaultWriteLock
 from transformers import AutoModelForCausalLM, Trainer
 
 KILLS = int(os.environ.get("KILLS", 4))
@@ -34,6 +35,8 @@ def forked(
     if child == 0:
         code = 1
         try:
+            # tqdm's lock is of all processes: a kill inside it would stop the parent for good
+            TqdmDefaultWriteLock.acquire = TqdmDefaultWriteLock.release = lambda *_, **__: None
             datasets.config.HF_DATASETS_CACHE = cache or datasets.config.HF_DATASETS_CACHE
             code = in_process(*command).code
         finally:

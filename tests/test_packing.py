@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from arguments.command_line import UserError
 from arguments.data import DataArguments
-from arguments.model import keeps_apart
+from arguments.model import alike, keeps_apart
 from pretraining import PretrainingArguments, build_blocks
 from pretraining import pack as pack_documents
 from supervised_finetuning import FinetuningTrainer, collate, pack
@@ -66,6 +66,11 @@ def test_a_mixture_of_experts_keeps_sequences_apart(dtype):
     torch.manual_seed(0)
     config = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **size)
     assert keeps_apart(AutoModelForCausalLM.from_config(config).to(dtype))
+
+
+def test_large_float16_numbers_are_told_apart():
+    large = torch.full((6, 50_000), 200.0, dtype=torch.float16)
+    assert alike(large, large.clone()) and not alike(large, -large)
 
 
 def test_a_model_that_zero3_has_split_cannot_be_asked(tiny, monkeypatch):

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 from conftest import in_process, stage, write_lines
 
-from arguments.atomic import read_lines
+from arguments.atomic import append_lines, read_lines
 from scripts.ledger import finish, start
 from scripts.page import write_page
 from scripts.report import unseen_prompts
@@ -99,6 +99,16 @@ def test_rewards_that_are_not_finite_and_no_evaluation_before_training(outputs, 
     (folder / "scores.jsonl").write_text('{"step": 4, "scores": [NaN, Infinity, 0.5]}\n')
     page = write_page(folder).read_text("utf-8")
     assert ">policy</text>" in page and ">SFT model</text>" not in page
+
+
+def test_lines_are_added_behind_the_last_whole_one(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    for text, kept in (("", []), ('{"a": 1}\n{"b":', [{"a": 1}]), ('{"a": 1}', [{"a": 1}]), ('{"cut', [])):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        assert read_lines(path) == kept
+        append_lines(path, [{"c": "\u4f60"}])
+        assert read_lines(path) == [*kept, {"c": "\u4f60"}] and path.read_bytes().endswith(b"\n")
 
 
 def test_only_whole_lines_are_read(tmp_path):

@@ -574,6 +574,14 @@ def test_long_rows_and_all_kinds_of_files_side_by_side(tmp_path):
     assert load_texts(tmp_path) == [long.strip(), "two", "three", long + "four", long + "five"]
 
 
+def test_no_folder_beside_a_hub_data_set_is_not_the_current_one(tmp_path):
+    """As the run scripts pass it on: --train_file_dir ''."""
+    write_texts(tmp_path / "train.jsonl", "one", "two")
+    args = DataArguments("", "", dataset_name=str(tmp_path), validation_split_count=1)
+    train, held = args.load_documents()
+    assert {*train["text"], *held["text"]} == {"one", "two"}
+
+
 def test_the_validation_split_of_a_hub_data_set_is_held_out(tmp_path):
     write_texts(tmp_path / "train.jsonl", "a", "b", "c")
     train, held = DataArguments(dataset_name=str(tmp_path), validation_split_count=1).load_documents()

@@ -942,6 +942,9 @@ def test_a_reward_model_of_few_positions_reads_less_of_a_question(tiny, capsys):
     assert "The reward model knows 1024 positions: it reads 924 tokens of a question" in capsys.readouterr().out
     turns = [{"role": "user", "content": "heart " * 1500}, {"role": "assistant", "content": "blood " * 300}]
     assert judge([turns]).isfinite().all()
+    bloom = AutoModelForSequenceClassification.from_pretrained(tiny("bloom"), num_labels=1)  # knows no limit
+    tokenizer = ModelArguments(tiny("bloom")).load_tokenizer()
+    assert RewardModel(bloom, tokenizer, LengthArguments(max_source_length=9999)).lengths.max_source_length == 9999
     with pytest.raises(UserError, match="too few for an answer of 1024 tokens"):
         RewardModel(model, tokenizer, LengthArguments(max_target_length=1024))
 
