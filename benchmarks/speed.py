@@ -217,8 +217,9 @@ def seconds_of_products(model, dtype, rows: int = 4, length: int = 512, rank: in
             a, b, thin = random(rank, into), random(out, rank), random(tokens, rank)
             products += [(entering, a.T), (thin, b.T), (leaving, b), (leaving.T, thin), (thin, a), (thin.T, entering)]
         total += count * sum(median_seconds(lambda pair=pair: pair[0] @ pair[1]) for pair in products)
-    heads = rows * config.num_attention_heads
-    states, scores = random(heads, length, config.head_dim), random(heads, length, length)
+    heads, size = rows * config.num_attention_heads, getattr(config, "head_dim", None)  # not every config tells it
+    states = random(heads, length, size or config.hidden_size // config.num_attention_heads)
+    scores = random(heads, length, length)
     attention = 3 * median_seconds(lambda: states @ states.mT) + 3 * median_seconds(lambda: scores @ states)
     return total + config.num_hidden_layers * attention / 2
 
