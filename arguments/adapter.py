@@ -3,12 +3,13 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
 from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import nn
@@ -98,6 +99,7 @@ class AdapterArguments:
                 raise UserError(self._refused(str(error), linear)) from error
         cast_trained(model)
         quicken_dropout(model)
+        put_lora_first(model)
         trained = count_parameters(p for p in model.parameters() if p.requires_grad)
         total = count_parameters(model.parameters())
         logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%})")
@@ -156,6 +158,28 @@ def quicken_dropout(model: nn.Module) -> None:
         for name, dropout in layer.lora_dropout.items():
             if type(dropout) is nn.Dropout:
                 layer.lora_dropout[name] = QuickDropout(dropout.p)
+
+
+def put_lora_first(model: nn.Module) -> None:
+    """Let the adapters of a model's linear layers compute their small products before the frozen one.
+
+    The backward pass needs no result of the frozen product. Recomputing activations ends with the last result that it
+    does need, so with this order the frozen product of a block's last layer is left out: a quarter of the block.
+    """
+    for layer in (module for module in model.modules() if type(module) is Linear):
+        layer.forward = MethodType(lora_first, layer)
+
+
+def lora_first(layer: Linear, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """peft's forward of a layer with one plain LoRA, in that order; the scale multiplies the rank's few numbers."""
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    plain = name in layer.lora_A and name not in layer.lora_variant and layer.lora_B[name].bias is None
+    if not plain or layer.disable_adapters or layer.merged or args or kwargs:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    inputs = layer.lora_dropout[name](layer._cast_input_dtype(x, layer.lora_A[name].weight.dtype))
+    update = layer.lora_B[name](layer.lora_A[name](inputs) * layer.scaling[name])
+    result = layer.base_layer(x)
+    return (result + update).to(result.dtype)
 
 
 def trained_dtype() -> torch.dtype:

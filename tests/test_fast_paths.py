@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, history, in_process, results
 from peft import TaskType
+from peft.tuners import lora
 from transformers import AutoModelForCausalLM
 
 from arguments.adapter import AdapterArguments, QuickDropout
@@ -81,3 +82,43 @@ def test_adapters_drop_that_way(tiny):
     model = AdapterArguments(lora_dropout=0.5).apply(model, TaskType.CAUSAL_LM).train()
     dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p == 0.5]
     assert dropouts and {type(module) for module in dropouts} == {QuickDropout}
+
+
+def outcome(model: torch.nn.Module, layer: torch.nn.Module, autocast: bool) -> list[torch.Tensor]:
+    """Output of a layer with its LoRA, the gradients of its input and of the LoRA, and the output without it."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, layer.in_features, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = layer(x)
+        with model.disable_adapter():
+            base = layer(x)
+    trained = [part.weight for part in (layer.lora_A["default"], layer.lora_B["default"])]
+    return [out, base, *torch.autograd.grad(out.float().square().sum(), [x, *trained])]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])  # bloom's layers have a bias, gpt2's are peft's Conv1D
+def test_lora_first_computes_what_peft_does(family, autocast, tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny(family))
+    model = AdapterArguments(lora_alpha=12).apply(model, TaskType.CAUSAL_LM)
+    layer = next(module for module in model.modules() if type(module) is lora.Linear)
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    ours = outcome(model, layer, autocast)
+    del layer.forward
+    for found, expected in zip(ours, outcome(model, layer, autocast), strict=True):
+        assert found.dtype == expected.dtype
+        assert (found - expected).norm() <= (1e-2 if autocast else 1e-6) * expected.norm()
+
+
+def test_recomputing_leaves_out_the_last_product_of_a_block(tiny):
+    """Its result is in no gradient: the frozen product of down_proj runs once, those of the layers before it twice."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    model = AdapterArguments().apply(model, TaskType.CAUSAL_LM).train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    done = []
+    for name in ("up_proj", "down_proj"):
+        product = model.get_submodule(f"base_model.model.model.layers.0.mlp.{name}.base_layer")
+        product.register_forward_hook(lambda *_, name=name: done.append(name))
+    model(input_ids=torch.arange(5, 29).view(2, 12)).logits.logsumexp(-1).sum().backward()
+    assert done == ["up_proj", "down_proj", "up_proj"]
