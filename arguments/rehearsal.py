@@ -40,8 +40,10 @@ class Rehearsal(TokenLoss):
         self.mapped = 0
         self.model = without_storage(lambda: self.with_casts(build()), self.device)
         self.footprint = Footprint(self.model.config.get_text_config().vocab_size)
-        if load.checkpointing:
-            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        if load.checkpointing:  # by the settings that transformers' Trainer reads
+            others = dict(args.activation_checkpointing_kwargs or {})
+            own = {name: others.pop(name) for name in ("every_n_layers", "offload") if name in others}
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=others or None, **own)
         self.hold_weights(load.bits)
         self.hold_optimizer(accumulates)
 

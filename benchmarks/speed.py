@@ -32,9 +32,13 @@ OURS = {
     "ours": [],
     "ours fp32": ["--precision", "fp32"],
     "ours fp32 recomputed": ["--precision", "fp32", "--activation_checkpointing"],  # as LLaMA-Factory has it
+    "ours fp32 half recomputed": [
+        *("--precision", "fp32", "--activation_checkpointing"),
+        *("--activation_checkpointing_kwargs", '{"every_n_layers": 2}'),
+    ],
     "ours packed": ["--packing", "--packing_length", "1024", "--per_device_train_batch_size", "2"],
 }
-FLOAT32 = ["ours fp32", "ours fp32 recomputed"]
+FLOAT32 = ["ours fp32", "ours fp32 half recomputed", "ours fp32 recomputed"]
 CONTESTANTS = {
     "pt": ["ours", *FLOAT32, "LLaMA-Factory", "MedicalGPT"],
     "sft": ["ours", "ours packed", *FLOAT32, "TRL", "TRL fp32", "LLaMA-Factory", "MedicalGPT"],

@@ -1,5 +1,6 @@
 """--plan: what it counts is what real tensors take, no weight is read, and the real model's peak is as foretold."""
 
+import json
 import os
 import re
 import shlex
@@ -95,6 +96,22 @@ def test_shapes_take_what_real_tensors_take(name, family, tiny, tmp_path, monkey
     trained = sum(parameter.nbytes for parameter in real.trained)
     assert found["optimizer"] == pytest.approx(2 * trained, rel=0.05)  # two moments, and the numbers of steps
     assert found["gradients"] == trained
+
+
+def test_a_plan_counts_the_layers_that_are_recomputed(tiny, tmp_path):
+    """--activation_checkpointing_kwargs, as transformers reads them."""
+    model = shutil.copytree(tiny("llama"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 8}))
+    rows, found = Dataset.from_list([{"input_ids": ROW, "labels": ROW}] * 8), []
+    for every in (1, 2, 4):
+        settings = {"every_n_layers": every}
+        flags = {"precision": "fp32", "report_to": "none", "activation_checkpointing_kwargs": settings}
+        args = FinetuningArguments(output_dir=str(tmp_path / "out"), **flags)
+        groups = ModelArguments(str(model), dtype="float32"), AdapterArguments(), args
+        rehearsal = rehearse_tokens(*groups, rows, rows, default_data_collator, Load(8, checkpointing=True))
+        found.append(rehearsal.phases["train"]["activations"])
+    assert 1.2 * found[0] < found[1] and 1.2 * found[1] < found[2]
 
 
 def test_a_plan_trains_what_the_run_trains(tiny, records, tmp_path):
