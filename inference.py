@@ -219,7 +219,7 @@ class Answerer:
             do_sample=args.temperature > 0,
             temperature=args.temperature or None,
             top_p=args.top_p if args.temperature > 0 else None,
-            top_k=0,  # no limit
+            top_k=0 if args.temperature > 0 else None,  # 0: no limit
             eos_token_id=self.lengths.eos_ids(self.model, self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
         )
@@ -285,6 +285,8 @@ def chat(answerer: Answerer, system: str | None) -> None:
             continue
         if question == "/clear":
             messages = list(before)
+        elif question.startswith("/") and " " not in question:
+            print(f"{question} is no command: there are /clear and /exit.")
         elif question:
             print("Model: ", end="", flush=True)
             messages.append({"role": "user", "content": question})

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -166,11 +167,13 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def not_found(error: Exception) -> str:
+def not_found(name: str, error: Exception) -> str:
     """Why a model or tokenizer could not be loaded; transformers takes what is no folder for a name on the hub."""
+    if Path(name).exists():
+        return first_line(error)
     if isinstance(error.__cause__, HFValidationError):
         return "no such folder, and no name of a model on the hub"
-    return first_line(error)
+    return f"no such folder, and as a name on the hub: {first_line(error)}"
 
 
 def without_secrets(argv: list[str]) -> list[str]:

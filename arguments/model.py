@@ -96,7 +96,8 @@ class ModelArguments:
         except (OSError, ValueError) as error:
             adapter = Path(self.model_name_or_path) / "adapter_config.json"
             hint = " It holds an adapter: merge it first with merge_peft_adapter.py." if adapter.exists() else ""
-            raise UserError(f"{self.model_name_or_path} is no model: {not_found(error)}{hint}") from error
+            why = not_found(self.model_name_or_path, error)
+            raise UserError(f"{self.model_name_or_path} is no model: {why}{hint}") from error
         return config
 
     def check(self, longest: int, trains_all: bool, output_dir: str) -> None:

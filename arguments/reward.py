@@ -101,7 +101,7 @@ class RewardSourceArguments:
             tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             base = f" is an adapter on {source}" if adapter else ""
-            raise UserError(f"--reward_model_name_or_path {path}{base}: {not_found(error)}") from error
+            raise UserError(f"--reward_model_name_or_path {path}{base}: {not_found(path, error)}") from error
         if missing and not adapter:
             missing = ", ".join(sorted(missing))
             raise UserError(

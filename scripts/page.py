@@ -4,7 +4,7 @@
     python scripts/page.py outputs/rl     # one stage
 
 Reads what the stages left: all_results.json, trainer_state.json, data.json, run.json, margins.jsonl (RM), scores.jsonl
-and guards.jsonl (RL); of the pipeline also ledger.jsonl, quiz.json and answers.json.
+and guards.jsonl (RL); of the pipeline also ledger.jsonl, quiz.json, perplexity.json and answers.json.
 """
 
 import io
@@ -13,6 +13,7 @@ import math
 import statistics
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import matplotlib
@@ -147,7 +148,8 @@ def describe(name: str, folder: Path, known: list[dict]) -> dict:
     run = read_json(folder / "run.json", {"arguments": []})
     ended = last.get("event") == "finish" or (not known and results)
     seconds = last.get("seconds") or results.get("train_runtime")
-    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(known[0]["time"])) if known else ""
+    same = list(takewhile(lambda row: (row["inputs"], row["flags"]) == (last["inputs"], last["flags"]), known[::-1]))
+    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(same[-1]["time"])) if same else ""
     return {
         "name": name,
         "state": "ended" if ended else "begun" if known or folder.exists() else "to come",

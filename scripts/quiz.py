@@ -3,13 +3,15 @@
     python scripts/quiz.py data/quiz models/SmolLM2-135M-Instruct outputs/pt-merged outputs/sft-merged
 
 Reads a folder of {"question", "options", "answer": index} records and the models; prints one JSON object
-{model: {"accuracy", "questions", "language": {"en": accuracy, ...}}}. A model's answer is the option with the highest
-log-probability per UTF-8 byte, as in lm-evaluation-harness's acc_bytes.
+{model: {"accuracy", "chance", "questions", "language": {"en": accuracy, ...}}}, where chance is the accuracy of
+guessing. A model's answer is the option with the highest log-probability per UTF-8 byte, as in
+lm-evaluation-harness's acc_bytes.
 """
 
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from loguru import logger
@@ -58,8 +60,10 @@ def accuracy(path: str, quiz: dict[str, list[dict]]) -> dict:
         for language, rows in quiz.items()
     }
     everything = sum(right.values(), [])
-    by_language = {language: sum(found) / len(found) for language, found in right.items()}
-    return {"accuracy": sum(everything) / len(everything), "questions": len(everything), "language": by_language}
+    by_language = {language: fmean(found) for language, found in right.items()}
+    chance = fmean(1 / len(row["options"]) for rows in quiz.values() for row in rows)
+    counted = {"accuracy": fmean(everything), "chance": chance, "questions": len(everything)}
+    return counted | {"language": by_language}
 
 
 def load_questions(path: Path) -> list[dict]:

@@ -30,6 +30,10 @@ for flag in "$@"; do
       echo "error: $flag: the quiz and the report at the end do not load a model's own code; run the stages one by one" >&2
       exit 2
       ;;
+    --model?name?or?path* | --train?file?dir* | --validation?file?dir* | --output?dir* | --reward?model?name?or?path*)
+      echo "error: $flag would be the same for all stages: set MODEL, PT_DATA, SFT_DATA, RM_DATA, RL_DATA, OUTPUTS" >&2
+      exit 2
+      ;;
     *) FLAGS+=("$flag") ;;
   esac
 done
@@ -37,6 +41,15 @@ done
 for given in "$PT_DATA" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GENERAL"; do
   case $given in *[,:]*) continue ;; esac  # folders with weights, for their stage to look at
   [ -e "$given" ] || { echo "error: there is no $given: expected a folder of records, see Your own data in README.md" >&2; exit 2; }
+done
+[ -d "$QUIZ" ] || { echo "error: QUIZ=$QUIZ is a file: name the folder it lies in" >&2; exit 2; }
+for given in "$MODEL" "$PT_DATA" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GENERAL"; do
+  case $(realpath -m "$given")/ in
+    "$(realpath -m "$OUTPUTS")"/*)
+      echo "error: $given lies in $OUTPUTS, whose stages are deleted when they start over: set OUTPUTS to another folder" >&2
+      exit 2
+      ;;
+  esac
 done
 
 if [ -z "$PYTHON" ]; then
@@ -61,7 +74,7 @@ stage() {
   local name=$1 model=$2 data=$3 state=new
   local inputs=("scripts/run_$name.sh" "$model" "$data") output=$OUTPUTS/$name
   shift 3
-  case $data in data/pretrain | data/finetune | data/reward | data/prompts) ;; *) set -- ;; esac
+  case ${data%/} in data/pretrain | data/finetune | data/reward | data/prompts) ;; *) set -- ;; esac
   if [ "$name" = rl ]; then
     inputs+=("$REWARD_MODEL")
     [ $# -gt 0 ] || set -- --max_eval_samples 48  # a share of much data would take longer than the rollouts

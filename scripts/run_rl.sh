@@ -8,12 +8,11 @@ cd "$(dirname "$0")/.."
 : "${REWARD_MODEL:=outputs/rm}"       # an adapter on MODEL shares its memory; any other reward model is loaded beside
 : "${TRAIN:=data/prompts}" "${VALIDATION:=}"  # train/ and validation/ inside; else a share of TRAIN is held out
 : "${OUTPUT:=outputs/rl}"             # adapter, metrics, curves, sampled answers
+: "${MERGED:=}"                       # the whole model; empty: OUTPUT-merged
 
-source scripts/env.sh  # PYTHON, LAUNCH, supervise, flag_value, split_data, merge_stage
+source scripts/env.sh  # PYTHON, LAUNCH, supervise, split_data, read_flags, merge_stage
 split_data
-OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
-: "${MERGED:=${OUTPUT%/}-merged}"  # the whole model
-MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
+read_flags "$@"
 
 supervise "${LAUNCH[@]}" rl_training.py \
   --model_name_or_path "$MODEL" \

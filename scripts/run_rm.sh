@@ -7,12 +7,11 @@ cd "$(dirname "$0")/.."
 : "${MODEL:=outputs/sft-merged}"  # folder or hub name of the base model
 : "${TRAIN:=data/reward}" "${VALIDATION:=}"  # train/ and validation/ inside; else a share of TRAIN is held out
 : "${OUTPUT:=outputs/rm}"         # adapter with score head, metrics, curves
+: "${MERGED:=}"                   # the whole reward model, which stage 4 does not need; empty: OUTPUT-merged
 
-source scripts/env.sh  # PYTHON, LAUNCH, supervise, flag_value, split_data, merge_stage
+source scripts/env.sh  # PYTHON, LAUNCH, supervise, split_data, read_flags, merge_stage
 split_data
-OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
-: "${MERGED:=${OUTPUT%/}-merged}"  # the whole reward model; stage 4 takes the adapter and needs less memory
-MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
+read_flags "$@"
 
 supervise "${LAUNCH[@]}" reward_modeling.py \
   --model_name_or_path "$MODEL" \

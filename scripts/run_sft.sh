@@ -7,12 +7,11 @@ cd "$(dirname "$0")/.."
 : "${MODEL:=outputs/pt-merged}"   # folder or hub name of the base model
 : "${TRAIN:=data/finetune}" "${VALIDATION:=}"  # train/ and validation/ inside; else a share of TRAIN is held out
 : "${OUTPUT:=outputs/sft}"         # adapter, metrics, curves
+: "${MERGED:=}"                    # the whole model, for the next stages; empty: OUTPUT-merged
 
-source scripts/env.sh  # PYTHON, LAUNCH, supervise, flag_value, split_data, merge_stage
+source scripts/env.sh  # PYTHON, LAUNCH, supervise, split_data, read_flags, merge_stage
 split_data
-OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
-: "${MERGED:=${OUTPUT%/}-merged}"  # the whole model, for the next stages
-MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")
+read_flags "$@"
 
 supervise "${LAUNCH[@]}" supervised_finetuning.py \
   --model_name_or_path "$MODEL" \

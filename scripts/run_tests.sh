@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 : "${PYTHON:=}"  # an existing environment's python: nothing is installed then
 if [ -z "$PYTHON" ]; then
   PYTHON=.venv/bin/python
-  [ -x "$PYTHON" ] || python3 -m venv .venv
+  "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv .venv
   "$PYTHON" -m pip install --quiet -r requirements.txt -r tests/requirements.txt
 fi
 bin=$(dirname "$PYTHON")

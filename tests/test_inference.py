@@ -219,10 +219,10 @@ def test_the_likeliest_token_is_taken_whatever_the_model_came_with(trained, tmp_
 
 
 def test_a_chat_has_history_that_can_be_cleared(trained, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("What is flu?\nAnd why?\n/clear\nWhat is flu?\n/exit\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is flu?\nAnd why?\n/quit\n/clear\nWhat is flu?\n/exit\n"))
     shown = ask("--base_model", trained / "merged", "--interactive", "--system", "Be brief.").ok().stdout
     first, second, third = [part.strip() for part in shown.split("Model: ")[1:]]
-    assert first.split("You:")[0] == third.split("You:")[0]
+    assert first.split("You:")[0] == third.split("You:")[0] and "/quit is no command" in second
 
 
 def test_a_question_in_another_encoding_is_asked_for_again(trained, monkeypatch):

@@ -10,7 +10,7 @@ from conftest import in_process, stage, write_lines
 
 from arguments.atomic import append_lines, read_lines
 from scripts.ledger import finish, start
-from scripts.page import write_page
+from scripts.page import describe, write_page
 from scripts.report import unseen_prompts
 
 
@@ -47,6 +47,15 @@ def test_the_pipeline_on_one_page(outputs):
         assert f">{title}</text>" in page, f"no plot {title}"
     assert page.count("lengths of the training rows") == 2 and "8 training and 4 held-out records; of 8 read" in page
     assert "prefers-color-scheme" in page or "color-scheme: light dark" in page
+
+
+def test_a_stage_that_started_over_began_then(tmp_path):
+    rows = [
+        {"stage": "pt", "event": "start", "inputs": {}, "flags": [flag], "time": 1e9 + 9e6 * i}
+        for i, flag in enumerate("abb")
+    ]
+    began = [describe("pt", tmp_path, rows[:count])["began"] for count in (1, 2, 3)]
+    assert began[0] < began[1] == began[2]
 
 
 def test_one_stage_alone(outputs, tmp_path):

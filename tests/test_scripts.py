@@ -495,7 +495,7 @@ def test_run_scripts_find_the_gpus(gpus, environment, expected, tmp_path):
 
 def preloaded(**environment: str) -> str:
     command = ["bash", "-euo", "pipefail", "-c", "source scripts/env.sh; source scripts/env.sh; echo ${LD_PRELOAD:-}"]
-    kept = {"PATH": os.environ["PATH"]} | environment
+    kept = {"PATH": os.environ["PATH"], "PYTHON": sys.executable} | environment
     ended = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=True)
     assert not ended.stderr
     return ended.stdout.strip()
@@ -659,8 +659,30 @@ def test_the_pipeline_looks_at_nothing(told):
     assert (code, calls) == (2, {}) and errors.startswith("error: --plan is for one stage") and errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", ["--deepspeed=scripts/zero2.json", "--fsdp", "--trust_remote_code"])
-def test_the_pipeline_does_not_train_for_a_flag_that_is_refused_later(flag, told):
-    code, calls, errors = told("scripts/run_pipeline.sh", flag)
-    assert (code, calls) == (2, {}) and errors.startswith(f"error: {flag}") and "one by one" in errors
+@pytest.mark.parametrize(
+    ("flag", "advice"),
+    [
+        *((flag, "one by one") for flag in ("--deepspeed=scripts/zero2.json", "--fsdp", "--trust_remote_code")),
+        *((flag, "set MODEL") for flag in ("--model_name_or_path", "--output-dir=x", "--train_file_dir")),
+    ],
+)
+def test_the_pipeline_refuses_at_once_what_does_not_suit_all_stages(flag, advice, told):
+    code, calls, errors = told("scripts/run_pipeline.sh", flag, "x")
+    assert (code, calls) == (2, {}) and errors.startswith(f"error: {flag}") and advice in errors
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["MODEL", "SFT_DATA", "GENERAL"])
+def test_the_pipeline_deletes_nothing_that_it_is_to_read(name, told, tmp_path):
+    """A second round from the model of a first one, into the same folder: stages that start over are deleted."""
+    made = tmp_path / "outputs" / "sft-merged"
+    made.mkdir(parents=True)
+    code, calls, errors = told("scripts/run_pipeline.sh", "--fresh", **({"MODEL": "base"} | {name: str(made)}))
+    assert (code, calls) == (2, {}) and f"error: {made} lies in" in errors and errors.count("\n") == 1
+    assert made.exists()
+
+
+def test_a_run_script_does_not_train_for_a_merge_into_its_base(told, tmp_path):
+    (tmp_path / "sft-merged").mkdir()
+    code, calls, errors = told("scripts/run_sft.sh", MODEL=f"{tmp_path}/sft-merged", OUTPUT=f"{tmp_path}/sft/")
+    assert (code, calls) == (2, {}) and "set OUTPUT or MERGED" in errors and errors.count("\n") == 1
