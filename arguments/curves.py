@@ -3,6 +3,15 @@
 from pathlib import Path
 
 
+def points_of(log_history: list[dict], name: str) -> dict[str, list[tuple[int, float]]]:
+    """Of a quantity the (step, value) that were logged, by "train" and "held out"; without those that never were."""
+    found = {}
+    for label, key in (("train", name), ("held out", f"eval_{name}")):
+        points = [(row["step"], row[key]) for row in log_history if isinstance(row.get(key), int | float)]
+        found |= {label: points} if points else {}
+    return found
+
+
 def plot_curves(log_history: list[dict], folder: Path) -> None:
     """Write training_{name}.png for every quantity that training or evaluation logged at least twice."""
     import matplotlib
@@ -16,10 +25,8 @@ def plot_curves(log_history: list[dict], folder: Path) -> None:
         n for n in names if not n.endswith(timings) and not n.startswith(("train_", "seconds_", "accuracy_"))
     ):
         figure, axes = pyplot.subplots(figsize=(7, 4))
-        for key, label in ((name, "train"), (f"eval_{name}", "held out")):
-            points = [(row["step"], row[key]) for row in log_history if isinstance(row.get(key), int | float)]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        for label, points in points_of(log_history, name).items():
+            axes.plot(*zip(*points, strict=True), marker=".", label=label)
         axes.set(xlabel="optimizer step", ylabel=name.replace("_", " "))
         if axes.lines and max(len(line.get_xdata()) for line in axes.lines) > 1:
             axes.legend()

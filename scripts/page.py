@@ -8,7 +8,6 @@ and guards.jsonl (RL); of the pipeline also ledger.jsonl, quiz.json, perplexity.
 """
 
 import io
-import json
 import math
 import statistics
 import sys
@@ -21,7 +20,8 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib import pyplot
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments.atomic import read_lines  # noqa: E402
+from arguments.atomic import read_json, read_lines  # noqa: E402
+from arguments.curves import points_of  # noqa: E402
 from scripts.ledger import entries  # noqa: E402
 from scripts.table import table_rows  # noqa: E402
 
@@ -45,8 +45,9 @@ CURVES = {
 }
 
 
-def read_json(path: Path, empty):
-    return json.loads(path.read_text("utf-8")) if path.exists() else empty
+def found_in(path: Path) -> dict:
+    """What a JSON file holds; nothing if it is missing or was cut short."""
+    return read_json(path) or {}
 
 
 def svg(title: str, draw) -> str:
@@ -64,20 +65,14 @@ def svg(title: str, draw) -> str:
 
 def curve(history: list[dict], name: str) -> str | None:
     """Training and held-out values of a quantity over the optimizer steps; None if there are none."""
-    lines = {}
-    for key, label in ((name, "train"), (f"eval_{name}", "held out")):
-        points = [(row["step"], row[key]) for row in history if isinstance(row.get(key), int | float)]
-        if points:
-            lines[label] = points
-    if not lines:
-        return None
+    lines = points_of(history, name)
 
     def draw(axes):
         for label, points in lines.items():
             axes.plot(*zip(*points, strict=True), marker=".", label=label)
         axes.set_xlabel("optimizer step")
 
-    return svg(name.replace("_", " "), draw)
+    return svg(name.replace("_", " "), draw) if lines else None
 
 
 def histogram(title: str, groups: dict[str, list[float]]) -> str:
@@ -121,15 +116,15 @@ def calibration(margins: list[float]) -> str:
 
 
 def plots(name: str, folder: Path) -> list[str]:
-    history = read_json(folder / "trainer_state.json", {"log_history": []})["log_history"]
+    history = found_in(folder / "trainer_state.json").get("log_history", [])
     found = [curve(history, quantity) for quantity in CURVES[name]]
-    if tokens := read_json(folder / "data.json", {}).get("tokens"):
+    if tokens := found_in(folder / "data.json").get("tokens"):
         found.append(lengths(tokens))
     margins = read_lines(folder / "margins.jsonl")
     if margins:
         groups = first_and_last(margins, "margins", ("before", "after"))
         found += [histogram("margins of held-out pairs", groups), calibration(margins[-1]["margins"])]
-        kinds = {k: v for k, v in read_json(folder / "all_results.json", {}).items() if k.startswith("eval_accuracy_")}
+        kinds = {k: v for k, v in found_in(folder / "all_results.json").items() if k.startswith("eval_accuracy_")}
         kinds = {k.removeprefix("eval_accuracy_"): v for k, v in kinds.items() if not k.endswith("before")}
         if kinds:
             found.append(
@@ -144,8 +139,7 @@ def plots(name: str, folder: Path) -> list[str]:
 
 def describe(name: str, folder: Path, known: list[dict]) -> dict:
     """What the page says about a stage; `known` are its entries in the ledger."""
-    results, last = read_json(folder / "all_results.json", {}), known[-1] if known else {}
-    run = read_json(folder / "run.json", {"arguments": []})
+    results, last = found_in(folder / "all_results.json"), known[-1] if known else {}
     ended = last.get("event") == "finish" or (not known and results)
     seconds = last.get("seconds") or results.get("train_runtime")
     same = list(takewhile(lambda row: (row["inputs"], row["flags"]) == (last["inputs"], last["flags"]), known[::-1]))
@@ -155,9 +149,9 @@ def describe(name: str, folder: Path, known: list[dict]) -> dict:
         "state": "ended" if ended else "begun" if known or folder.exists() else "to come",
         "seconds": f"{seconds / 60:.1f} min" if seconds else "",
         "memory": f"{results['peak_rss_gib']} GiB" if "peak_rss_gib" in results else "",
-        "data": read_json(folder / "data.json", {}),
+        "data": found_in(folder / "data.json"),
         "plots": plots(name, folder),
-        "flags": " ".join(run["arguments"]),
+        "flags": " ".join(found_in(folder / "run.json").get("arguments", [])),
         "inputs": last.get("inputs", {}),
         "began": began,
     }
@@ -165,7 +159,7 @@ def describe(name: str, folder: Path, known: list[dict]) -> dict:
 
 def stage_of(folder: Path) -> str | None:
     """Which stage filled a folder; None for a folder of stages."""
-    script = read_json(folder / "run.json", {}).get("script")
+    script = found_in(folder / "run.json").get("script")
     return next((name for name, stage in zip(STAGES, SCRIPTS, strict=True) if stage == script), None)
 
 
@@ -174,15 +168,15 @@ def write_page(outputs: Path) -> Path:
     alone = stage_of(outputs)
     folders = {alone: outputs} if alone else {name: outputs / name for name in STAGES}
     stages = [describe(name, folder, entries(outputs, name)) for name, folder in folders.items()]
-    runs = [read_json(folder / "run.json", {"versions": {}}) for folder in folders.values()]
+    versions = [found_in(folder / "run.json").get("versions") for folder in folders.values()]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template("page.html.jinja").render(
         title=f"Stage {alone.upper()}" if alone else "From base model to PPO",
         stages=stages,
         rows=table_rows(folders, outputs),
         guards=[row for folder in folders.values() for row in read_lines(folder / "guards.jsonl")],
-        answers=read_json(outputs / "answers.json", []),
-        versions=next((run["versions"] for run in runs if run["versions"]), {}),
+        answers=read_json(outputs / "answers.json") or [],
+        versions=next(filter(None, versions), {}),
     )
     target = outputs / "report.html"
     target.write_text(page, "utf-8")

@@ -1,7 +1,8 @@
 """The closing table of the pipeline: every stage on held-out data, before and after, with sample counts."""
 
-import json
 from pathlib import Path
+
+from arguments.atomic import read_json
 
 # stage, what is measured, key before, key after, what the count counts, its key
 ROWS = (
@@ -21,7 +22,7 @@ ROWS = (
 def table_rows(folders: dict[str, Path], outputs: Path) -> list[tuple[str, str, str, str, str]]:
     """Stage, what, before, after, n; of the stages that have ended. `folders` are theirs, by pt, sft, rm, rl."""
     paths = {name.upper(): folder / "all_results.json" for name, folder in folders.items()}
-    results = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    results = {name: read_json(path) or {} for name, path in paths.items()}
     rows = []
     for stage, what, before, after, unit, count in ROWS:
         found = results.get(stage, {})
@@ -47,7 +48,7 @@ def kind_rows(results: dict) -> list[tuple]:
 
 def judged(path: Path) -> list[dict]:
     """A script's results for each model; empty if it has not ended."""
-    return list(json.loads(path.read_text()).values()) if path.exists() and path.read_text() else []
+    return list((read_json(path) or {}).values())
 
 
 def quiz_rows(path: Path) -> list[tuple]:

@@ -16,7 +16,7 @@ def test_the_spine_is_the_same_in_every_stage():
     assert heads == {1}
 
 
-@pytest.mark.parametrize("script", [*STAGES, "merge_peft_adapter"])
+@pytest.mark.parametrize("script", [*STAGES, "merge_peft_adapter", "inference"])
 def test_scripts_share_only_the_arguments(script):
     own = {path.stem for path in ROOT.glob("*.py")} | {"scripts", "tests", "data"}
     tree = ast.parse((ROOT / f"{script}.py").read_text())

@@ -66,6 +66,13 @@ def test_one_stage_alone(outputs, tmp_path):
     assert not needs_network(page)
 
 
+def test_a_page_of_files_that_were_cut_short(outputs, tmp_path):
+    folder = shutil.copytree(outputs / "rm", tmp_path / "rm")
+    for name in ("all_results.json", "trainer_state.json", "data.json"):
+        (folder / name).write_text((folder / name).read_text()[:60])
+    assert "<title>Stage RM</title>" in write_page(folder).read_text("utf-8")
+
+
 def test_a_page_is_written_into_folders_of_runs_alone(tmp_path):
     (tmp_path / "photos").mkdir()
     for words in ((), (tmp_path / "missing",), (tmp_path / "photos",)):
