@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, history, in_process, stage
 from loguru import logger
 from transformers import AutoModelForCausalLM, MambaConfig, Qwen3MoeConfig, TrainerState, TrainingArguments
 
+import pretraining
+import supervised_finetuning
 from arguments.adapter import AdapterArguments
 from arguments.base import adapter_folder, check_base, difference, facts_of, fingerprint, record_base
 from arguments.checkpoints import CheckpointSeal
@@ -480,6 +483,28 @@ def test_data_seed_is_that_of_the_order(tmp_path):
     third = order(tmp_path, 0, seed=3)
     assert order(tmp_path, 0, seed=1, data_seed=3) == order(tmp_path, 0, seed=2, data_seed=3) == third
     assert order(tmp_path, 0, seed=3, data_seed=0) != third
+
+
+@pytest.mark.parametrize("more", [(), ("--streaming",)])
+def test_documents_too_come_in_the_order_of_the_data_seed(more, tiny, records, tmp_path):
+    found = []
+    for seed, data_seed in ((1, 3), (3, 3), (3, 1)):
+        flags = "--fresh", "--max_steps", 1, "--seed", seed, "--data_seed", data_seed, "--do_eval", "False"
+        in_process(*stage("pt", tiny("llama"), records, tmp_path, *flags, *more)).ok()
+        found += history(tmp_path, "loss")
+    assert found[0] == found[1] != found[2]  # an adapter begins as nothing, whatever the seed
+
+
+@pytest.mark.parametrize(("name", "script"), [("pt", pretraining), ("sft", supervised_finetuning)])
+def test_workers_can_be_spawned(name, script, tiny, records, tmp_path, monkeypatch):
+    def make(**kwargs):
+        raise StopIteration(pickle.loads(pickle.dumps(kwargs["data_collator"])))
+
+    (trainer,) = [one for one in vars(script) if one.endswith("Trainer") and one != "Trainer"]
+    monkeypatch.setattr(script, trainer, make)
+    monkeypatch.setattr(sys, "argv", list(map(str, stage(name, tiny("llama"), records, tmp_path / "out"))))
+    with pytest.raises(StopIteration):
+        script.main()
 
 
 # going on, starting over
