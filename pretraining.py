@@ -20,7 +20,7 @@ from arguments.adapter import AdapterArguments
 from arguments.command_line import UserError, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.encoding import known_ids
-from arguments.loss import TokenLoss
+from arguments.loss import METRICS, TokenLoss
 from arguments.model import ModelArguments, keeps_apart
 from arguments.order import SeededOrder
 from arguments.plan import plan_tokens
@@ -32,6 +32,8 @@ from arguments.telemetry import LogLine
 @dataclass
 class PretrainingArguments(RunArguments, TrainingArguments):
     """transformers.TrainingArguments, and how documents become blocks."""
+
+    metrics = METRICS
 
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak rate. 2e-4 suits LoRA; all weights want 2e-5."})
     block_size: int = field(default=512, metadata={"help": "Tokens of a training block; longer sees more context."})
@@ -131,7 +133,7 @@ def main():
 
     tokenizer = model_args.load_tokenizer()
     train_rows, eval_rows = data_args.load_documents(training_args.output_dir)
-    train_dataset = build_blocks(train_rows, tokenizer, data_args, training_args, seed=training_args.seed)
+    train_dataset = build_blocks(train_rows, tokenizer, data_args, training_args, seed=training_args.order_seed)
     eval_dataset = build_blocks(eval_rows, tokenizer, data_args, training_args)
     if data_args.preview:
         if training_args.streaming:  # it has no end

@@ -9,6 +9,7 @@ Writes  the adapter with its head, tokenizer, metrics (held-out accuracy, margin
         answer wins") and curves into output_dir.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,27 +23,39 @@ from trl import RewardConfig, RewardTrainer
 
 from arguments.adapter import AdapterArguments, cast_trained
 from arguments.atomic import append_lines
-from arguments.command_line import UserError, parse_arguments, run_stage
+from arguments.command_line import UserError, expect, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.model import ModelArguments
-from arguments.order import SeededOrder
+from arguments.order import STRATEGIES, SeededOrder
 from arguments.pairs import collate_pairs, score_pairs, shared_tokens, shares_prompts, with_length
 from arguments.plan import plan_pairs
 from arguments.run import RunArguments
 from arguments.stops import EndsOnce
 from arguments.telemetry import LogLine
 
+ELSEWHERE = {  # flags of trl whose work is done before its trainer could: why, and what to give
+    "max_length": "question and answers have limits of their own: give --max_source_length and --max_target_length",
+    "chat_template_path": "records are encoded with the tokenizer's template: give --tokenizer_name_or_path",
+    "eos_token": "records are encoded with the tokenizer's end tokens: give --tokenizer_name_or_path",
+    "pad_token": "batches are padded with the tokenizer's pad token: give --tokenizer_name_or_path",
+    "dataset_num_proc": "records are encoded by this project: give --preprocessing_num_workers",
+    "model_init_kwargs": "the model is loaded as flags of their own say: --dtype, --attn_implementation, --device_map",
+}
+
 
 @dataclass
 class RewardArguments(RunArguments, RewardConfig):
     """trl.RewardConfig with this project's defaults."""
+
+    metrics = {"loss": False, "accuracy": True, "accuracy_*": True, "margin": True}
 
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak rate. 2e-4 suits LoRA; all weights want 1e-5."})
     max_length: int | None = field(
         default=None, metadata={"help": "Not to be set: the limits are max_source_length and max_target_length."}
     )
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "Pairs of similar length share a batch: less padding."}
+        default="group_by_length",
+        metadata={"help": "By length, pairs of a batch need little padding.", "choices": STRATEGIES},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The sampler above reads a column, length."})
     center_rewards_coefficient: float | None = field(
@@ -50,12 +63,13 @@ class RewardArguments(RunArguments, RewardConfig):
     )
 
     def __post_init__(self):
-        if self.max_length is not None:
-            raise UserError(
-                f"--max_length is {self.max_length}, but the question and the answers have limits of their own here: "
-                "give --max_source_length and --max_target_length"
-            )
+        for flag, instead in ELSEWHERE.items():
+            if (value := getattr(self, flag)) is not None:
+                raise UserError(f"--{flag} is {value}, but {instead}")
+        expect(self, "a number from 0 on", lambda x: 0 <= x < math.inf, "center_rewards_coefficient")
         super().__post_init__()
+        if self.activation_offloading and self.use_cpu:
+            raise UserError("--activation_offloading moves activations from a GPU, and none is used: leave it out")
 
 
 def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
@@ -131,7 +145,8 @@ class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
             if self.is_world_process_zero():
                 line = {"step": self.state.global_step, "margins": margins.tolist(), "kinds": kinds}
                 append_lines(Path(self.args.output_dir) / "margins.jsonl", [line])
-            self._metrics["eval"].pop("accuracy"), self._metrics["eval"].pop("margin")  # trl would put its means back
+            for name in ("accuracy", "margin", "num_tokens"):  # trl would put back its means, and what it has counted
+                self._metrics["eval"].pop(name)  # of the training tokens since this process began
             logs |= {f"eval_{name}": value for name, value in found.items()}
             for unit, name in (("tokens", "longer_wins"), ("characters", "longer_wins_characters")):
                 lengths = (self.eval_dataset[f"{answer}_{unit}"][:] for answer in ("chosen", "rejected"))

@@ -10,6 +10,7 @@ Writes  the adapter, tokenizer, metrics (held-out loss of the answers) and curve
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -21,9 +22,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 from arguments.adapter import AdapterArguments
 from arguments.command_line import UserError, parse_arguments, run_stage
 from arguments.data import DataArguments
-from arguments.loss import TokenLoss
+from arguments.loss import METRICS, TokenLoss
 from arguments.model import ModelArguments, keeps_apart
-from arguments.order import SeededOrder
+from arguments.order import STRATEGIES, SeededOrder
 from arguments.plan import plan_tokens
 from arguments.run import RunArguments
 from arguments.stops import EndsOnce
@@ -34,9 +35,13 @@ from arguments.telemetry import LogLine
 class FinetuningArguments(RunArguments, TrainingArguments):
     """transformers.TrainingArguments with this project's defaults."""
 
+    metrics = METRICS
+    needs = RunArguments.needs | {"packing_length": "packing"}
+
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak rate. 2e-4 suits LoRA; all weights want 2e-5."})
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "Rows of similar length share a batch: less padding."}
+        default="group_by_length",
+        metadata={"help": "By length, rows of a batch need little padding.", "choices": STRATEGIES},
     )
     train_on_inputs: bool = field(
         default=False, metadata={"help": "Train all turns: system texts, questions and tools' output too."}
@@ -128,7 +133,7 @@ def main():
     if training_args.plan:
         rows = pack(train_dataset, training_args.packing_length) if training_args.packing else train_dataset
         groups = model_args, adapter_args, training_args
-        return plan_tokens(*groups, rows, eval_dataset, lambda rows: collate(rows, tokenizer.pad_token_id))
+        return plan_tokens(*groups, rows, eval_dataset, partial(collate, pad_token_id=tokenizer.pad_token_id))
 
     model = model_args.load_model(AutoModelForCausalLM)
     if training_args.packing and keeps_apart(model):
@@ -146,7 +151,7 @@ def main():
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
+        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
         callbacks=training_args.callbacks(),
     )
     if training_args.do_train:

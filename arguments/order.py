@@ -4,6 +4,8 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+STRATEGIES = ["random", "sequential", "group_by_length", "batch_rebalance"]  # transformers takes others for random
+
 
 class EpochSampler(Sampler):
     """Indices of all rows, reshuffled in each epoch of `trainer`; given `lengths`, similar ones are put together.
@@ -21,7 +23,7 @@ class EpochSampler(Sampler):
 
     def __iter__(self):
         args = self.trainer.args
-        generator = torch.Generator().manual_seed(args.seed + int(self.trainer.state.epoch or 0))
+        generator = torch.Generator().manual_seed(args.order_seed + int(self.trainer.state.epoch or 0))
         if self.lengths is None:
             return iter(torch.randperm(self.rows, generator=generator).tolist())
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 from loguru import logger
-from transformers import IntervalStrategy, Trainer, TrainerCallback, get_scheduler
+from transformers import IntervalStrategy, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
@@ -30,12 +30,14 @@ from arguments.command_line import UserError, expect, without_secrets
 from arguments.compiling import CompileArguments
 from arguments.curves import plot_curves
 from arguments.data import DataArguments
+from arguments.flags import NEEDS, check_accelerator_config, check_dead_flags, check_metric, check_optimizer, json_of
 from arguments.precision import PrecisionArguments
 from arguments.stops import FiniteGradients, FiniteWeights, StopAtSignal
 from arguments.telemetry import peak_memory
 
 RANGES = {  # what numpy's seed and PyTorch's AdamW take; bounds included
     "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
     "weight_decay": (0, math.inf),
     "adam_beta1": (0, 1 - 1e-9),
     "adam_beta2": (0, 1 - 1e-9),
@@ -58,6 +60,9 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 @dataclass
 class RunArguments(PrecisionArguments, CompileArguments):
     """Mixed into a stage's TrainingArguments: other defaults, precision by hardware, resume, loss curves."""
+
+    metrics = {}  # by which a checkpoint may be the best, as glob patterns: whether more is better. Empty: any
+    needs = NEEDS
 
     output_dir: str = field(
         default="", metadata={"help": "Where adapter, tokenizer, metrics and curves go. Required."}
@@ -104,6 +109,8 @@ class RunArguments(PrecisionArguments, CompileArguments):
                 "--dataloader_drop_last would leave held-out records out of the metrics, and train nothing where one "
                 "batch holds all: leave it out"
             )
+        if self.label_names not in (None, ["labels"]):
+            raise UserError("--label_names: records have one kind of label here, and it needs no name: leave it out")
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise UserError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
         expect(self, "at least 1, or -1 for --num_train_epochs", lambda x: x >= 1 or x == -1, "max_steps")
@@ -123,9 +130,15 @@ class RunArguments(PrecisionArguments, CompileArguments):
         self._take_over_compiling()
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))
         self._check_deepspeed()
+        check_dead_flags(self)
+        check_metric(self)
+        check_accelerator_config(self)
         super().__post_init__()
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            raise UserError("--save_strategy best goes by a metric: name it with --metric_for_best_model")
         self._check_reporters()
-        self._check_optimizer()
+        check_optimizer(self)
+        self._check_schedule()
         alone = self.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
         if (self.deepspeed or self.fsdp) and alone and not torch.cuda.is_available():
             # accelerate would silently use plain DDP
@@ -138,21 +151,16 @@ class RunArguments(PrecisionArguments, CompileArguments):
             self._n_gpu = 1
 
     def _check_deepspeed(self) -> None:
-        if not (asked := str(self.deepspeed or "")):
+        if not self.deepspeed:
             return
-        if not asked.startswith("{") and not Path(asked).is_file():
-            raise UserError(f"--deepspeed {asked} is no file: scripts/ holds zero2.json and zero3.json")
+        settings = json_of(self, "deepspeed", "scripts/ holds zero2.json and zero3.json")
         if find_spec("deepspeed") is None:
             raise UserError("--deepspeed needs a package that is not installed: pip install deepspeed")
-        try:
-            settings = json.loads(asked if asked.startswith("{") else Path(asked).read_text("utf-8"))
-        except ValueError as error:
-            raise UserError(f"--deepspeed {asked} is not JSON: {error}") from error
-        enabled = isinstance(settings, dict) and settings.get(self.precision, {}).get("enabled")
+        enabled = settings.get(self.precision, {}).get("enabled")
         if self.precision != "fp32" and not enabled:  # trained_dtype goes by it
             raise UserError(
-                f'--deepspeed {asked} does not enable {self.precision}: add "{self.precision}": {{"enabled": "auto"}} '
-                "as in scripts/zero2.json, or take --precision fp32"
+                f"--deepspeed {self.deepspeed} does not enable {self.precision}: add "
+                f'"{self.precision}": {{"enabled": "auto"}} as in scripts/zero2.json, or take --precision fp32'
             )
 
     def _check_reporters(self) -> None:
@@ -165,13 +173,8 @@ class RunArguments(PrecisionArguments, CompileArguments):
             if name not in get_available_reporting_integrations():
                 raise UserError(f"--report_to {name} is not installed: pip install {name}, or --report_to tensorboard")
 
-    def _check_optimizer(self) -> None:
-        """Refuse what transformers would find missing when training starts: packages, settings of a schedule."""
-        try:
-            Trainer.get_optimizer_cls_and_kwargs(self, torch.nn.Linear(1, 1))
-        except (ImportError, TypeError, ValueError) as error:
-            if "No target modules found" not in str(error):  # they are in the real model
-                raise UserError(f"--optim {self.optim.value}: {error}") from error
+    def _check_schedule(self) -> None:
+        """Refuse settings that the schedule would find missing when training starts."""
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
         try:
             get_scheduler(self.lr_scheduler_type, optimizer, 0, 1, self.lr_scheduler_kwargs)
@@ -253,6 +256,11 @@ class RunArguments(PrecisionArguments, CompileArguments):
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """At least one step learns: rounded up, a share of few steps is all of them, the first at a rate of 0."""
         return min(super().get_warmup_steps(num_training_steps), max(num_training_steps - 1, 0))
+
+    @property
+    def order_seed(self) -> int:
+        """Of the order of training rows."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def steps_between_saves(self) -> int:

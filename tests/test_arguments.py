@@ -3,17 +3,21 @@
 import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, history, in_process, stage
 from loguru import logger
 from transformers import AutoModelForCausalLM, MambaConfig, Qwen3MoeConfig, TrainerState, TrainingArguments
 
+import pretraining
+import supervised_finetuning
 from arguments.adapter import AdapterArguments
 from arguments.base import adapter_folder, check_base, difference, facts_of, fingerprint, record_base
 from arguments.checkpoints import CheckpointSeal
@@ -30,6 +34,7 @@ from arguments.command_line import (
 from arguments.curves import plot_curves
 from arguments.data import DataArguments
 from arguments.model import ModelArguments
+from arguments.order import EpochSampler
 from arguments.precision import native_bf16
 from arguments.reward import RewardSourceArguments
 from merge_peft_adapter import MergeArguments
@@ -280,6 +285,67 @@ def test_what_peft_refuses_is_said_of_the_flag_that_helps(config, flags, said):
     AdapterArguments(target_modules=targets).apply(model, "CAUSAL_LM")
 
 
+BEST = ["--save_strategy", "best", "--eval_steps", "5", "--metric_for_best_model"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "metric", "more"),
+    [
+        (PretrainingArguments, "perplexity", False),
+        (FinetuningArguments, "eval_perplexity", False),
+        (FinetuningArguments, "loss", False),
+        (RewardArguments, "loss", False),
+        (RewardArguments, "accuracy", True),
+        (RewardArguments, "eval_accuracy_too_short", True),
+        (PPOArguments, "reward", True),
+    ],
+)
+def test_the_best_checkpoint_is_the_best_one(tmp_path, stage, metric, more):
+    argv = ["--output_dir", str(tmp_path), *BEST, metric]
+    assert parse(argv, [stage])["greater_is_better"] is more
+    assert parse([*argv, "--greater_is_better", str(not more)], [stage])["greater_is_better"] is not more
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--length_column_name", "tokens"], "--length_column_name"),
+        (["--do_predict"], "--do_predict has no effect: inference.py"),
+        (["--include_for_metrics", "inputs"], "--include_for_metrics"),
+        (["--batch_eval_metrics"], "--batch_eval_metrics"),
+        (["--optim_args", "rank=4"], "--optim_args has no effect: --optim adamw_torch"),
+        (["--optim_target_modules", "all-linear"], "--optim_target_modules"),
+        (["--optim", "sgd", "--optim_args", "momentun=0.9"], "--optim_args has no effect: --optim sgd"),
+        (["--optim", "sgd", "--optim_args", "momentum=0.9"], None),
+        (["--length_column_name", "length"], None),
+        ([], None),
+    ],
+)
+def test_flags_without_effect_are_said(required, logged, argv, said):
+    parse([*required, *argv])
+    found = [line for line in logged if "has no effect" in line]
+    assert len(found) == (said is not None) and all(f"WARNING: {said}" in line for line in found)
+
+
+def test_an_optimizer_with_targets_reads_them(required, logged, monkeypatch):
+    """The package of GaLore is not installed; without targets transformers refuses it."""
+
+    def made(args, model):
+        if args.optim_target_modules is None:
+            raise ValueError("You need to define `optim_target_modules`")
+        return torch.optim.SGD, {"rank": args.optim_args}
+
+    monkeypatch.setattr("arguments.flags.Trainer.get_optimizer_cls_and_kwargs", made)
+    parse([*required, "--optim_target_modules", "all-linear", "--optim_args", "rank=4"])
+    assert not [line for line in logged if "has no effect" in line]
+
+
+def test_an_accelerator_config_is_read(required, tmp_path):
+    (tmp_path / "config.json").write_text('{"even_batches": false}')
+    for asked in ('{"even_batches": false}', str(tmp_path / "config.json")):
+        assert parse([*required, "--accelerator_config", asked])["accelerator_config"].even_batches is False
+
+
 def test_ppo_steps_are_rollouts(tmp_path):
     argv = ["--output_dir", str(tmp_path), "--max_steps", "5", "--save_steps", "2"]
     args = parse([*argv, "--batch_size", "6", "--mini_batch_size", "3", "--ppo_epochs", "4"], [PPOArguments])
@@ -395,6 +461,50 @@ def test_sample_limits(tmp_path):
 def test_one_record_cannot_be_split(tmp_path):
     with pytest.raises(UserError, match="1 held-out records asked for, but there are 1 in all"):
         held_out(tmp_path, 1, 5)
+
+
+# the order of rows
+
+
+def order(folder, epoch, lengths=None, **kwargs):
+    trainer = SimpleNamespace(args=run_arguments(folder, **kwargs), state=TrainerState(epoch=epoch))
+    return list(EpochSampler(trainer, 40, lengths))
+
+
+@pytest.mark.parametrize("lengths", [None, list(range(40))])
+def test_each_epoch_has_an_order_of_its_own(lengths, tmp_path):
+    first, second = order(tmp_path, 0, lengths), order(tmp_path, 1.0, lengths)
+    assert sorted(first) == sorted(second) == list(range(40)) and first != second
+    assert order(tmp_path, 1.0, lengths) == order(tmp_path, 1.5, lengths) == second
+    assert order(tmp_path, 0, lengths, seed=7) != first
+
+
+def test_data_seed_is_that_of_the_order(tmp_path):
+    third = order(tmp_path, 0, seed=3)
+    assert order(tmp_path, 0, seed=1, data_seed=3) == order(tmp_path, 0, seed=2, data_seed=3) == third
+    assert order(tmp_path, 0, seed=3, data_seed=0) != third
+
+
+@pytest.mark.parametrize("more", [(), ("--streaming",)])
+def test_documents_too_come_in_the_order_of_the_data_seed(more, tiny, records, tmp_path):
+    found = []
+    for seed, data_seed in ((1, 3), (3, 3), (3, 1)):
+        flags = "--fresh", "--max_steps", 1, "--seed", seed, "--data_seed", data_seed, "--do_eval", "False"
+        in_process(*stage("pt", tiny("llama"), records, tmp_path, *flags, *more)).ok()
+        found += history(tmp_path, "loss")
+    assert found[0] == found[1] != found[2]  # an adapter begins as nothing, whatever the seed
+
+
+@pytest.mark.parametrize(("name", "script"), [("pt", pretraining), ("sft", supervised_finetuning)])
+def test_workers_can_be_spawned(name, script, tiny, records, tmp_path, monkeypatch):
+    def make(**kwargs):
+        raise StopIteration(pickle.loads(pickle.dumps(kwargs["data_collator"])))
+
+    (trainer,) = [one for one in vars(script) if one.endswith("Trainer") and one != "Trainer"]
+    monkeypatch.setattr(script, trainer, make)
+    monkeypatch.setattr(sys, "argv", list(map(str, stage(name, tiny("llama"), records, tmp_path / "out"))))
+    with pytest.raises(StopIteration):
+        script.main()
 
 
 # going on, starting over

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import alone
+from conftest import alone, in_process, stage
 from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Trainer, TrainingArguments
 
@@ -155,3 +155,9 @@ def test_a_model_that_passes_its_output_layer_by_is_refused():
 
     with pytest.raises(Fault, match="past its output layer"):
         alone(TokenLoss()).compute_loss(Bypassing(), {"input_ids": IDS, "labels": LABELS.clone()})
+
+
+@pytest.mark.parametrize("name", ["pt", "sft"])
+def test_what_layers_get_and_give_can_be_watched(name, tiny, records, tmp_path):
+    """The detector looks for the largest number of each, and fails where there is none."""
+    in_process(*stage(name, tiny("llama"), records, tmp_path / "out", "--debug", "underflow_overflow")).ok()

@@ -132,5 +132,6 @@ def test_a_run_that_shares_learns_as_one_that_does_not(family, more, near, tiny,
     assert "answers in two rows" in in_process(*flags).ok().stderr
     assert history(tmp_path / "shared", "loss") == pytest.approx(history(tmp_path / "alone", "loss"), abs=near)
     shared, alone = results(tmp_path / "shared"), results(tmp_path / "alone")
+    assert "eval_num_tokens" not in shared  # trl's count of what this process has trained, not the run
     for key in ("eval_loss_before", "eval_loss", "eval_accuracy", "eval_margin"):
         assert shared[key] == pytest.approx(alone[key], abs=near), key
