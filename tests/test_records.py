@@ -196,6 +196,9 @@ def test_prompt_forms(record, expected):
     [
         (to_document, {"txt": "x"}, "expected .*text.*found keys txt"),
         (to_document, {"text": "\u3000\u200b"}, "the text is empty"),
+        *[(to_document, {"text": text}, "the text is empty") for text in ("\xa0\xa0", "\u2028\u2029\n", "\0")],
+        (to_conversation, {"prompt": "q", "completion": "\u200e\u2060"}, "no question with an answer"),
+        (to_prompt, {"prompt": "\xa0"}, "there is no question"),
         (to_document, {"text": 3}, "expected text, found int: 3"),
         (to_document, ["x"], "found list"),
         (to_conversation, {"q": "x", "a": "y"}, "found keys q, a"),
@@ -352,9 +355,30 @@ def test_an_empty_system_turn_hides_no_system_text():
 
 
 def test_what_is_not_utf8_is_named(tmp_path, messages):
-    (tmp_path / "a.txt").write_bytes(b"It\x92s fine\n")
-    assert len(list(read_file(tmp_path / "a.txt"))) == 1
+    text = "用Python分析A型和B型血，vitamin维C和T细胞\n"
+    (tmp_path / "a.txt").write_text(text, encoding="gb18030")
+    assert [record for _, record in read_file(tmp_path / "a.txt")] == [{"text": text}]
     assert any("a.txt is not UTF-8, and read as GB18030" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    "text", ["Schöne Grüsse vom Müller\n", "It’s fine\n", "Die Ärzte müssen für die Behandlung räumen\n", "España\n"]
+)
+def test_western_text_is_not_read_as_chinese(tmp_path, text):
+    (tmp_path / "a.txt").write_text("Hello.\n" + text, encoding="cp1252")
+    ((place, error),) = read_file(tmp_path / "a.txt")
+    assert place == str(tmp_path / "a.txt") and isinstance(error, BadRecord)
+    assert re.match(r"cannot be read: not UTF-8, but likely Windows-1252 .*iconv -f cp1252", str(error))
+    with pytest.raises(UserError, match="1 bad records .*\n.*a.txt: cannot be read: not UTF-8"):
+        load_texts(tmp_path)
+
+
+def test_a_line_that_shows_nothing_is_no_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\xa0\n\u200e\x0c\n\xa0two\n", encoding="utf-8")
+    assert [(place[-1], record["text"]) for place, record in read_file(tmp_path / "a.txt")] == [
+        ("1", "one\n"),
+        ("4", "\xa0two\n"),
+    ]
 
 
 def test_a_look_leaves_the_list_of_skipped_records(tmp_path):
