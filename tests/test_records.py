@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from conftest import in_process, stage, write_lines
 from loguru import logger
 
 from arguments.command_line import UserError
@@ -381,14 +382,37 @@ def test_a_line_that_shows_nothing_is_no_document(tmp_path):
     ]
 
 
-def test_a_look_leaves_the_list_of_skipped_records(tmp_path):
+@pytest.mark.parametrize("look", [{"preview": 1}, {"plan": True}])
+def test_a_look_leaves_the_list_of_skipped_records(tmp_path, look):
     data = write_texts(tmp_path / "a.jsonl", "one", "two")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "bad_records.jsonl").touch()
-    DataArguments(data, data, keep_duplicates=True, preview=1).load_documents(str(tmp_path / "out"))
+    DataArguments(data, data, keep_duplicates=True, **look).load_documents(str(tmp_path / "out"))
     assert (tmp_path / "out" / "bad_records.jsonl").exists()
     DataArguments(data, data, keep_duplicates=True).load_documents(str(tmp_path / "out"))
     assert not (tmp_path / "out" / "bad_records.jsonl").exists()
+
+
+def test_a_plan_lists_no_bad_records(tiny, records, tmp_path):
+    data = write_lines(tmp_path / "data" / "sft", [{"prompt": "q"}])
+    for folder in (records, data.parent):  # the second holds nothing else
+        flags = ("--plan", "--bad_records", "skip", "--train_file_dir", f"{data},{folder}/sft")
+        ended = in_process(*stage("sft", tiny("llama"), folder, tmp_path / "out", *flags))
+        assert (ended.code, "Skipped" in ended.stderr) == (0 if folder == records else 2, True), ended.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_flags_without_effect_are_named(tmp_path, messages):
+    data, held_out = write_texts(tmp_path / "a.jsonl", *"abcd"), write_texts(tmp_path / "b.jsonl", "other")
+    flags = {"validation_split_percentage": 10, "validation_split_count": 1, "max_source_length": 9}
+    DataArguments(data, held_out, dataset_config_name="x", **flags).load_documents()
+    named = [message for message in messages if "has no effect" in message]
+    expected = "max_source_length", "dataset_config_name", "validation_split_percentage", "validation_split_count"
+    assert [message.split()[0] for message in named] == [f"--{name}" for name in expected]
+    messages.clear()
+    for held_out in (None, data):
+        DataArguments(data, held_out, **flags | {"max_source_length": 256}).load_documents()
+    assert not any("has no effect" in message for message in messages)
 
 
 def test_each_line_is_a_question_however_it_ends(tmp_path):
