@@ -6,7 +6,7 @@ import math
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,7 @@ class DataArguments(LengthArguments):
     preview: int = field(
         default=0, metadata={"help": "Print that many records as the model will see them, and lengths; then stop."}
     )
+    plan: bool = field(default=False, metadata={"help": "A flag of RunArguments that is of use here, too."})
 
     def __post_init__(self):
         if not (self.train_file_dir or self.dataset_name):
@@ -182,6 +183,7 @@ class DataArguments(LengthArguments):
 
     def _load(self, form: str, output_dir: str | None) -> tuple[Dataset, Dataset]:
         sources, apart = weighted_folders(self.train_file_dir), self._held_out_apart()
+        self._warn_of_unused(form, apart)
         held_sources = weighted_folders(self.validation_file_dir) if apart else []
         if any(weight != 1 for _, weight in held_sources):
             raise UserError(f"--validation_file_dir {self.validation_file_dir}: held-out records have no weights")
@@ -191,7 +193,7 @@ class DataArguments(LengthArguments):
         rows = concatenate_datasets(read)
         held = [self._read(folder, "validation", form) for folder, _ in held_sources]
         held_rows = concatenate_datasets(held) if held else None
-        if output_dir and not self.preview:
+        if output_dir and not (self.preview or self.plan):
             self._bad_file = Path(output_dir) / "bad_records.jsonl"
             if PartialState().is_main_process:
                 self._bad_file.unlink(missing_ok=True)  # an earlier run's
@@ -213,6 +215,18 @@ class DataArguments(LengthArguments):
         logger.info(f"{len(train)} training and {len(held)} held-out records")
         columns = [*FORMS[form][0], "place"]
         return rows.select(train).select_columns(columns), held_rows.select(held).select_columns(columns)
+
+    def _warn_of_unused(self, form: str, apart: bool) -> None:
+        """Name the flags that were given and change nothing."""
+        unused = {"dataset_config_name": "without --dataset_name"} if not self.dataset_name else {}
+        if apart:
+            held_out = "with held-out records of their own"
+            unused |= {"validation_split_percentage": held_out, "validation_split_count": held_out}
+        if form == "document":
+            unused |= dict.fromkeys(("max_source_length", "max_target_length"), "in PT: see --block_size")
+        for flag in fields(self):
+            if flag.name in unused and getattr(self, flag.name) != flag.default:
+                logger.warning(f"--{flag.name} has no effect {unused[flag.name]}")
 
     def _held_out_apart(self) -> bool:
         """Whether held-out records have a folder or split of their own; the 2023 scripts named one folder for both."""

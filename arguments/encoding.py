@@ -2,9 +2,10 @@
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache, partial
 
 import numpy as np
 from datasets import Dataset
@@ -43,11 +44,9 @@ class LengthArguments:
         as in encode_prompt; the answer is cut off after max_target_length. source_tokens and target_tokens are the
         lengths of both before any cut, source_kept what is left of the first.
         """
-        ids, labels, start = encode_turns(tokenizer, messages)
-        lengths = {"source_tokens": start, "target_tokens": len(ids) - start}
-        while start > self.max_source_length and (shorter := without_oldest(messages)):
-            messages = shorter
-            ids, labels, start = encode_turns(tokenizer, messages)
+        whole, kept = self._within(partial(encode_turns, tokenizer), messages)
+        lengths = {"source_tokens": whole[-1], "target_tokens": len(whole[0]) - whole[-1]}
+        ids, labels, start = kept
         keep = slice(max(0, start - self.max_source_length), start + self.max_target_length)
         lengths["source_kept"] = min(start, self.max_source_length)
         return {"input_ids": ids[keep], "labels": labels[keep]} | lengths
@@ -58,46 +57,87 @@ class LengthArguments:
         A long one loses its oldest exchanges first, but keeps the system text; then the start of what is left is cut.
         source_tokens is the length before any cut, source_kept what is left.
         """
-        ids = prompt_ids(tokenizer, messages)
-        source_tokens = len(ids)
-        while len(ids) > self.max_source_length and (shorter := without_oldest(messages)):
-            messages = shorter
-            ids = prompt_ids(tokenizer, messages)
+        (_, source_tokens), (ids, _) = self._within(partial(encode_question, tokenizer), messages)
         ids = ids[-self.max_source_length :]
         return {"input_ids": ids, "source_tokens": source_tokens, "source_kept": len(ids)}
+
+    def _within(self, encode: Callable, messages: list[dict]) -> tuple[tuple, tuple]:
+        """`encode` of the whole conversation, and of what is left of it without the fewest oldest exchanges.
+
+        What encode returns ends with the number of tokens before the answer, which max_source_length limits. The
+        system text and the last question stay.
+        """
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        later = [i for i, message in enumerate(messages) if message["role"] == "user"][1:]
+        whole = encode(messages)
+        if whole[-1] <= self.max_source_length or not later:
+            return whole, whole
+        encoded = cache(lambda start: encode(system + messages[start:]))
+        fewest = bisect_left(later[:-1], True, key=lambda start: encoded(start)[-1] <= self.max_source_length)
+        return whole, encoded(later[fewest])
 
     def eos_ids(self, model, tokenizer) -> list[int]:
         """All ids that end an answer: the tokenizer's eos, the model's, and the one that SFT trains to end a turn."""
         configured = model.generation_config.eos_token_id
         configured = configured if isinstance(configured, list) else [configured]
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        trained = self.encode(tokenizer, turn)["input_ids"][-1]
+        trained = encode_turns(tokenizer, turn)[0][-1]  # self.encode may cut it off
         return sorted({tokenizer.eos_token_id, trained, *(i for i in configured if i is not None)})
 
 
-def without_oldest(messages: list[dict]) -> list[dict] | None:
-    """The conversation without its first question and answer; None when there is only one."""
-    later = [i for i, message in enumerate(messages) if message["role"] == "user"][1:]
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    return system + messages[later[0] :] if later else None
-
-
 def render(tokenizer, messages: list[dict], **kwargs) -> str:
-    """The chat template's text. If the template refuses a system role, its text is put before the first question."""
+    """The chat template's text."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except TemplateError as error:
-        if messages[0]["role"] != "system" or len(messages) < 2:
-            raise UserError(f"the chat template refuses a conversation: {error}") from error
-        first = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
-        return render(tokenizer, [first, *messages[2:]], **kwargs)
+        raise UserError(f"the chat template refuses a conversation: {error}") from error
     except TypeError as error:  # of an expression in it
         raise UserError(f"the chat template fails: {error}") from error
 
 
-def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
-    text = render(tokenizer, messages, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+@lru_cache
+def left_out(tokenizer, template: str, roles: tuple[str, ...]) -> list[int]:
+    """Which turns of a conversation that awaits an answer the template does not show: its answers are not looked for.
+
+    A template that refuses a conversation because of its system text does not show that.
+    """
+    numbers = [f"7{number:08}7" for number in range(len(roles))]  # digits: templates trim, escape and change case
+    turns = [{"role": role, "content": number} for role, number in zip(roles, numbers, strict=True)]
+    try:
+        text = render(tokenizer, turns, add_generation_prompt=True)
+    except UserError:
+        if roles[0] != "system" or len(roles) < 2:
+            raise
+        return [0]
+    return [i for i, role in enumerate(roles) if role != "assistant" and numbers[i] not in text]
+
+
+def shown(tokenizer, messages: list[dict]) -> list[dict]:
+    """A conversation that awaits an answer, as the template can show it.
+
+    A system text that the template leaves out is put before the first question.
+
+    Raises:
+        UserError: when it leaves out another turn, since the model would learn to do without.
+    """
+    missing = left_out(tokenizer, tokenizer.get_chat_template(), tuple(message["role"] for message in messages))
+    if not missing:
+        return messages
+    turn = messages[missing[0]]
+    if missing[0] == 0 and turn["role"] == "system" and len(messages) > 1:
+        first = {"role": "user", "content": turn["content"] + "\n\n" + messages[1]["content"]}
+        return shown(tokenizer, [first, *messages[2:]])
+    raise UserError(
+        f"the chat template leaves out the {turn['role']} turn {turn['content'][:60]!r}: say it in a turn that the "
+        "template has, or take the record out"
+    )
+
+
+def encode_question(tokenizer, messages: list[dict]) -> tuple[list[int], int]:
+    """Token ids of a whole conversation that awaits an answer, and how many they are."""
+    text = render(tokenizer, shown(tokenizer, messages), add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids, len(ids)
 
 
 def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int], int]:
@@ -109,6 +149,7 @@ def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int],
     place, not by its words. The template thus does not see an answer's own thoughts: they replace the empty ones that
     it inserts, or continue the <think> that its prompt ends with.
     """
+    messages = [*shown(tokenizer, messages[:-1]), messages[-1]]
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     marker = "\ue000{}\ue001".format
     numbered = iter(range(len(answers)))

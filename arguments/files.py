@@ -15,6 +15,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ import pyarrow.parquet
 from loguru import logger
 
 INVISIBLE = " \t\r\n\u3000\u200b\ufeff"
+BLANK = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # categories of spaces, controls and marks without a shape
+CHINESE = re.compile("[\u3400-\u9fff]")
+ACCENT = re.compile(r"[a-z][\u3400-\u9fff](?![^\x00-\x7f])")  # as GB18030 reads that of a word in Latin-1
 BETWEEN_RECORDS = re.compile(rf"[{INVISIBLE},]*")
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv")
 SUFFIXES = tuple(suffix + packed for packed in ("", ".gz") for suffix in (*TEXT_SUFFIXES, ".parquet"))
@@ -119,11 +123,31 @@ def encoding_of(path: Path) -> str:
         fault = undecodable(path, encoding)
         if fault is None:
             if faults:
+                refuse_western(path)
                 logger.info(f"{path} is not UTF-8, and read as GB18030: --preview shows whether it is")
             return encoding
         faults.append(fault)
     line, held = max(faults)  # the encoding that failed later is likelier the file's
     raise BadRecord(f"neither UTF-8 nor GB18030 text: line {line} holds {held}")
+
+
+def refuse_western(path: Path) -> None:
+    """Refuse a file most of whose Chinese characters, read as GB18030, stand alone in words of Latin letters."""
+    accents, chinese = [], 0
+    with io.TextIOWrapper(open_bytes(path), encoding="gb18030") as file:
+        for line in file:
+            accents += (line[max(0, found.start() - 9) : found.end() + 9].strip() for found in ACCENT.finditer(line))
+            chinese += len(CHINESE.findall(line))
+    if len(accents) > chinese / 2:
+        raise BadRecord(
+            f"not UTF-8, but likely Windows-1252 (Latin-1): read as GB18030 it holds {accents[0]!r}. Convert it to "
+            "UTF-8 (iconv -f cp1252 -t utf-8)"
+        )
+
+
+def is_blank(text: str) -> bool:
+    """Whether the text shows nothing."""
+    return all(unicodedata.category(character) in BLANK for character in text)
 
 
 def undecodable(path: Path, encoding: str) -> tuple[int, bytes] | None:
@@ -193,9 +217,9 @@ def read_documents(lines: Iterable[str], by_line: bool = False) -> Iterator[tupl
     head = list(itertools.islice(lines, 2000))
     numbered = enumerate(itertools.chain(head, lines), 1)
     if by_line or not is_hard_wrapped(head):
-        yield from ((number, {"text": line}) for number, line in numbered if line.strip(INVISIBLE))
+        yield from ((number, {"text": line}) for number, line in numbered if not is_blank(line))
         return
-    for blank, group in itertools.groupby(numbered, key=lambda pair: not pair[1].strip(INVISIBLE)):
+    for blank, group in itertools.groupby(numbered, key=lambda pair: is_blank(pair[1])):
         if not blank:
             numbers, texts = zip(*group, strict=True)
             yield numbers[0], {"text": unwrapped(texts)}

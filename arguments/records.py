@@ -4,7 +4,7 @@ Documents are strings. A conversation is a list of {"role", "content"} messages.
 {"prompt": messages, "chosen": str, "rejected": str}.
 """
 
-from arguments.files import INVISIBLE, BadRecord
+from arguments.files import INVISIBLE, BadRecord, is_blank
 
 ROLES = {
     "human": "user",
@@ -24,12 +24,12 @@ BESIDE_TEXT = {"tool_calls": CALL, "function_call": CALL, "reasoning_content": T
 
 
 def clean(value) -> str:
-    """A record's text without invisible characters around it; null counts as empty."""
+    """A record's text without invisible characters around it; null and what shows nothing count as empty."""
     if value is None:
         return ""
     if not isinstance(value, str):
         raise BadRecord(f"expected text, found {type(value).__name__}: {str(value)[:60]}")
-    return value.replace("\r\n", "\n").strip(INVISIBLE)
+    return "" if is_blank(value) else value.replace("\r\n", "\n").strip(INVISIBLE)
 
 
 def to_messages(turns, closed: bool) -> list[dict]:

@@ -338,10 +338,10 @@ WORDS = st.text(alphabet="ab cd水病🤧.\n", min_size=1, max_size=12).filter(s
 
 
 @st.composite
-def mixtures(draw):
+def mixtures(draw, exchanges=4):
     """A system text or none, exchanges with tools now and then, an answer at the end."""
     messages = [{"role": "system", "content": draw(WORDS)}] if draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, 4))):
+    for _ in range(draw(st.integers(1, exchanges))):
         messages.append({"role": "user", "content": draw(WORDS)})
         if draw(st.booleans()):
             messages += [{"role": "assistant", "content": draw(WORDS)}, {"role": "tool", "content": draw(WORDS)}]
@@ -369,3 +369,90 @@ def test_masks_of_any_mixture_of_turns(messages, source, target):
         assert cut_row["labels"][-1] == tokenizer.eos_token_id
         assert cut_row["labels"][-whole["target_tokens"] :] == cut_row["input_ids"][-whole["target_tokens"] :]
     assert cut_row["target_tokens"] == whole["target_tokens"] >= len(last)
+
+
+# A long conversation: few encodings of it, and what dropping one exchange after another would keep
+
+
+def dropped_one_by_one(args, tokenizer, messages):
+    while True:
+        encoded = args.encode(tokenizer, messages)
+        later = [i for i, message in enumerate(messages) if message["role"] == "user"][1:]
+        if encoded["source_tokens"] <= args.max_source_length or not later:
+            return encoded["input_ids"], encoded["labels"]
+        messages = [m for m in messages[:1] if m["role"] == "system"] + messages[later[0] :]
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixtures(exchanges=12), st.integers(1, 300), st.sampled_from([CHATML, NO_SYSTEM]))
+def test_as_few_exchanges_go_as_the_limit_asks(messages, source, template):
+    args, tokenizer = data_args(source, 20), make_tokenizer(template)
+    encoded = args.encode(tokenizer, messages)
+    assert (encoded["input_ids"], encoded["labels"]) == dropped_one_by_one(args, tokenizer, messages)
+    prompt = args.encode_prompt(tokenizer, messages[:-1])["input_ids"]
+    assert prompt == encoded["input_ids"][: len(prompt)] and len(prompt) == encoded["source_kept"]
+
+
+@pytest.mark.parametrize(("source", "kept"), [(250, 11), (1, 1), (10_000, 256)])
+def test_a_long_conversation_is_encoded_a_few_times(chatml, monkeypatch, source, kept):
+    texts, call = [], type(chatml).__call__
+
+    def noted(self, text, **kwargs):
+        texts.append(text)
+        return call(self, text, **kwargs)
+
+    monkeypatch.setattr(type(chatml), "__call__", noted)
+    messages = chat(*(f"{word} {number:03}" for number in range(256) for word in ("q", "a")))
+    encoded = data_args(source).encode(chatml, messages)
+    assert len(trained(chatml, encoded)) == kept
+    assert len(texts) <= 10 and sum(map(len, texts)) <= 3 * len(texts[0])
+    texts.clear()
+    data_args(source).encode_prompt(chatml, messages[:-1])
+    assert len(texts) <= 10
+
+
+# Turns that the template does not show
+
+ZEPHYR = (  # as TinyLlama's, too: knows no tool
+    "{% for m in messages %}{% if m.role in ('user', 'system', 'assistant') %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OF_PARTS = CHATML.replace("m.content", "m.content if m.role == 'assistant' else m.content[0].text")
+NO_WORD_OF_SYSTEM = ZEPHYR.replace("'system', ", "")
+SYSTEM_NOT_FIRST = ZEPHYR.replace("{% if m.role in", "{% if (loop.index0 or m.role != 'system') and m.role in")
+TOOL = [{"role": "tool", "content": " 21C\n"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(("template", "turn"), [(ZEPHYR, r"tool turn ' 21C"), (OF_PARTS, "user turn 'weather")])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_turn_that_the_template_leaves_out_is_refused(template, turn, system):
+    tokenizer, messages = make_tokenizer(template), [*chat("weather?", "{call}", "b", "f()", system=system), *TOOL]
+    with pytest.raises(UserError, match=f"the chat template leaves out the {turn}" if not system else "leaves out"):
+        data_args().encode(tokenizer, messages)
+    with pytest.raises(UserError, match="leaves out the"):
+        data_args(1).encode_prompt(tokenizer, messages[:-1])
+
+
+@pytest.mark.parametrize("template", [NO_WORD_OF_SYSTEM, SYSTEM_NOT_FIRST, NO_SYSTEM])
+def test_a_system_text_that_the_template_leaves_out_comes_before_the_first_question(template):
+    tokenizer, messages = make_tokenizer(template), chat("hello", "a", "b", "水", system="Be brief.")
+    whole = data_args().encode(tokenizer, messages)["input_ids"]
+    assert tokenizer.decode(whole).startswith("<|im_start|>user\nBe brief.\n\nhello<|im_end|>")
+    cut = data_args(len(whole) - 6).encode(tokenizer, messages)  # of the answer, 4 tokens
+    assert tokenizer.decode(cut["input_ids"]).startswith("<|im_start|>user\nBe brief.\n\nb<|im_end|>")
+
+
+def test_a_text_that_the_template_trims_escapes_and_capitalizes_is_not_left_out():
+    tokenizer = make_tokenizer(
+        ZEPHYR.replace("m.content | trim", "(m.content | trim | capitalize | replace('<', '&lt;'))")
+    )
+    prompt = data_args().encode_prompt(tokenizer, chat(" is A < B?\n", system=" be brief. "))["input_ids"]
+    assert "Be brief.<|im_end|>\n<|im_start|>user\nIs a &lt; b?<|im_end|>" in tokenizer.decode(prompt)
+
+
+@pytest.mark.parametrize("target", [1, 2, 256])
+def test_no_length_makes_a_word_the_end_of_an_answer(target):
+    tokenizer = make_tokenizer(eos="<|endoftext|>")
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    assert tokenizer.convert_ids_to_tokens(data_args(target=target).eos_ids(model, tokenizer)) == [SPECIAL[0], END]

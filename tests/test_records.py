@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from conftest import in_process, stage, write_lines
 from loguru import logger
 
 from arguments.command_line import UserError
@@ -196,6 +197,9 @@ def test_prompt_forms(record, expected):
     [
         (to_document, {"txt": "x"}, "expected .*text.*found keys txt"),
         (to_document, {"text": "\u3000\u200b"}, "the text is empty"),
+        *[(to_document, {"text": text}, "the text is empty") for text in ("\xa0\xa0", "\u2028\u2029\n", "\0")],
+        (to_conversation, {"prompt": "q", "completion": "\u200e\u2060"}, "no question with an answer"),
+        (to_prompt, {"prompt": "\xa0"}, "there is no question"),
         (to_document, {"text": 3}, "expected text, found int: 3"),
         (to_document, ["x"], "found list"),
         (to_conversation, {"q": "x", "a": "y"}, "found keys q, a"),
@@ -352,19 +356,63 @@ def test_an_empty_system_turn_hides_no_system_text():
 
 
 def test_what_is_not_utf8_is_named(tmp_path, messages):
-    (tmp_path / "a.txt").write_bytes(b"It\x92s fine\n")
-    assert len(list(read_file(tmp_path / "a.txt"))) == 1
+    text = "用Python分析A型和B型血，vitamin维C和T细胞\n"
+    (tmp_path / "a.txt").write_text(text, encoding="gb18030")
+    assert [record for _, record in read_file(tmp_path / "a.txt")] == [{"text": text}]
     assert any("a.txt is not UTF-8, and read as GB18030" in message for message in messages)
 
 
-def test_a_look_leaves_the_list_of_skipped_records(tmp_path):
+@pytest.mark.parametrize(
+    "text", ["Schöne Grüsse vom Müller\n", "It’s fine\n", "Die Ärzte müssen für die Behandlung räumen\n", "España\n"]
+)
+def test_western_text_is_not_read_as_chinese(tmp_path, text):
+    (tmp_path / "a.txt").write_text("Hello.\n" + text, encoding="cp1252")
+    ((place, error),) = read_file(tmp_path / "a.txt")
+    assert place == str(tmp_path / "a.txt") and isinstance(error, BadRecord)
+    assert re.match(r"cannot be read: not UTF-8, but likely Windows-1252 .*iconv -f cp1252", str(error))
+    with pytest.raises(UserError, match="1 bad records .*\n.*a.txt: cannot be read: not UTF-8"):
+        load_texts(tmp_path)
+
+
+def test_a_line_that_shows_nothing_is_no_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\xa0\n\u200e\x0c\n\xa0two\n", encoding="utf-8")
+    assert [(place[-1], record["text"]) for place, record in read_file(tmp_path / "a.txt")] == [
+        ("1", "one\n"),
+        ("4", "\xa0two\n"),
+    ]
+
+
+@pytest.mark.parametrize("look", [{"preview": 1}, {"plan": True}])
+def test_a_look_leaves_the_list_of_skipped_records(tmp_path, look):
     data = write_texts(tmp_path / "a.jsonl", "one", "two")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "bad_records.jsonl").touch()
-    DataArguments(data, data, keep_duplicates=True, preview=1).load_documents(str(tmp_path / "out"))
+    DataArguments(data, data, keep_duplicates=True, **look).load_documents(str(tmp_path / "out"))
     assert (tmp_path / "out" / "bad_records.jsonl").exists()
     DataArguments(data, data, keep_duplicates=True).load_documents(str(tmp_path / "out"))
     assert not (tmp_path / "out" / "bad_records.jsonl").exists()
+
+
+def test_a_plan_lists_no_bad_records(tiny, records, tmp_path):
+    data = write_lines(tmp_path / "data" / "sft", [{"prompt": "q"}])
+    for folder in (records, data.parent):  # the second holds nothing else
+        flags = ("--plan", "--bad_records", "skip", "--train_file_dir", f"{data},{folder}/sft")
+        ended = in_process(*stage("sft", tiny("llama"), folder, tmp_path / "out", *flags))
+        assert (ended.code, "Skipped" in ended.stderr) == (0 if folder == records else 2, True), ended.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_flags_without_effect_are_named(tmp_path, messages):
+    data, held_out = write_texts(tmp_path / "a.jsonl", *"abcd"), write_texts(tmp_path / "b.jsonl", "other")
+    flags = {"validation_split_percentage": 10, "validation_split_count": 1, "max_source_length": 9}
+    DataArguments(data, held_out, dataset_config_name="x", **flags).load_documents()
+    named = [message for message in messages if "has no effect" in message]
+    expected = "max_source_length", "dataset_config_name", "validation_split_percentage", "validation_split_count"
+    assert [message.split()[0] for message in named] == [f"--{name}" for name in expected]
+    messages.clear()
+    for held_out in (None, data):
+        DataArguments(data, held_out, **flags | {"max_source_length": 256}).load_documents()
+    assert not any("has no effect" in message for message in messages)
 
 
 def test_each_line_is_a_question_however_it_ends(tmp_path):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import trl
 from conftest import QUESTIONS, in_process, stage, write_lines
+from tiny_models import CHATML
 from transformers import AutoTokenizer, TrainingArguments
 
 from arguments.command_line import UserError
@@ -71,6 +72,17 @@ def test_refused_records_through_the_script(strict, tmp_path):
     assert refused.code == 2 and f"{data}/sft/rows.jsonl:5: {REASON}" in refused.stderr
     in_process(*stage("sft", strict, data, output, "--bad_records", "skip")).ok()
     assert "rows.jsonl:5" in (output / "bad_records.jsonl").read_text()
+
+
+def test_a_record_whose_tool_the_template_leaves_out_is_a_bad_record(tiny, tmp_path):
+    folder = write_lines(tmp_path / "data", [*GOOD, TOOL])
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    tokenizer.chat_template = CHATML.replace("in messages", "in messages if message['role'] != 'tool'")
+    args = DataArguments(str(folder), str(folder), keep_duplicates=True)
+    with pytest.raises(
+        UserError, match=r"1 bad records .*\n.*rows.jsonl:5: the chat template leaves out the tool turn"
+    ):
+        build_dataset(args.load_conversations()[0], tokenizer, args)
 
 
 def test_a_template_that_refuses_all_is_said_once(strict, tmp_path):
