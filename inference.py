@@ -51,6 +51,7 @@ from arguments.predictions import (
     writable,
 )
 from arguments.reward import RewardSourceArguments
+from arguments.sampling import takes_padding
 from arguments.streamed import adapter_shapes, grown_vocabulary
 
 with contextlib.suppress(ImportError):  # some Pythons lack it
@@ -261,8 +262,10 @@ class Answerer:
 
     def answer_all(self, conversations: list[list[dict]]) -> Iterator[tuple[str, bool]]:
         """`answer` of all in order, a batch at a time."""
-        for start in tqdm(range(0, len(conversations), self.args.batch_size), desc="Answering"):
-            yield from self.answer(conversations[start : start + self.args.batch_size])
+        size = self.args.batch_size
+        size = size if size == 1 or takes_padding(self.model, self.tokenizer) else 1
+        for start in tqdm(range(0, len(conversations), size), desc="Answering"):
+            yield from self.answer(conversations[start : start + size])
 
 
 def chat(answerer: Answerer, system: str | None) -> None:

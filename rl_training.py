@@ -47,14 +47,16 @@ from arguments.reward_functions import function_scores, recorders
 from arguments.roles import at_columns, build_actor_critic, collate, last_token
 from arguments.rollout_server import RolloutServer, sampler_difference
 from arguments.run import RunArguments
-from arguments.sampling import sample_answers, uniforms
+from arguments.sampling import chunks, sample_answers, takes_padding, uniforms
 from arguments.stops import EndsOnce
 from arguments.telemetry import LogLine
 
 
 @dataclass
 class PPOArguments(RunArguments, TrainingArguments):
-    """transformers.TrainingArguments for PPO. max_steps, save_steps, eval_steps and logging_steps count rollouts."""
+    """transformers.TrainingArguments for PPO. max_steps, save_steps, eval_steps and logging_steps count rollouts;
+    warmup_steps and eval_delay count optimizer steps.
+    """
 
     max_steps: int = field(
         default=100, metadata={"help": "Rollouts: each samples batch_size answers and learns from them."}
@@ -140,7 +142,8 @@ class PPOArguments(RunArguments, TrainingArguments):
             raise UserError(
                 f"--batch_size {self.batch_size} is no multiple of --mini_batch_size {self.mini_batch_size}"
             )
-        if self.load_best_model_at_end:
+        follows = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")  # schedules that a metric steers
+        if self.load_best_model_at_end or self.save_strategy == "best" or follows:
             self.metric_for_best_model = self.metric_for_best_model or "reward"  # transformers' is the loss
         self.rollouts = self.max_steps
         given, self.per_device_train_batch_size = self.per_device_train_batch_size, self.batch_size
@@ -154,6 +157,13 @@ class PPOArguments(RunArguments, TrainingArguments):
                 "micro_batch_size what is in memory at once"
             )
         self.gradient_accumulation_steps, self.remove_unused_columns = 1, False
+        if follows:  # by default they wait for the metric to fall
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode} | (self.lr_scheduler_kwargs or {})
+        if self.accelerator_config.dispatch_batches:
+            raise UserError(
+                "--accelerator_config: dispatch_batches sends tensors, and RL's prompts are text: leave it out"
+            )
         if self.per_device_eval_batch_size != 8 or self.num_train_epochs != 3 or given != 8:  # transformers' defaults
             logger.warning(
                 "--per_device_train_batch_size, --per_device_eval_batch_size and --num_train_epochs have no effect in "
@@ -166,6 +176,11 @@ class PPOArguments(RunArguments, TrainingArguments):
         if self.optim.startswith(("galore", "apollo", "lomo", "adalomo")):
             raise UserError(
                 "--optim: GaLore, APOLLO and LOMO choose their parameters, and RL has two sets: take another"
+            )
+        if self.neftune_noise_alpha is not None:
+            raise UserError(
+                "--neftune_noise_alpha: with noise in the embeddings PPO's ratio would not be that of two policies: "
+                "leave it out"
             )
         positive = "clip_range", "value_clip_range", "kl_target", "kl_horizon", "reward_clip", "target_kl"
         expect(self, "a number above 0", lambda x: x > 0, *positive, "critic_learning_rate")
@@ -244,6 +259,8 @@ def value_loss(values, old_values, returns, mask, clip: float):
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 one that says nothing."""
     kept = mask.bool()
+    if kept.sum() < 2:  # no variance, and NaN would be no JSON
+        return torch.zeros(())
     return 1 - (returns - values)[kept].var() / returns[kept].var().clamp(min=1e-8)
 
 
@@ -268,9 +285,9 @@ def assistant_turn(answer: dict) -> list[dict]:
 class PPOTrainer(LogLine, EndsOnce, Trainer):
     """transformers.Trainer whose training steps take mini-batches from a rollout that it samples itself.
 
-    An answer is a dict: prompt and ids (tokens), text, finished, score, and one number a token in the tensors logp,
-    ref_logp, entropy, values, advantages, returns. Every rank holds the answers of all. Checkpoints fall between
-    rollouts, so a resumed run samples and learns as the uninterrupted one does.
+    An answer is a dict: row (its prompt's index on its rank), prompt and ids (tokens), text, finished, score, and one
+    number a token in the tensors logp, ref_logp, entropy, values, advantages, returns. Every rank holds the answers of
+    all. Checkpoints fall between rollouts, so a resumed run samples and learns as the uninterrupted one does.
     """
 
     def __init__(self, *args, data_args, reward_args, guard_args, reward_model=None, server=None, **kwargs):
@@ -288,6 +305,9 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         self.reference_scores: list[float] = []
         self.function_metrics: list[dict[str, float]] = []  # what reward functions log
         self.eos_ids = data_args.eos_ids(self.model.policy, self.processing_class)
+        self.model.eval()
+        with self.model.role("policy") as policy, self.accelerator.autocast():
+            self.pads = bool(server) or takes_padding(policy, self.processing_class)
 
     def _get_train_sampler(self, dataset=None):
         per_rollout = self.args.batch_size * self.args.world_size
@@ -307,12 +327,12 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
     def generate(self, role: str, prompts: list[list[int]], seeds: list[str]) -> list[list[int]]:
         """One sampled answer per prompt, up to and with its eos."""
         args, most = self.args, self.data_args.max_target_length
-        rows = 8 * args.micro_batch_size  # no activations are kept here
+        together = chunks(prompts, 8 * args.micro_batch_size, self.pads)  # no activations are kept here
         numbers = uniforms(seeds, most).to(args.device)
-        bar = self.bar("Sampling tokens", math.ceil(len(prompts) / rows) * most)
+        bar = self.bar("Sampling tokens", len(together) * most)
         with self.model.role(role) as model, self.accelerator.autocast(), bar:
             return sample_answers(
-                model, self.processing_class, prompts, numbers, self.decoding(), args.temperature, rows, bar
+                model, self.processing_class, prompts, numbers, self.decoding(), args.temperature, together, bar
             )
 
     def generate_on_server(self, role: str, prompts: list[list[int]], seeds: list[str]) -> list[dict]:
@@ -379,7 +399,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         else:
             found = [{"ids": ids} for ids in self.generate(role, prompts, seeds)]
         for i, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
-            answer |= {"number": i, "prompt": prompt, "finished": answer["ids"][-1] in self.eos_ids}
+            answer |= {"row": i, "prompt": prompt, "finished": answer["ids"][-1] in self.eos_ids}
             answer["text"] = self.processing_class.decode(answer["ids"], skip_special_tokens=True)
         return found
 
@@ -397,7 +417,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
                 seen["states"] = batch["states"] = at_columns(frozen, batch["columns"])
             if critic:
                 seen["values"] = self.model.token_values(batch)
-            scores = self.model_scores(batch, frozen, chosen, [rows[answer["number"]] for answer in chosen])
+            scores = self.model_scores(batch, frozen, chosen, [rows[answer["row"]] for answer in chosen])
             for i, answer in enumerate(chosen):
                 answer |= {name: tensor[i, : len(answer["ids"])].cpu() for name, tensor in seen.items()}
                 answer["scores"] = {"model": scores[i]} if scores else {}

@@ -139,7 +139,7 @@ def takes_blocks(module, query, key, attention_mask, is_causal=None, dropout=0.0
     """Whether a call of sdpa_attention_forward can go in blocks: causal, or with one mask for all heads."""
     if type(query) is not torch.Tensor or query.device.type != "cpu":
         return False  # shards, and stand-ins without storage, are other types
-    if dropout or any(settings.get(name) is not None for name in ("position_bias", "softcap")):
+    if dropout or any(settings.get(name) is not None for name in ("position_bias", "softcap", "cache")):
         return False
     rows, columns = query.shape[2], key.shape[2]
     if rows == 1 or rows != columns:  # behind what a cache holds

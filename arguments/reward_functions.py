@@ -4,7 +4,7 @@ import asyncio
 import importlib.util
 import inspect
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 from arguments.command_line import UserError
@@ -52,15 +52,11 @@ def recorders(answers: list[dict], metrics: list[dict[str, float]]) -> dict[str,
     return {"log_extra": log_extra, "log_metric": log_metric}
 
 
-async def finished(values: Awaitable):
-    return await values
-
-
 def function_scores(name: str, function, columns: dict[str, list]) -> list[float]:
     """The numbers that a reward function, async or not, returns; None counts as 0."""
     try:
         values = function(**columns)
-        values = asyncio.run(finished(values)) if inspect.isawaitable(values) else values
+        values = asyncio.run(values) if inspect.iscoroutine(values) else values
         values = [0.0 if value is None else float(value) for value in values]
     except Exception as error:  # it is the user's code: say which function, and what it said
         raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error

@@ -95,6 +95,17 @@ class ActorCritic(nn.Module):
             for adapter in self.policy.peft_config:
                 self.policy.set_requires_grad(adapter, adapter != "reward")
 
+    def train(self, mode: bool = True):
+        """Put what recomputes its activations in training mode, which it needs to do so; all else stays in evaluation.
+
+        The ratio of new to old probabilities is 1 then before the first step, though a router that samples in training
+        (PhiMoE's), noise on its input (Mixtral's) and dropout would make it random.
+        """
+        super().train(False)
+        for module in self.modules():
+            module.training = mode and getattr(module, "gradient_checkpointing", False)
+        return self
+
     def activation_checkpointing_enable(self, **kwargs):
         for model in (self.policy, *self.copies.values()):
             model.activation_checkpointing_enable(**kwargs)
@@ -257,10 +268,11 @@ def build_actor_critic(
 
 
 def disable_dropout(model) -> None:
-    """Turn off dropout, which would make the ratio of new to old probabilities random.
+    """Turn off dropout, which would make the ratio of new to old probabilities random in layers that recompute.
 
-    Many models drop with a function, not a module: at a rate in an attribute (attention_dropout, layerdrop), or in the
-    config that their layers hold. The layers then get a copy of it, as the model's own is saved with the weights.
+    Those alone are in training mode (ActorCritic.train). Many models drop with a function, not a module: at a rate in
+    an attribute (attention_dropout, layerdrop), or in the config that their layers hold. The layers then get a copy of
+    it, as the model's own is saved with the weights.
     """
     quiet = copy.deepcopy(model.config)
     no_rates(quiet)

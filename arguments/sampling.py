@@ -1,10 +1,14 @@
 """Sampling answers, each a function of its own seed alone."""
 
 import random
+from itertools import groupby
 
 import torch
+from loguru import logger
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from arguments.model import alike
 
 
 def uniforms(seeds: list[str], count: int) -> torch.Tensor:
@@ -47,6 +51,41 @@ def until_eos(ids: list[int], eos_ids: list[int]) -> list[int]:
     return ids[:end]
 
 
+@torch.no_grad()
+def takes_padding(model, tokenizer) -> bool:
+    """Whether an answer is the same behind padding.
+
+    The model is tested, up to the second token of an answer, in which the cache has a part: in transformers 5.23
+    RecurrentGemma reads padding as if it were tokens, and MiniMax sees some of it from the second token on.
+    """
+    prompt, longer, found = list(range(3, 9)), list(range(3, 35)), []
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=2,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    kept, model.generation_config = model.generation_config, config
+    for rows in ([prompt], [prompt, longer]):
+        padded = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+        answers = model.generate(**padded, prefix_allowed_tokens_fn=lambda *_: prompt[:1])
+        found.append(answers.logits[-1][0])
+    model.generation_config = kept
+    if not alike(*found):
+        logger.warning(
+            "This model answers otherwise behind padding: prompts of different lengths are not put together"
+        )
+    return alike(*found)
+
+
+def chunks(prompts: list[list[int]], rows: int, padding: bool) -> list[list[int]]:
+    """Indices of the prompts to sample at once: up to `rows` of similar length, without `padding` of equal length."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [order] if padding else [list(same) for _, same in groupby(order, key=lambda i: len(prompts[i]))]
+    return [group[start : start + rows] for group in groups for start in range(0, len(group), rows)]
+
+
 def sample_answers(
     model,
     tokenizer,
@@ -54,18 +93,16 @@ def sample_answers(
     numbers: torch.Tensor,
     config: GenerationConfig,
     temperature: float,
-    rows: int,
+    together: list[list[int]],
     bar: tqdm,
 ) -> list[list[int]]:
     """One answer per prompt, up to and with its eos, drawn by `numbers` [prompts, config.max_new_tokens].
 
-    `rows` prompts at once, those of similar length together. `config` decodes greedily and lists the eos ids; it
-    replaces the model's own, which may ask for top-k or penalties.
+    The prompts of one of the chunks `together` at once. `config` decodes greedily and lists the eos ids; it replaces
+    the model's own, which may ask for top-k or penalties.
     """
-    order, answers = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-    kept, model.generation_config = model.generation_config, config
-    for number, start in enumerate(range(0, len(order), rows), 1):
-        chunk = order[start : start + rows]
+    answers, kept, model.generation_config = {}, model.generation_config, config
+    for number, chunk in enumerate(together, 1):
         padded = tokenizer.pad({"input_ids": [prompts[i] for i in chunk]}, padding_side="left", return_tensors="pt")
         width = padded["input_ids"].shape[1]
         processors = LogitsProcessorList([InverseTransformSampling(numbers[chunk], width, temperature), Tick(bar)])

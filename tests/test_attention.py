@@ -142,6 +142,7 @@ PAST = past(8)
         ({"mask": torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16)}, False),
         ({"dropout": 0.1}, False),
         ({"softcap": None}, True),
+        ({"cache": object()}, False),  # whose keys, of other rows, come first
         ({"position_bias": torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)}, False),
     ],
 )

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 from conftest import ADAPTER, in_process, merge, stage
 from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny_recurrent
 
 from arguments.command_line import Fault
 from arguments.reward import RewardModel
@@ -24,6 +25,16 @@ def trained(tiny, records, tmp_path_factory):
     in_process(*merge(tiny("llama"), folder / "sft", folder / "merged")).ok()
     in_process(*stage("rm", folder / "merged", records, folder / "rm")).ok()
     return folder
+
+
+def test_questions_that_padding_would_change_are_answered_apart(tmp_path):
+    name = save_tiny_recurrent(tmp_path / "model")
+    questions = [[{"role": "user", "content": text}] for text in QUESTIONS.splitlines()]
+    args = InferenceArguments(name, dtype="float32", max_new_tokens=8, only_cpu=True)
+    answerer = Answerer(name, args)
+    alone = [answerer.answer([question])[0] for question in questions]
+    assert list(answerer.answer_all(questions)) == alone
+    assert answerer.answer(questions) != alone, "this test needs a model that padding confuses"
 
 
 def lines(path):

@@ -135,3 +135,14 @@ def test_a_run_that_shares_learns_as_one_that_does_not(family, more, near, tiny,
     assert "eval_num_tokens" not in shared  # trl's count of what this process has trained, not the run
     for key in ("eval_loss_before", "eval_loss", "eval_accuracy", "eval_margin"):
         assert shared[key] == pytest.approx(alone[key], abs=near), key
+
+
+def test_the_centering_term_is_in_the_held_out_loss(tiny, records, tmp_path):
+    """Before training, so of the same scores: twice the coefficient adds twice as much."""
+    losses = []
+    for coefficient in (0, 1, 2):
+        flags = ("--eval_on_start", "--precision", "fp32", "--center_rewards_coefficient", coefficient)
+        in_process(*stage("rm", tiny("llama"), records, tmp_path / str(coefficient), *flags)).ok()
+        losses.append(results(tmp_path / str(coefficient))["eval_loss_before"])
+    none, once, twice = losses
+    assert once > none and twice - none == pytest.approx(2 * (once - none), rel=1e-4)

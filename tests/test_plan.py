@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,14 @@ def test_a_footprint_counts_what_is_alive():
     assert view.untyped_storage().nbytes() == 280
     assert found == {"logits": 280, "activations": 800}
     assert footprint.now["activations"] == 0
+
+
+def test_a_checkpoint_is_the_trained_weights_and_their_optimizer(tmp_path):
+    trained = [torch.empty(2**28, device="meta")]  # 1 GiB
+    found = SimpleNamespace(trained=trained, phases={"train": Counter(optimizer=2 * 2**30, weights=2**33)})
+    args = SimpleNamespace(checkpoints_kept=2, output_dir=tmp_path / "out")
+    _, text = arguments.plan.disk(found, SimpleNamespace(use_peft=False), args)
+    assert text.startswith("3.00 GiB a checkpoint (2 kept); ")
 
 
 def test_advice_until_it_fits(tiny, records, tmp_path, monkeypatch):

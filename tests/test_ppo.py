@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,17 +16,25 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    FalconConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MiniMaxConfig,
+    MixtralConfig,
+    PhimoeConfig,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from arguments.answers import correlation, distinct, kl_estimate
+from arguments.answers import correlation, describe, distinct, kl_estimate
+from arguments.command_line import UserError
 from arguments.guards import GuardArguments
-from arguments.roles import VALUE, ActorCritic, last_token, score_head
-from arguments.sampling import InverseTransformSampling, uniforms
+from arguments.model import ModelArguments
+from arguments.roles import VALUE, ActorCritic, disable_dropout, last_token, score_head
+from arguments.sampling import InverseTransformSampling, chunks, takes_padding, uniforms
 from rl_training import (
     PPOArguments,
+    PPOTrainer,
     adapted_kl_coef,
     advantages_and_returns,
     collate,
@@ -373,6 +382,8 @@ def score(tiny, rows, width):
     return outputs.gather(1, last_token(ids, 0).unsqueeze(1)).squeeze(1)
 
 
+SMALL = {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 32, "num_key_value_heads": 2}
 ROWS = [[5, 6, 7, 2], [8, 9, 10, 11, 12, 2], [13, 2]]
 
 
@@ -404,6 +415,115 @@ def test_padding_behind_a_row_needs_no_mask(family, tmp_path):
     for row, found in zip(ROWS, together, strict=True):
         alone = model(input_ids=torch.tensor([row]), use_cache=False).logits[0]
         close(found[: len(row)], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_before_a_prompt_changes_nothing(family, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path)).eval()
+    assert takes_padding(model, ModelArguments(str(tmp_path)).load_tokenizer())
+
+
+def test_padding_that_is_seen_behind_a_cache(tmp_path):
+    tokenizer = ModelArguments(save_tiny("llama", tmp_path)).load_tokenizer()
+    config = MiniMaxConfig(num_local_experts=2, layer_types=["linear_attention", "full_attention"], **SMALL)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape)
+    assert not takes_padding(model, tokenizer)
+
+
+def test_chunks():
+    prompts = [[1], [1, 2, 3], [2], [1, 2], [3], [2, 3]]
+    assert chunks(prompts, 2, padding=True) == [[0, 2], [4, 3], [5, 1]]
+    assert chunks(prompts, 2, padding=False) == [[0, 2], [4], [3, 5], [1]]
+
+
+# updates
+
+RANDOM = (  # in training: a router, noise on its input, dropout by a function
+    PhimoeConfig(num_local_experts=4, **SMALL),
+    MixtralConfig(num_local_experts=4, router_jitter_noise=0.5, **SMALL),
+    FalconConfig(hidden_dropout=0.5, **SMALL),
+)
+
+
+@pytest.mark.parametrize("config", RANDOM, ids=lambda config: config.model_type)
+def test_nothing_is_random_in_training(config):
+    """Though activations are recomputed, which layers do in training mode alone."""
+    policy, calls = AutoModelForCausalLM.from_config(config), []
+    disable_dropout(policy)
+    model = ActorCritic(policy, score_head(16, None), None, lora=False, critic="head")
+    model.activation_checkpointing_enable()
+    layer = next(module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer))
+    next(layer.children()).register_forward_hook(lambda *_: calls.append(1))
+    evaluated, trained = (model.train(mode).policy(torch.tensor(ROWS[1:2])).logits for mode in (False, True))
+    assert torch.equal(evaluated, trained)
+    calls.clear()
+    trained.sum().backward()
+    assert calls, "nothing was recomputed"
+
+
+# 3 tokens of 2 answers, each old probability e^-1 and value 1: ratios 1.25, 1, .5 and values 1.4, 1, 1.1
+# policy: max(-3.75, -3.6), 6, max(1.5, 2.4) make 4.8, and with a clip of .3 max(-3.75, -3.9), 6, max(1.5, 2.1) 4.35
+# value: .5 max(.36, .64), 4.5, .605 make 5.425, and with a clip of .5 .18, 4.5, .605 5.285
+@pytest.mark.parametrize(
+    ("flags", "policy", "value", "of_logp", "of_values"),
+    [
+        ({}, 4.8, 5.425, [0, 6, 0], [0, -0.3, 0.11]),
+        ({"clip_range": 0.3}, 4.35, 5.425, [-3.75, 6, 0], [0, -0.3, 0.11]),
+        ({"value_clip_range": 0.5}, 4.8, 5.285, [0, 6, 0], [-0.06, -0.3, 0.11]),
+        ({"value_coef": 0.2}, 4.8, 5.425, [0, 6, 0], [0, -0.6, 0.22]),
+    ],
+    ids=["defaults", "clip_range", "value_clip_range", "value_coef"],
+)
+def test_update_by_hand(flags, policy, value, of_logp, of_values, tmp_path):
+    """Losses and gradients are means over the tokens of all answers, however these are cut."""
+    logp = (torch.tensor([1.25, 1, 0.5]).log() - 1).requires_grad_()
+    values = torch.tensor([1.4, 1, 1.1], requires_grad=True)
+    answers = {"at": [0, 1, 2], "logp": [-1.0] * 3, "values": [1.0] * 3}
+    answers |= {"advantages": [3.0, -6, -3], "returns": [2.0, 4, 0]}
+    answers = [
+        {"prompt": [7], "ids": [7] * (end - start)}
+        | {name: torch.tensor(all[start:end]) for name, all in answers.items()}
+        for start, end in ((0, 1), (1, 3))
+    ]
+    trainer = PPOTrainer.__new__(PPOTrainer)
+    trainer.args = PPOArguments(str(tmp_path), use_cpu=True, micro_batch_size=1, **flags)
+    trainer.processing_class, trainer.policy_stopped, trainer.stats = SimpleNamespace(pad_token_id=0), False, []
+    trainer.accelerator = SimpleNamespace(backward=torch.Tensor.backward, reduce=lambda sums, reduction: sums)
+    trainer.model = SimpleNamespace(
+        token_logp=lambda name, batch, temperature: (logp[batch["at"]], None),
+        token_values=lambda batch: values[batch["at"]],
+    )
+    coef = trainer.args.value_coef
+    close(trainer.update(answers), (policy + coef * value) / 3)
+    close(logp.grad, [gradient / 3 for gradient in of_logp])
+    close(values.grad, [gradient / 3 for gradient in of_values])
+    moved = -math.log(1.25 * 0.5) / 3
+    assert trainer.stats == [pytest.approx({"policy_loss": policy / 3, "value_loss": value / 3, "step_kl": moved})]
+
+
+# arguments
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"save_strategy": "best"}, {"lr_scheduler_type": "reduce_lr_on_plateau"}, {"lr_scheduler_type": "greedy"}],
+)
+def test_what_follows_a_metric_follows_the_reward(flags, tmp_path):
+    args = PPOArguments(str(tmp_path), eval_strategy="steps", eval_steps=1, use_cpu=True, **flags)
+    assert (args.metric_for_best_model, args.greater_is_better) == ("reward", True)
+    assert ("lr_scheduler_type" in flags) == (args.lr_scheduler_kwargs == {"mode": "max"})
+    assert PPOArguments(str(tmp_path), use_cpu=True).metric_for_best_model is None
+
+
+@pytest.mark.parametrize(
+    "flags", [{"neftune_noise_alpha": 5}, {"accelerator_config": {"dispatch_batches": True}}], ids=" ".join
+)
+def test_flags_that_do_not_suit_rl(flags, tmp_path):
+    with pytest.raises(UserError, match=f"^--{next(iter(flags))}: "):
+        PPOArguments(str(tmp_path), use_cpu=True, **flags)
 
 
 # batches
@@ -458,6 +578,22 @@ def test_explained_variance():
     assert explained_variance(torch.zeros(2, 2), returns, mask).item() == 0.0
     # values 2, 4, 3 leave -1, -1, 2: variance 3, of 4
     assert explained_variance(torch.tensor([[2.0, 4], [3, 0]]), returns, mask).item() == pytest.approx(0.25)
+
+
+def test_one_token_has_no_variance():
+    assert explained_variance(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([[1.0, 0]])).item() == 0.0
+
+
+def test_figures_of_a_rollout():
+    half = torch.full((4,), 0.5)
+    repeats = {"score": 1.0, "ids": [5, 6, 5, 6], "finished": True, "logp": -half, "ref_logp": -2 * half}
+    ends = {"score": 4.0, "ids": [7, 8], "finished": False, "logp": -2 * half[:2], "ref_logp": -half[:2]}
+    answers = [repeats | {"entropy": half, "scores": {"model": 1.0, "rule": 0.0}}]
+    answers += [ends | {"entropy": 2 * half[:2], "scores": {"model": 3.0, "rule": 1.0}}]
+    figures = {"reward": 2.5, "reward_std": 1.5, "reward_length": -1, "kl": (4 * 0.5 - 2 * 0.5) / 2, "entropy": 4 / 6}
+    figures |= {"length": 3, "eos_rate": 0.5, "distinct_2": (2 / 3 + 1) / 2}
+    assert describe(answers, ["model"]) == pytest.approx(figures)
+    assert describe(answers, ["model", "rule"]) == pytest.approx(figures | {"reward_model": 2, "reward_rule": 0.5})
 
 
 def test_kl_estimates():

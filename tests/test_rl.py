@@ -38,6 +38,7 @@ from transformers import (
 )
 
 import rl_training
+from arguments.answers import mean_kl
 from arguments.command_line import UserError
 from arguments.data import DataArguments
 from arguments.encoding import LengthArguments
@@ -95,6 +96,17 @@ def test_any_optimizer_gets_both_rates(tiny, records, tmp_path, monkeypatch):
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, torch.optim.SGD)
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.25, 0.125), (0.5, 0.125)]
+    trainer.args.critic_learning_rate = 0.125
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [0.25, 0.125]
+
+
+def test_seconds_of_updates_are_a_rollouts(tiny, records, tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--ppo_epochs", 3, "--report_to", "none")
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    trainer.stats, logs = [{"seconds_update": 1.0}, {"seconds_update": 3.0}, {"kl": 5.0}], {"loss": 0.0}
+    trainer.log(logs)
+    assert logs["seconds_update"] == 3 * (1 + 3) / 2 and logs["kl"] == 5.0
 
 
 def check_roles(trainer, llama: str, adapter: Path) -> None:
@@ -166,13 +178,20 @@ def copied(model: str, folder: Path, **settings) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("family", "dropout"), [("gpt2", {}), ("llama", {"attention_dropout": 0.5})])
-def test_nothing_is_dropped_in_an_update(family, dropout, tiny, records, tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("family", "dropout"), [("gpt2", {}), ("llama", {"attention_dropout": 0.5}), ("falcon", {"hidden_dropout": 0.5})]
+)
+def test_nothing_is_dropped_in_an_update(family, dropout, checkpointing, tiny, records, tmp_path, monkeypatch):
     """The first mini-batch is a whole rollout, from the weights that sampled it: the ratio is exactly 1."""
     (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}  # its layers drop, not parts of them
+    falcon = FalconConfig, size, tiny_models.FAMILIES["bloom"][2]
+    monkeypatch.setitem(tiny_models.FAMILIES, "falcon", falcon)
     base = copied(tiny(family), tmp_path / family, **dropout)
     flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--precision", "fp32", "--ppo_epochs", 1)
-    in_process(*stage("rl", base, records, tmp_path / "rl", *flags, "--critic", "adapter")).ok()
+    flags += ("--critic", "adapter", "--activation_checkpointing", checkpointing)
+    in_process(*stage("rl", base, records, tmp_path / "rl", *flags)).ok()
     assert history(tmp_path / "rl", "step_kl")[0] == 0.0
     assert max(w.abs().max() for name, w in load_file(tmp_path / "rl" / ADAPTER).items() if "lora_B" in name) > 0
 
@@ -184,6 +203,23 @@ def test_dropout_rates_in_a_config_are_not_saved_as_zero():
     ids = torch.arange(8).unsqueeze(0)
     assert torch.equal(model(ids).logits, model(ids).logits)
     assert model.config.hidden_dropout == model.base_model.config.hidden_dropout == 0.5
+
+
+def test_prompts_that_padding_would_change_are_sampled_apart(records, tmp_path, monkeypatch, logged):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    base = tiny_models.save_tiny_recurrent(tmp_path / "base")
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--precision", "fp32")
+    trainer = make_trainer(monkeypatch, *stage("rl", base, records, tmp_path / "rl", *flags))
+    assert any("answers otherwise behind padding" in line for line in logged)
+    rows, seeds = [trainer.train_dataset[i] for i in (0, 1, 2, 3, 0)], list("abcde")
+
+    def sampled(rows, seeds):
+        return [answer["ids"] for answer in trainer.sample("policy", rows, seeds)]
+
+    alone = [sampled([row], [seed])[0] for row, seed in zip(rows, seeds, strict=True)]
+    assert sampled(rows, seeds) == alone
+    trainer.pads = True
+    assert sampled(rows, seeds) != alone, "this test needs a model that padding confuses"
 
 
 def test_progress_of_sampling_and_scoring(tiny, records, tmp_path, monkeypatch):
@@ -567,7 +603,7 @@ def test_an_answer_ends_at_the_first_of_several_ends(tiny, records, tmp_path, mo
         assert until_eos(ids, trainer.eos_ids) == ids[:kept]
 
 
-def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
+def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path, monkeypatch):
     (tmp_path / "rewards.py").write_text(FUNCTIONS)
     flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:nan", "--max_steps", 3)
     ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)).ok()
@@ -577,6 +613,7 @@ def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path):
     weights = load_file(tmp_path / "rl" / ADAPTER)
     assert all(torch.equal(w, torch.zeros_like(w)) for name, w in weights.items() if "lora_B" in name)
 
+    monkeypatch.setattr("arguments.answers.mean_kl", lambda answers, _: mean_kl(answers, "k3"))  # never below 0
     flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--max_steps", 3, "--guard_kl", 1e-9)
     ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl2", *flags)).ok()
     assert "Guard kl" in ended.stderr  # the second rollout's: the policy that sampled the first is kept
@@ -690,6 +727,7 @@ def test_advantages_of_a_rollout(changed, tiny, records, tmp_path, monkeypatch):
             logp = (policy(input_ids=ids).logits[0, before:-1] / settings["temperature"]).log_softmax(-1)
         expected = logp.gather(1, ids[0, before + 1 :, None])[:, 0]
         torch.testing.assert_close(answer["logp"], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(answer["entropy"], -(logp.exp() * logp).sum(-1), atol=1e-4, rtol=1e-4)
 
 
 def test_a_scale_is_measured_once(tiny, records, tmp_path, monkeypatch):
@@ -870,7 +908,7 @@ def test_critic_that_is_a_head_alone(tiny, records, tmp_path, monkeypatch):
     torch.nn.init.ones_(trainer.model.value_head.weight)
     rows = [trainer.train_dataset[i] for i in range(4)]
     answers = written_answers(trainer, ("a", "bc", "d", "e"))
-    answers = [answer | {"number": i, "finished": True} for i, answer in enumerate(answers)]
+    answers = [answer | {"row": i, "finished": True} for i, answer in enumerate(answers)]
     for answer in trainer.judge(answers, rows, critic=True):
         with torch.no_grad(), trainer.model.role("reward") as model:
             ids = torch.tensor([answer["prompt"] + answer["ids"]])
@@ -998,7 +1036,7 @@ def test_quantised_base(flag, wide, records, tmp_path, monkeypatch):
     assert trainer.reward_model.model.score.weight.dtype == torch.float32
     rows = [trainer.train_dataset[i] for i in range(4)]
     answers = written_answers(trainer, ("Fever.", "Rest", "At once", "No"))
-    answers = [answer | {"number": i, "finished": True} for i, answer in enumerate(answers)]
+    answers = [answer | {"row": i, "finished": True} for i, answer in enumerate(answers)]
     trainer.model.train()
     answers = trainer.judge(answers, rows, critic=True)
     answers = [answer | {"advantages": answer["logp"], "returns": answer["logp"]} for answer in answers]

@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from arguments.telemetry import LogLine, peak_memory
+from arguments.telemetry import LogLine, log_line, peak_memory
 
 PAUSE = 0.4
 
@@ -33,6 +33,11 @@ def test_evaluations_do_not_slow_the_steps_that_are_reported(tiny, tmp_path):
     assert len(logs) == 4 and all(row["step_seconds"] < PAUSE for row in logs)
     for row in logs:
         assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(6), "padding does not count"
+
+
+def test_the_time_left_is_that_of_the_steps_left():
+    line = log_line({"loss": 2.84567, "step": 10, "step_seconds": 2.0}, 60)
+    assert line == "step 10/60 loss=2.846 step_seconds=2 left=0:01:40"
 
 
 def test_peak_memory_where_the_system_tells_less(monkeypatch):

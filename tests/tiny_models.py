@@ -17,6 +17,7 @@ from transformers import (
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    RecurrentGemmaConfig,
 )
 from transformers.models.auto import AutoModelForCausalLM
 
@@ -163,6 +164,21 @@ def save_tiny(family: str, folder: Path) -> str:
         made.add_tokens([AddedToken("<image_soft_token>", special=True)])
     if family == "llama":  # what a published chat model asks for, and PPO must not sample with
         model.generation_config.update(do_sample=True, top_k=5, temperature=0.2, repetition_penalty=1.3)
+    model.save_pretrained(folder)
+    made.save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_recurrent(folder: Path) -> str:
+    """A model that reads padding before a prompt as if it were tokens; its weights are large enough to tell."""
+    made = tokenizer(**FAMILIES["llama"][2])
+    size = {name: LLAMA_SIZE[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    ids = {"vocab_size": len(made), "pad_token_id": made.pad_token_id, "eos_token_id": made.eos_token_id}
+    config = RecurrentGemmaConfig(**size, **ids, num_hidden_layers=3, lru_width=32, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape)
     model.save_pretrained(folder)
     made.save_pretrained(folder)
     return str(folder)
