@@ -58,6 +58,8 @@ class PPOArguments(RunArguments, TrainingArguments):
     warmup_steps and eval_delay count optimizer steps.
     """
 
+    metrics = {"kl": False, "*": True}  # reward functions log metrics of their own
+
     max_steps: int = field(
         default=100, metadata={"help": "Rollouts: each samples batch_size answers and learns from them."}
     )
