@@ -19,9 +19,10 @@ def is_linear(layer: nn.Linear) -> bool:
     """Whether a layer computes as nn.Linear does, so that LoRA's output can be added to its own.
 
     Some routers derive from nn.Linear and return a tuple. A forward of its own alone says nothing: Falcon's layers
-    have one, and quantised layers, which are let through by the size of their numbers.
+    have one, and quantised layers, which are let through by the kind or the size of their numbers.
     """
-    if type(layer).forward is nn.Linear.forward or layer.weight.dtype.itemsize == 1:
+    quantised = type(layer.weight) is not nn.Parameter or layer.weight.dtype.itemsize == 1
+    if type(layer).forward is nn.Linear.forward or quantised:
         return True
     shapes = {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}
     empty = {name: torch.empty(shapes[name], device="meta") for name, _ in layer.named_parameters(recurse=False)}

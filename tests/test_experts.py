@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, FalconConfig
 
 from arguments.adapter import AdapterArguments
+from arguments.targets import is_linear
 
 TWO_STEPS = {
     "pt": ("--max_steps", 2, "--save_steps", 1),
@@ -98,3 +99,14 @@ def test_a_forward_of_its_own_is_no_reason_to_leave_a_layer_out(logged):
     model = AutoModelForCausalLM.from_config(FalconConfig(**size))
     model = AdapterArguments().apply(model, TaskType.CAUSAL_LM)
     assert len(model.targeted_module_names) == 4 and not any("No LoRA" in line for line in logged)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_quantised_layers_are_linear(dtype):
+    class Quantised(nn.Linear):
+        def forward(self, x):
+            raise AssertionError("it is not called")
+
+    layer = Quantised(4, 4)
+    layer.weight = nn.Parameter(layer.weight.data.to(dtype), requires_grad=False)
+    assert is_linear(layer)
