@@ -1,7 +1,8 @@
 """Which LoRA: rank, targets, modules to save; or none, to train all weights."""
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MethodType
 
@@ -20,6 +21,15 @@ from arguments.base import adapter_config, adapter_folder, check_base
 from arguments.command_line import UserError, expect
 from arguments.model import count_parameters
 from arguments.shapes import only_shapes
+from arguments.targets import ALL, complete, warn_of_frozen
+
+LORA_FLAGS = {  # and their names in an adapter's config
+    "target_modules": "target_modules",
+    "lora_rank": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "modules_to_save": "modules_to_save",
+}
 
 
 @dataclass
@@ -49,6 +59,7 @@ class AdapterArguments:
         if not self.target_modules.strip(", "):
             raise UserError("--target_modules is empty: a comma list of module names, or all")
         expect(self, "at least 1", lambda x: x >= 1, "lora_rank")
+        expect(self, "a finite number above 0", lambda x: 0 < x < math.inf, "lora_alpha")
         expect(self, "a share in [0, 1)", lambda x: 0 <= x < 1, "lora_dropout")
 
     @property
@@ -65,7 +76,7 @@ class AdapterArguments:
         targets = [name.strip() for name in self.target_modules.split(",") if name.strip()]
         return LoraConfig(
             task_type=task_type,
-            target_modules="all-linear" if targets == ["all"] else targets,
+            target_modules=ALL if targets == ["all"] else targets,
             r=self.lora_rank,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
@@ -78,6 +89,7 @@ class AdapterArguments:
         Raises:
             UserError: when `target_modules` matches nothing, or `peft_path` holds no adapter.
         """
+        self._warn_of_idle_flags(task_type)
         if not self.use_peft:
             model = model.to(trained_dtype())
         elif self.peft_path:
@@ -93,10 +105,14 @@ class AdapterArguments:
                 if not any(name.endswith(saved) for name in names):
                     raise UserError(f"--modules_to_save {saved}: the model has no module of that name")
             linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+            config = self.peft_config(task_type)
+            everything = config.target_modules == ALL
             try:
-                model = get_peft_model(model, self.peft_config(task_type))
+                model = get_peft_model(model, complete(config, model))
             except ValueError as error:
                 raise UserError(self._refused(str(error), linear)) from error
+            if everything:
+                warn_of_frozen(model)
         cast_trained(model)
         quicken_dropout(model)
         put_lora_first(model)
@@ -104,6 +120,19 @@ class AdapterArguments:
         total = count_parameters(model.parameters())
         logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%})")
         return model
+
+    def _warn_of_idle_flags(self, task_type: TaskType) -> None:
+        """Name the LoRA flags that ask for something but get nothing: without LoRA, or with that of peft_path."""
+        folder = adapter_folder(self.peft_path) if self.peft_path else None
+        if self.use_peft and not folder:
+            return
+        asked, found = self.peft_config(task_type), adapter_config(folder) if folder else None
+        usual = {field.name: field.default for field in fields(self)}
+        given = [flag for flag in LORA_FLAGS if getattr(self, flag) != usual[flag]]
+        idle = [f for f in given if not found or getattr(asked, LORA_FLAGS[f]) != getattr(found, LORA_FLAGS[f])]
+        if idle:
+            why = f"the adapter of --peft_path {self.peft_path} keeps its own" if folder else "--use_peft False"
+            logger.warning(f"{', '.join('--' + flag for flag in idle)} without effect: {why}")
 
     def _refused(self, said: str, linear: set[str]) -> str:
         """What peft said against this adapter, behind the flag that it is about."""

@@ -115,8 +115,8 @@ class HeadCrossEntropy(torch.autograd.Function):
     """SummedCrossEntropy of head(states), for states [n, hidden], ROWS at a time: never all logits at once.
 
     The gradient of the states is computed with the loss; `head`, a function, gets none, so it must be frozen.
-    torch 2.13's own F.linear_cross_entropy in chunks takes 5 (float32) to 11 times (bf16) as long on a CPU, and its loss
-    in bf16 is 0.05% off: 1,024 states of 576 numbers, 49,152 words.
+    torch 2.13's own F.linear_cross_entropy in chunks takes 5 (float32) to 11 times (bf16) as long on a CPU, and its
+    loss in bf16 is 0.05% off: 1,024 states of 576 numbers, 49,152 words.
     """
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from arguments.attention import attend_in_blocks
@@ -121,6 +121,21 @@ class ModelArguments:
                 "--block_size, or --max_source_length and --max_target_length"
             )
 
+    def check_scores(self) -> None:
+        """Check, before anything is loaded, that a reward model can be made of this base.
+
+        Raises:
+            UserError: when neither transformers nor the model's own code has a class for one.
+        """
+        config = self.load_config()
+        own = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+        if not own and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise UserError(
+                f"{self.model_name_or_path}: transformers has no reward model (...ForSequenceClassification) for "
+                f"{config.model_type}. Train the reward model on a base of another family, which RL loads beside the "
+                "policy, or score in RL with --reward_functions"
+            )
+
     def positions(self) -> int | None:
         """How many tokens a row of the base model may have; None where it sets no limit, as with ALiBi."""
         return getattr(self.load_config().get_text_config(), "max_position_embeddings", None)
@@ -178,6 +193,7 @@ class ModelArguments:
         """
         config, scores = self.load_config(), "num_labels" in kwargs
         if scores:
+            self.check_scores()
             config.num_labels = kwargs.pop("num_labels")
         scorers = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
         if scorers and not scores:  # with tied embeddings no weight of a language model is missing

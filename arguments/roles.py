@@ -192,8 +192,8 @@ class ActorCritic(nn.Module):
             policy = load_file(folder / "adapter_model.safetensors")
             set_peft_model_state_dict(self.policy, policy, adapter_name="default")
         else:
-            shards = [load_file(path) for path in sorted(folder.glob("model*.safetensors"))]
-            self.policy.load_state_dict({k: v for shard in shards for k, v in shard.items()}, strict=False)
+            saved = type(self.policy).from_pretrained(folder, dtype=self.policy.dtype)  # experts get their names back
+            self.policy.load_state_dict(saved.state_dict())
         if self.trains_critic_body and self.lora:
             set_peft_model_state_dict(self.policy, critic["model"], adapter_name=VALUE)
         elif self.trains_critic_body:
@@ -259,7 +259,7 @@ def build_actor_critic(
             with_saved_adapter(policy, adapter, VALUE, trainable=True)
         head_state = adapter_head(adapter)
     elif adapter_args.use_peft and critic == "adapter":
-        policy.add_adapter(VALUE, adapter_args.peft_config(TaskType.CAUSAL_LM))
+        policy.add_adapter(VALUE, copy.deepcopy(policy.peft_config["default"]))
     disable_dropout(policy)
     reward_head = score_head(hidden_size, head_state) if shared else None
     model = ActorCritic(policy, score_head(hidden_size, None), reward_head, adapter_args.use_peft, critic)

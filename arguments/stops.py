@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from arguments.atomic import read_json
 from arguments.command_line import Fault
@@ -48,10 +48,22 @@ class StopAtSignal(TrainerCallback):
 
 
 class EndsOnce:
-    """Mixed into a Trainer: a finished run that is started again trains nothing more and keeps its figures.
+    """Mixed into a Trainer: a run that is started again goes on with its own weights, or ends with its own figures.
 
-    transformers 5.23 would train one more step if the run ended inside an epoch.
+    transformers 5.23 would train one more step if the run ended inside an epoch; and of whole weights it would load
+    only those that are called in files as in memory, so none of a mixture's experts.
     """
+
+    def _load_from_checkpoint(self, folder: str, model=None):
+        if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel):
+            return super()._load_from_checkpoint(folder, model)
+        saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step < self.state.max_steps:

@@ -94,6 +94,14 @@ def running(model: nn.Module, index: dict) -> nn.Module:
     """An empty model made to run: each module reads its weights just before it is used."""
     weights = OffloadedWeightsLoader(index=index)
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
+    return with_embeddings_on_cpu(model)
+
+
+def with_embeddings_on_cpu(model: nn.Module) -> nn.Module:
+    """The model with placeholders of no size for its embeddings: Llama 4 sends the ids to where its embedding is."""
+    for part in model.modules():
+        if isinstance(part, nn.Embedding):
+            part.weight = nn.Parameter(torch.zeros(1).expand(part.weight.shape), requires_grad=False)
     return model
 
 
@@ -184,7 +192,7 @@ def adapted(model: nn.Module, index: dict, adapter: Path) -> tuple[PeftModel, Ma
         weights_map=weights,
         preload_module_classes=sorted({type(module).__name__ for _, module in wrappers(model)}),
     )
-    return model, weights
+    return with_embeddings_on_cpu(model), weights
 
 
 def by_formula(layer: LoraLayer, weight: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,14 @@ import pytest
 import torch
 from conftest import ROOT, history, in_process, stage
 from loguru import logger
-from transformers import AutoModelForCausalLM, MambaConfig, Qwen3MoeConfig, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MambaConfig,
+    Qwen3MoeConfig,
+    TrainerState,
+    TrainingArguments,
+)
 
 import pretraining
 import supervised_finetuning
@@ -156,6 +163,8 @@ def test_missing_required_flags(required, missing):
         (MergeArguments, ["--peft_model_path", "p"], "--output_dir is missing"),
         (AdapterArguments, ["--lora_rank", "0"], "--lora_rank is 0, expected at least 1"),
         (AdapterArguments, ["--lora_dropout", "1"], r"--lora_dropout is 1.0, expected a share in \[0, 1\)"),
+        (AdapterArguments, ["--lora_alpha", "0"], "--lora_alpha is 0.0, expected a finite number above 0"),
+        (AdapterArguments, ["--lora_alpha", "nan"], "--lora_alpha is nan, expected a finite number above 0"),
         (AdapterArguments, ["--lora_rank", "four"], "--lora_rank.*: invalid int value: 'four'"),
         (AdapterArguments, ["--lora_rank"], "--lora_rank.*: expected one argument"),
         (
@@ -344,6 +353,32 @@ def test_an_accelerator_config_is_read(required, tmp_path):
     (tmp_path / "config.json").write_text('{"even_batches": false}')
     for asked in ('{"even_batches": false}', str(tmp_path / "config.json")):
         assert parse([*required, "--accelerator_config", asked])["accelerator_config"].even_batches is False
+
+
+def test_lora_flags_without_effect_are_named(tiny, tmp_path, logged):
+    def said(**flags) -> list[str]:
+        logged.clear()
+        model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+        AdapterArguments(**flags).apply(model, "CAUSAL_LM").save_pretrained(tmp_path)
+        return [line.removeprefix("WARNING: ") for line in logged if "without effect" in line]
+
+    assert said(use_peft=False) == []
+    assert said(use_peft=False, lora_rank=4) == ["--lora_rank without effect: --use_peft False"]
+    kept = {"lora_rank": 4, "target_modules": "v_proj,q_proj", "modules_to_save": "lm_head"}
+    assert said(**kept) == said(**kept, peft_path=str(tmp_path)) == []
+    others = {"lora_rank": 64, "lora_alpha": 99.0, "lora_dropout": 0.5, "target_modules": "q_proj"}
+    flags = "--target_modules, --lora_rank, --lora_alpha, --lora_dropout"
+    why = f"the adapter of --peft_path {tmp_path} keeps its own"
+    assert said(**others, peft_path=str(tmp_path)) == [f"{flags} without effect: {why}"]
+
+
+def test_a_base_that_no_reward_model_can_be_made_of_is_told_from_a_broken_one(tmp_path):
+    model_args = ModelArguments(str(tmp_path), dtype="float32")
+    Qwen3MoeConfig().save_pretrained(tmp_path)
+    model_args.check_scores()
+    MambaConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no reward model .*ForSequenceClassification.* for mamba. Train"):
+        model_args.load_model(AutoModelForSequenceClassification, num_labels=1)
 
 
 def test_ppo_steps_are_rollouts(tmp_path):

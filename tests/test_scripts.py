@@ -38,7 +38,7 @@ from conftest import (
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import FAMILIES
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, MambaConfig
 
 PROBES = ("What helps a sprained ankle? Rest", "高血压患者平时")
 
@@ -652,6 +652,14 @@ def test_the_pipeline_bounds_the_steps_of_the_sample_alone(told, tmp_path):
 def test_the_pipeline_misses_a_folder_at_once(told):
     code, calls, errors = told("scripts/run_pipeline.sh", MODEL="base", RM_DATA="mine/pairs", SFT_DATA="a:2,b")
     assert (code, calls) == (2, {}) and errors.startswith("error: there is no mine/pairs") and errors.count("\n") == 1
+
+
+def test_the_pipeline_asks_first_whether_a_reward_model_can_be(told, tmp_path):
+    MambaConfig().save_pretrained(tmp_path / "base")
+    where = {"MODEL": f"{tmp_path}/base", "PYTHON": sys.executable}
+    code, calls, errors = told("scripts/run_pipeline.sh", "--seed", 1, **where)
+    assert (code, calls) == (2, {}) and "has no reward model" in errors and errors.count("\n") == 1
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_the_pipeline_looks_at_nothing(told):

@@ -9,12 +9,16 @@ from transformers import (
     BertForSequenceClassification,
     BertTokenizerFast,
     BloomConfig,
+    DeepseekV3Config,
     Gemma3TextConfig,
     Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
     RecurrentGemmaConfig,
@@ -146,10 +150,31 @@ FAMILIES = {
     ),
 }
 
+# Mixtures of experts, each with a departure of its own.
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+DENSE_FIRST = {"first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+MIXTURES = {
+    "mixtral": (MixtralConfig, LLAMA_SIZE | EXPERTS, FAMILIES["llama"][2]),
+    # A dense block, and experts that every token sees, whose layers are called as those of the others.
+    "deepseek": (
+        DeepseekV3Config,
+        LLAMA_SIZE | EXPERTS | LATENT | DENSE_FIRST | {"num_key_value_heads": 4, "moe_intermediate_size": 16},
+        FAMILIES["llama"][2],
+    ),
+    # Its router is an nn.Linear that returns two tensors.
+    "llama4": (
+        Llama4TextConfig,
+        LLAMA_SIZE | EXPERTS | {"intermediate_size_mlp": 64, "num_experts_per_tok": 1, "attention_chunk_size": 64},
+        FAMILIES["llama3"][2],
+    ),
+    "gpt_oss": (GptOssConfig, LLAMA_SIZE | EXPERTS, FAMILIES["llama"][2]),
+}
+
 
 def save_tiny(family: str, folder: Path) -> str:
-    """Save a causal language model of FAMILIES with its tokenizer into `folder` and return that as text."""
-    config_class, size, words = FAMILIES[family]
+    """Save a causal language model with its tokenizer into `folder` and return that as text."""
+    config_class, size, words = (FAMILIES | MIXTURES)[family]
     made = tokenizer(**words)
     config = config_class(
         vocab_size=len(made),
