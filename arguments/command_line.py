@@ -104,7 +104,7 @@ def run_stage(main):
         release_folder()
 
 
-def wait_for_first_rank(seconds: float = 3) -> None:
+def wait_for_first_rank(seconds: float = 10) -> None:
     """Leave an error that all ranks meet to the machine's first one: torchrun ends the others once that has gone."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer's handler would only note it
     time.sleep(seconds)

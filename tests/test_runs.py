@@ -193,6 +193,14 @@ def test_a_disk_that_is_full_inside_torch_save():
     assert "cannot write or read" in str(explained(error))
 
 
+def test_a_rank_that_has_gone_is_said_in_one_line():
+    """In gloo's words, of its two kinds."""
+    for said in ("Connection closed by peer [127.0.0.1]:4711", "Read error [::1]:5: Connection reset by peer"):
+        error = explained(RuntimeError(f"[../third_party/gloo/gloo/transport/tcp/pair.cc:547] {said}"))
+        assert error.code == 1 and "another process of this run ended first" in str(error)
+    assert explained(ConnectionError("Connection reset by peer")) is None, "a hub's or a server's"
+
+
 def test_the_last_whole_checkpoint_stays_until_the_next_one_is(tiny, records, tmp_path, monkeypatch):
     """With one checkpoint to keep, and a disk that is full when the second one is sealed."""
     thorough = arguments.checkpoints.digest

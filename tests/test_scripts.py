@@ -415,27 +415,10 @@ def test_two_ranks(tiny, records, tmp_path):
         assert results(two[name])[count] == results(one[name])[count]
 
 
-def on_two_ranks(warm_python, command: list):
+def test_an_error_that_all_ranks_meet_is_said_once(records, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    ended = in_subprocess(*torchrun, *command, PYTHON_EXEC=warm_python)
-    assert ended.code == 1, "torchrun's own"
-    return ended
-
-
-def test_an_error_that_all_ranks_meet_is_said_once(warm_python, records, tmp_path):
-    ended = on_two_ranks(warm_python, stage("sft", tmp_path / "missing", records, tmp_path / "out"))
-    assert len(ended.errors) == 1 and f"{tmp_path / 'missing'}" in ended.errors[0]
-
-
-def test_an_error_of_one_rank_is_no_traceback_of_the_other(warm_python, tiny, records, tmp_path):
-    rule = tmp_path / "rule.py"
-    rule.write_text(
-        "import os\n\n\ndef one(completions, **kwargs):\n    return [1.0 / (1 - int(os.environ['RANK']))]\n"
-    )
-    flags = "--reward_functions", f"{rule}:one", "--batch_size", 1, "--mini_batch_size", 1, "--use_cpu"
-    ended = on_two_ranks(warm_python, stage("rl", tiny("llama"), records, tmp_path / "out", *flags))
-    assert any("ZeroDivisionError" in line for line in ended.errors), ended.stderr[-2000:]
-    assert "Traceback" not in ended.stderr.partition("torch/distributed/run.py")[0]
+    ended = in_subprocess(*torchrun, *stage("sft", tmp_path / "missing", records, tmp_path / "out"))
+    assert ended.code == 1 and len(ended.errors) == 1 and f"{tmp_path / 'missing'} is no model" in ended.errors[0]
 
 
 # --- two machines, here as two launches on one
