@@ -55,8 +55,9 @@ def made_with(args) -> dict:
 def facts(args) -> dict:
     """What else of a run decides whether, and how, its checkpoints can be resumed."""
     sharding = "--fsdp" if args.fsdp else "an optimizer that is not sharded"
-    if args.deepspeed:
-        sharding = f"--deepspeed of ZeRO stage {args.hf_deepspeed_config.get_value('zero_optimization.stage', 0)}"
+    if args.deepspeed:  # which divides the moments by processes
+        stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+        sharding = f"--deepspeed of ZeRO stage {stage} on {args.world_size} processes"
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {"weights_only": args.save_only_model, "sharding": sharding, "batch": batch}
 
@@ -129,7 +130,7 @@ def drop_later(output: Path, found: Path) -> None:
     folders = [folder.resolve() for folder in numbered(output)]
     later = folders[folders.index(found.resolve()) + 1 :] if found.resolve() in folders else []
     for folder in later:
-        logger.warning(f"Removing {folder}: the run went back behind it, to {found.name}")
+        logger.warning(f"Removing {folder}: the run goes back to {found.name}")
         shutil.rmtree(folder, ignore_errors=True)
 
 

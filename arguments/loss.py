@@ -163,8 +163,9 @@ def return_narrow(model, accelerator) -> None:
 
 
 def own_rows(trainer, rows: int) -> int:
-    """How many of the `rows` in this rank's batch for training are not there yet: the last batch of an epoch is filled
-    up with rows of the first, so that all ranks have as many.
+    """How many of the `rows` in this rank's training batch are its own, not repeats.
+
+    accelerate fills the last batches of an epoch with rows of the first ones, so that all ranks have as many.
     """
     if not trainer.accelerator.gradient_state.end_of_dataloader or not has_length(trainer.train_dataset):
         return rows
