@@ -25,6 +25,7 @@ from arguments.adapter import AdapterArguments, cast_trained
 from arguments.atomic import append_lines
 from arguments.command_line import UserError, expect, parse_arguments, run_stage
 from arguments.data import DataArguments
+from arguments.loss import own_rows
 from arguments.model import ModelArguments
 from arguments.order import STRATEGIES, SeededOrder
 from arguments.pairs import collate_pairs, score_pairs, shared_tokens, shares_prompts, with_length
@@ -114,8 +115,10 @@ class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
     """trl.RewardTrainer with exact held-out figures, also by kind of rejected answer, and the length-only accuracy.
 
     The library averages over batches: pairs of a small last batch weigh more, and with several processes the pairs
-    that fill it up count twice.
+    that fill it up count twice. In training, too, each pair of a step weighs the same, and none counts twice.
     """
+
+    loss_is_scaled_for_ga = True  # by the number of pairs in a step
 
     def _get_eval_sampler(self, eval_dataset):
         return SequentialSampler(eval_dataset)  # sorted by length already; a shuffled one would mix up the kinds
@@ -124,14 +127,30 @@ class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
         self.scores = []
         return super().evaluate(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        scored = model
+    def get_batch_samples(self, *args, **kwargs):
+        """Batches of a step, and the number of pairs in it on all ranks, without those that fill up the last batch."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            batch["own"] = len(batch["spans"]) if "spans" in batch else len(batch["input_ids"]) // 2
+        batches[-1]["own"] = own_rows(self, batches[-1]["own"])
+        own = torch.tensor(sum(batch["own"] for batch in batches), device=self.args.device)
+        return batches, self.accelerator.reduce(own)
+
+    def losses(self, scores: torch.Tensor) -> torch.Tensor:
+        """The loss of each pair, of scores [pairs, chosen and rejected]."""
+        centering = (self.args.center_rewards_coefficient or 0) * scores.sum(dim=1).square()
+        return centering - torch.nn.functional.logsigmoid(scores[:, 0] - scores[:, 1])
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        scored, own = model, inputs.pop("own", None)
         if "spans" in inputs:
             inner = self.accelerator.unwrap_model(model)
             scored = partial(score_pairs, model, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
-        loss, outputs = super().compute_loss(scored, inputs, return_outputs=True, **kwargs)
-        if not model.training:
-            pairs = torch.stack(outputs.logits.float().flatten().chunk(2), dim=1)  # [pairs, chosen and rejected]
+        loss, outputs = super().compute_loss(scored, inputs, return_outputs=True)
+        pairs = torch.stack(outputs.logits.float().flatten().chunk(2), dim=1)  # [pairs, chosen and rejected]
+        if model.training:
+            loss = self.losses(pairs[:own]).sum() * self.accelerator.num_processes / num_items_in_batch
+        else:
             self.scores.append(self.accelerator.gather_for_metrics(pairs).cpu())
         return (loss, outputs) if return_outputs else loss
 
@@ -139,9 +158,7 @@ class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
         if "eval_loss" in logs:
             scores, kinds = torch.cat(self.scores), self.eval_dataset["kind"][:]
             margins = scores[:, 0] - scores[:, 1]
-            centering = (self.args.center_rewards_coefficient or 0) * scores.sum(dim=1).square().mean()
-            loss = centering - torch.nn.functional.logsigmoid(margins).mean()
-            found = accuracies(margins, kinds) | {"loss": loss.item()}
+            found = accuracies(margins, kinds) | {"loss": self.losses(scores).mean().item()}
             if self.is_world_process_zero():
                 line = {"step": self.state.global_step, "margins": margins.tolist(), "kinds": kinds}
                 append_lines(Path(self.args.output_dir) / "margins.jsonl", [line])

@@ -67,6 +67,14 @@ def drop_if_cut(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def drop_if_no_text(path: Path) -> None:
+    """Remove a text that was cut inside a character: peft would fail to read it."""
+    try:
+        path.read_text("utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        path.unlink(missing_ok=True)
+
+
 def hold_folder(folder: Path) -> bool:
     """Keep other runs from writing into `folder` until release_folder, or the end of this process.
 

@@ -41,10 +41,25 @@ class CheckpointSeal(TrainerCallback):
             (folder / SEAL).unlink(missing_ok=True)
             record_base(folder, args.base_facts)  # if all weights are trained, nothing else names their base
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            seal = {"stage": type(args).__name__, "arguments": without_secrets(sys.argv[1:])}
+            seal = {"stage": type(args).__name__, **made_with(args), **facts(args)}
             seal["files"] = {str(p.relative_to(folder)): digest(p) for p in files}
             write_atomically(folder / SEAL, json.dumps(seal, indent=1))
             thin_out(folder, args.checkpoints_kept, state.best_model_checkpoint)
+
+
+def made_with(args) -> dict:
+    """The command of this run, and the checkpoint that it asks for; in a seal, which command saved it."""
+    return {"arguments": without_secrets(sys.argv[1:]), "asked_for": args.resume_from_checkpoint}
+
+
+def facts(args) -> dict:
+    """What else of a run decides whether, and how, its checkpoints can be resumed."""
+    sharding = "--fsdp" if args.fsdp else "an optimizer that is not sharded"
+    if args.deepspeed:  # which divides the moments by processes
+        stage = args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+        sharding = f"--deepspeed of ZeRO stage {stage} on {args.world_size} processes"
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {"weights_only": args.save_only_model, "sharding": sharding, "batch": batch}
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -103,6 +118,49 @@ def shape(flags: dict[str, str], name: str) -> str:
     return ",".join(sorted(value.replace(",", " ").split()))
 
 
+def saved_by(args) -> str | None:
+    """The newest whole checkpoint in output_dir that this very command saved before, if any."""
+    seals = {path: read_json(path / SEAL) or {} for path in reversed(numbered(Path(args.output_dir)))}
+    same = (path for path, seal in seals.items() if seal | made_with(args) == seal)
+    return next((str(path) for path in same if checkpoint_fault(path) is None), None)
+
+
+def drop_later(output: Path, found: Path) -> None:
+    """If `found` lies in `output`, delete the checkpoints after it: a run that goes back leaves them behind."""
+    folders = [folder.resolve() for folder in numbered(output)]
+    later = folders[folders.index(found.resolve()) + 1 :] if found.resolve() in folders else []
+    for folder in later:
+        logger.warning(f"Removing {folder}: the run goes back to {found.name}")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_contents(folder: Path, args) -> None:
+    """Check that the checkpoint holds all that going on needs; warn if its steps took other numbers of records.
+
+    Raises:
+        UserError: if it holds weights alone, or its optimizer is sharded in another way.
+    """
+    now, seal = facts(args), json.loads((folder / SEAL).read_text())
+    then = now | {"weights_only": False} | seal  # an older version recorded none of these
+    if then["weights_only"]:
+        raise UserError(
+            f"{folder} holds weights alone (--save_only_model), and going on needs the optimizer too: start over "
+            "(--fresh), or train on from these weights in another --output_dir, with --peft_path (all weights: "
+            f"--model_name_or_path) {folder}"
+        )
+    if then["sharding"] != now["sharding"]:
+        raise UserError(
+            f"{folder} was trained with {then['sharding']}, and its tensors do not fit {now['sharding']}: give the "
+            "same again, or start over (--fresh)"
+        )
+    if then["batch"] != now["batch"]:
+        logger.warning(
+            f"An optimizer step took {then['batch']} records, and now takes {now['batch']}: records of this epoch are "
+            "skipped or repeated, and the schedule ends elsewhere. Batch size x processes x "
+            f"--gradient_accumulation_steps = {then['batch']} keeps them"
+        )
+
+
 def check_changes(folder: Path) -> None:
     """Compare the flags with those that the checkpoint was made with: a warning names what differs.
 
@@ -132,16 +190,18 @@ def check_changes(folder: Path) -> None:
         changes = [f"--{name} {now.get(name, 'not given')} (was {before.get(name, 'not given')})" for name in names]
         logger.warning(
             f"The command has changed since: {', '.join(changes)}. The learning rate, and how far the "
-            "schedule has come, stay the checkpoint's; records are taken from where it stopped"
+            "schedule has come, stay the checkpoint's"
         )
 
 
 def clear_output(folder: Path, sources: list[str]) -> None:
     """Remove what an earlier run left in `folder` and could be taken for this run's, except this run's `sources`."""
-    names = ["adapter", "merge.json", "run.json", "*_results.json"]
+    names = ["merge.json", "run.json", *(f"{name}_results.json" for name in ("all", "train", "eval"))]
     names += [f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
     checkpoints = numbered(folder)
     of_a_run = checkpoints or (folder / "merge.json").exists() or (folder / "run.json").exists()
+    if (folder / "merge.json").exists():  # it was merged into itself
+        names.append("adapter")
     if of_a_run and folder.resolve() not in [Path(source).resolve() for source in sources]:
         names += ["runs", "training_*.png"]
         names += ["adapter_config.json", "adapter_model.*", "value", "base.json"]
@@ -149,6 +209,7 @@ def clear_output(folder: Path, sources: list[str]) -> None:
     kept = {place for source in sources for place in (Path(source).resolve(), *Path(source).resolve().parents)}
     found = [*checkpoints, *(path for name in names for path in folder.glob(name))]
     for path in [path for path in found if path.resolve() not in kept]:
+        logger.info(f"Removing {path} (--fresh)")
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -44,8 +44,10 @@ RENAMED_FLAGS = {
     "--fp16_opt_level": None,
 }
 DISK = re.compile(  # what errors of a full or unwritable disk say
-    r"No space left|Read-only file system|Permission denied|Disk quota|PytorchStreamWriter", re.IGNORECASE
+    r"No space left|Read-only file system|Permission denied|Disk quota|PytorchStreamWriter|unexpected pos \d",
+    re.IGNORECASE,
 )
+PEER = re.compile(r"Connection (reset|closed) by peer", re.IGNORECASE)  # what gloo says when another rank has gone
 SECRET = re.compile(r"--[\w-]*token", re.IGNORECASE)  # argparse knows each flag with _ and with -
 
 
@@ -94,10 +96,18 @@ def run_stage(main):
         said = error if isinstance(error, UserError) else explained(error)
         if said is None:
             raise
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            wait_for_first_rank()
         beside_bars(f"error: {said}\n")
         sys.exit(said.code)
     finally:
         release_folder()
+
+
+def wait_for_first_rank(seconds: float = 10) -> None:
+    """Leave an error that all ranks meet to the machine's first one: torchrun ends the others once that has gone."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer's handler would only note it
+    time.sleep(seconds)
 
 
 def reader_is_gone() -> bool:
@@ -135,6 +145,8 @@ def explained(error: Exception) -> UserError | None:
             f"what was saved does not fit the model that these flags describe ({text[:200]} ...): give the flags of "
             "the earlier run, or start over (--fresh)"
         )
+    if isinstance(error, RuntimeError) and PEER.search(text):
+        return Fault("another process of this run ended first: its message says why")
     if isinstance(error, KeyError) and "metric_for_best_model" in text:
         return UserError(f"--metric_for_best_model: {error.args[0]}")
     if isinstance(error, ImportError) and "install" in text:  # a flag wants a package, and its library says which

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import DistributedType
+from transformers.trainer_utils import has_length
 
 from arguments.command_line import Fault
 
@@ -165,6 +166,18 @@ def return_narrow(model, accelerator) -> None:
         model.forward = accelerator.autocast()(vars(model).pop("_original_forward"))
 
 
+def own_rows(trainer, rows: int) -> int:
+    """How many of the `rows` in this rank's training batch are its own, not repeats.
+
+    accelerate fills the last batches of an epoch with rows of the first ones, so that all ranks have as many.
+    """
+    if not trainer.accelerator.gradient_state.end_of_dataloader or not has_length(trainer.train_dataset):
+        return rows
+    size, ranks, rank = trainer.args.train_batch_size, trainer.args.world_size, trainer.args.process_index
+    left = len(trainer.train_dataset) % (size * ranks) or size * ranks
+    return min(max(left - rank * size, 0), rows)
+
+
 class TokenLoss:
     """Mixed into a Trainer: cross-entropy of the tokens that have a label; held-out, the mean over all such tokens.
 
@@ -187,6 +200,13 @@ class TokenLoss:
             whole = kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
             self._in_parts = frozen and whole and head_is_last(model, inputs)
         return self._in_parts
+
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        return super().get_batch_samples(map(self.without_repeats, epoch_iterator), *args, **kwargs)
+
+    def without_repeats(self, inputs: dict) -> dict:
+        inputs["labels"][own_rows(self, len(inputs["labels"])) :] = -100
+        return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The sum over the trained tokens divided by num_items_in_batch, their count over all ranks."""

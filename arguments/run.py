@@ -16,15 +16,18 @@ from transformers import IntervalStrategy, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
-from arguments.atomic import drop_if_cut, hold_folder, read_json, write_atomically
+from arguments.atomic import drop_if_cut, drop_if_no_text, hold_folder, read_json, write_atomically
 from arguments.base import facts_of, other_base, record_base
 from arguments.checkpoints import (
     SEAL,
     CheckpointSeal,
     check_changes,
+    check_contents,
     checkpoint_fault,
     clear_output,
+    drop_later,
     numbered,
+    saved_by,
 )
 from arguments.command_line import UserError, expect, without_secrets
 from arguments.compiling import CompileArguments
@@ -98,7 +101,7 @@ class RunArguments(PrecisionArguments, CompileArguments):
         asked = str(self.resume_from_checkpoint or "")
         self.fresh |= asked.lower() == "false"
         self._check_output()
-        if self._names_checkpoint() and not Path(asked).is_dir():
+        if self._names_checkpoint() and not Path(asked).is_dir() and not saved_by(self):  # it may be deleted since
             raise UserError(f"--resume_from_checkpoint {asked} is no folder: name a checkpoint-N of an earlier run")
         if not (self.do_train or self.do_eval):
             raise UserError("--do_train False and --do_eval False leave nothing to do")
@@ -209,6 +212,9 @@ class RunArguments(PrecisionArguments, CompileArguments):
     def checkpoint(self, base: str, adapter: str | None = None) -> str | None:
         """The checkpoint to resume from: the one asked for, else the newest whole one in output_dir, else None.
 
+        The command that asks for one, given again after a kill, goes on from the newest that it has saved since. Later
+        checkpoints than the one it goes on from are deleted.
+
         `base` and `adapter` are what the run starts from; --fresh clears output_dir but leaves them alone.
 
         Raises:
@@ -227,7 +233,7 @@ class RunArguments(PrecisionArguments, CompileArguments):
                 if self.process_index == 0:
                     clear_output(Path(self.output_dir), [base, adapter or base])
             return None
-        asked = [self.resume_from_checkpoint] if self._names_checkpoint() else []
+        asked = [saved_by(self) or self.resume_from_checkpoint] if self._names_checkpoint() else []
         for found in asked or map(str, reversed(numbered(Path(self.output_dir)))):
             if fault := checkpoint_fault(Path(found)):
                 if asked:
@@ -236,7 +242,10 @@ class RunArguments(PrecisionArguments, CompileArguments):
                 continue
             self._check_origin(Path(found), base)
             logger.info(f"Going on from {found} (--fresh starts over)")
+            check_contents(Path(found), self)
             check_changes(Path(found))
+            if asked and self.process_index == 0:
+                drop_later(Path(self.output_dir), Path(found))
             return found
         return None
 
@@ -270,6 +279,7 @@ class RunArguments(PrecisionArguments, CompileArguments):
     def callbacks(self) -> list[TrainerCallback]:
         """What every stage's trainer does besides training."""
         drop_if_cut(Path(self.output_dir) / "all_results.json")  # transformers reads it before adding to it
+        drop_if_no_text(Path(self.output_dir) / "README.md")  # as peft does
         return [StopAtSignal(self.steps_between_saves), FiniteGradients(), FiniteWeights(), CheckpointSeal()]
 
     def finish(self, trainer, data_args: DataArguments) -> None:

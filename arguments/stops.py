@@ -31,19 +31,28 @@ class StopAtSignal(TrainerCallback):
             self.signal = number
             logger.warning(f"{signal.Signals(number).name}: saving a checkpoint, then ending (Ctrl-C: ending at once)")
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def received(self, args) -> int:
+        """The signal that this or another rank got, or 0: all ranks end after the same step."""
         received = torch.tensor(self.signal, device=args.device)
-        if args.world_size > 1:  # all ranks end after the same step
+        if args.world_size > 1:
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        if received and state.global_step % self.steps_between_saves == 0:
-            self.signal = int(received)
+        return int(received)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = self.received(args)
+        if received and state.global_step and state.global_step % self.steps_between_saves == 0:
+            self.signal = received
             control.should_save = control.should_training_stop = True
 
+    on_evaluate = on_step_end  # an evaluation may take long; at step 0 there is nothing to save
+
     def on_train_end(self, args, state, control, **kwargs):
+        self.signal = self.received(args)
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.signal and state.global_step < state.max_steps:
-            logger.warning(f"Ended after step {state.global_step}: the same command goes on from there")
+        if self.signal:
+            then = "" if args.save_only_model else ": the same command goes on from there"
+            logger.warning(f"Ended after step {state.global_step}{then}")
             raise SystemExit(128 + self.signal)
 
 

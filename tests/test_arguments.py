@@ -612,11 +612,15 @@ def test_a_checkpoint_damaged_since_does_not_count(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-7", "checkpoint-9"]
 
 
-def test_checkpoint_asked_for_wins(tmp_path):
-    save_checkpoints(tmp_path, 9, 10)
+def test_checkpoint_asked_for_wins(tmp_path, logged):
+    save_checkpoints(tmp_path, 8, 9, save_total_limit=9)
     before, asked = left(tmp_path), str(tmp_path / "checkpoint-9")
+    save_checkpoints(tmp_path, 10, save_total_limit=9)
     assert run_arguments(tmp_path, resume_from_checkpoint=asked, fresh=True).checkpoint("base") == asked
-    assert left(tmp_path) == before
+    assert left(tmp_path) == before, "without the flag, the run would go on from a later one"
+    assert any("Removing" in line and "checkpoint-10" in line for line in logged)
+    elsewhere = run_arguments(tmp_path / "elsewhere", resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert elsewhere.checkpoint("base") == str(tmp_path / "checkpoint-8") and left(tmp_path) == before
 
 
 def test_checkpoint_asked_for_is_looked_at_as_any_other(tmp_path, tiny):

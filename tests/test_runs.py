@@ -30,7 +30,8 @@ import arguments.run
 from arguments.adapter import AdapterArguments
 from arguments.atomic import write_atomically
 from arguments.checkpoints import SEAL, SHAPING, checkpoint_fault, clear_output, shape
-from arguments.command_line import Fault
+from arguments.command_line import Fault, explained
+from arguments.loss import TokenLoss
 from arguments.stops import FiniteGradients, StopAtSignal
 
 
@@ -63,6 +64,27 @@ def test_a_signal_ends_with_a_checkpoint_to_go_on_from(name, number, tiny, recor
     found, expected = trained(tmp_path / "out"), trained(tmp_path / "whole")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_signal_during_an_evaluation_ends_behind_it(step, tiny, records, tmp_path, monkeypatch):
+    """Also during the last one inside training."""
+    evaluate = TokenLoss.evaluate
+
+    def interrupted(self, *args, **kwargs):
+        if self.is_in_train and self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *args, **kwargs)
+
+    flags = "--max_steps", 4, "--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "no"
+    in_process(*stage("sft", tiny("llama"), records, tmp_path / "whole", *flags)).ok()
+    command = stage("sft", tiny("llama"), records, tmp_path / "out", *flags)
+    with monkeypatch.context() as patched:
+        patched.setattr(TokenLoss, "evaluate", interrupted)
+        assert in_process(*command).code == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    in_process(*command).ok()
+    assert not differences(trained(tmp_path / "out"), trained(tmp_path / "whole"))
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch):
@@ -165,6 +187,20 @@ def test_a_full_disk_is_said_in_one_line(tiny, records, tmp_path):
     assert "error: cannot write" in ended.stderr and "Traceback" not in ended.stderr
 
 
+def test_a_disk_that_is_full_inside_torch_save():
+    """What its writer says when it is closed; it hides what the disk said."""
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    assert "cannot write or read" in str(explained(error))
+
+
+def test_a_rank_that_has_gone_is_said_in_one_line():
+    """In gloo's words, of its two kinds."""
+    for said in ("Connection closed by peer [127.0.0.1]:4711", "Read error [::1]:5: Connection reset by peer"):
+        error = explained(RuntimeError(f"[../third_party/gloo/gloo/transport/tcp/pair.cc:547] {said}"))
+        assert error.code == 1 and "another process of this run ended first" in str(error)
+    assert explained(ConnectionError("Connection reset by peer")) is None, "a hub's or a server's"
+
+
 def test_the_last_whole_checkpoint_stays_until_the_next_one_is(tiny, records, tmp_path, monkeypatch):
     """With one checkpoint to keep, and a disk that is full when the second one is sealed."""
     thorough = arguments.checkpoints.digest
@@ -192,6 +228,15 @@ def test_results_that_a_kill_cut_short_are_made_again(tiny, records, tmp_path):
     in_process(*command).ok()
     assert results(tmp_path / "out").keys() == expected.keys()
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_model_card_that_was_cut_inside_a_character_is_made_again(tiny, records, tmp_path):
+    """peft reads it, to add to it, when training has ended."""
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "README.md"
+    path.write_bytes("# 模型".encode()[:-1])
+    in_process(*stage("sft", tiny("llama"), records, tmp_path / "out")).ok()
+    assert "peft" in path.read_text("utf-8")
 
 
 def test_our_results_are_written_in_one_step(tmp_path, monkeypatch):
@@ -308,10 +353,21 @@ def test_fresh_leaves_what_the_run_starts_from(place, tmp_path):
     for folder in ("", "adapter", "checkpoint-1", "checkpoint-2"):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / ADAPTER).touch()
+    (tmp_path / "merge.json").touch()
     (tmp_path / "checkpoint-2-best").mkdir()  # somebody's copy
     clear_output(tmp_path, ["base", str(tmp_path / place)])
     left = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob(ADAPTER)}
     assert left == {place or "."} and (tmp_path / "checkpoint-2-best").exists()
+
+
+def test_fresh_leaves_what_no_run_made(tmp_path, logged):
+    (tmp_path / "adapter").mkdir()
+    for name in (f"adapter/{ADAPTER}", "exam_results.json", "notes.txt", "train_results.json"):
+        (tmp_path / name).touch()
+    clear_output(tmp_path, ["base"])
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {f"adapter/{ADAPTER}", "exam_results.json", "notes.txt"}
+    assert [line for line in logged if "Removing" in line and "train_results.json" in line]
 
 
 def test_two_runs_do_not_share_a_folder(tiny, records, tmp_path, monkeypatch):
@@ -387,6 +443,49 @@ def test_a_run_goes_on_with_its_own_tensors_only(tiny, records, tmp_path):
         assert ended.code == 2 and f"do not fit {flag} {value.lower()}: give the same again" in ended.errors[0]
     same = [word for name, default in SHAPING.items() if default != "none" for word in (f"--{name}", default)]
     in_process(*command, "--max_steps", 2, *same).ok()
+
+
+def test_weights_alone_are_not_gone_on_from(tiny, records, tmp_path):
+    """The optimizer would start anew, and the learning rate at its peak."""
+    command = (*stage("sft", tiny("llama"), records, tmp_path / "out"), "--save_steps", 1, "--save_only_model", "True")
+    in_process(*command, "--max_steps", 1).ok()
+    before = trained(tmp_path / "out")
+    ended = in_process(*command, "--max_steps", 2)
+    assert ended.code == 2 and "checkpoint-1 holds weights alone (--save_only_model)" in ended.errors[0]
+    assert not differences(trained(tmp_path / "out"), before)
+    in_process(*command, "--max_steps", 2, "--fresh").ok()
+
+
+def test_an_optimizer_that_was_sharded_is_not_gone_on_from(tiny, records, tmp_path):
+    command = (*stage("sft", tiny("llama"), records, tmp_path / "out"), "--save_steps", 1)
+    in_process(*command, "--max_steps", 1).ok()
+    path = tmp_path / "out" / "checkpoint-1" / SEAL
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sharding": "--fsdp"}))
+    ended = in_process(*command, "--max_steps", 2)
+    assert ended.code == 2 and "trained with --fsdp, and its tensors do not fit an optimizer that" in ended.errors[0]
+
+
+def test_another_batch_is_said_to_skip_or_repeat_records(tiny, records, tmp_path):
+    command = (*stage("sft", tiny("llama"), records, tmp_path / "out"), "--save_steps", 1)
+    batch, product = "--per_device_train_batch_size", "--gradient_accumulation_steps"
+    in_process(*command, "--max_steps", 1, batch, 2).ok()
+    assert "skipped" not in in_process(*command, "--max_steps", 2, batch, 1, product, 2).ok().stderr
+    said = in_process(*command, "--max_steps", 3, batch, 4).ok().stderr
+    assert "step took 2 records, and now takes 4: records of this epoch are skipped or repeated" in said
+
+
+def test_a_run_that_went_back_goes_on_where_it_was_killed(tiny, records, tmp_path):
+    output = tmp_path / "out"
+    command = (*stage("sft", tiny("llama"), records, output), "--save_steps", 1, "--max_steps", 4)
+    in_process(*command, "--save_total_limit", 9).ok()
+    back = (*command, "--resume_from_checkpoint", output / "checkpoint-1", "--weight_decay", 0.1)
+    said = in_process(*back).ok().stderr
+    assert f"Removing {output / 'checkpoint-4'}" in said and f"Going on from {output / 'checkpoint-1'}" in said
+    assert not (output / "checkpoint-1").exists(), "this test is of the checkpoint asked for being deleted since"
+    expected = trained(output)
+    shutil.rmtree(output / "checkpoint-4")
+    assert f"Going on from {output / 'checkpoint-3'}" in in_process(*back).ok().stderr
+    assert not differences(trained(output), expected)
 
 
 def test_copies_of_checkpoints_are_left_alone_and_an_empty_seal_is_none(tiny, records, tmp_path):

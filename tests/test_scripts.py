@@ -360,10 +360,10 @@ def test_two_ranks(tiny, records, tmp_path):
     batch = "--per_device_train_batch_size"
     trained, rl = ("pt", "sft", "rm"), tmp_path / "rl"
     one, two = ({name: tmp_path / ranks / name for name in trained} for ranks in ("one", "two"))
-    for name in trained:
-        in_process(*stage(name, llama, records, one[name], *exact, batch, 4)).ok()
+    for name in trained:  # the second of two batches has two records, none for the other rank
+        in_process(*stage(name, llama, records, one[name], *exact, batch, 6)).ok()
     epochs, whole, resumed = ("--max_steps", 7, "--save_steps", 5), tmp_path / "whole", tmp_path / "resumed"
-    in_process(*stage("sft", llama, records, whole, *exact, batch, 4, *epochs)).ok()
+    in_process(*stage("sft", llama, records, whole, *exact, batch, 6, *epochs)).ok()
     shutil.copytree(whole / "checkpoint-5", resumed / "checkpoint-5")  # in the third epoch
 
     reward = ("--reward_model_name_or_path", tmp_path / "rm", "--max_steps", 2, "--eval_on_start")
@@ -373,8 +373,8 @@ def test_two_ranks(tiny, records, tmp_path):
     in_process(*stage("rl", llama, records, tmp_path / "rl-one", *reward, *batches, "--save_steps", 1)).ok()
     first = min((tmp_path / "rl-one").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     shutil.copytree(first, tmp_path / "rl-resumed" / first.name)
-    commands = [stage(name, llama, records, two[name], *exact, batch, 2) for name in trained]
-    commands = [stage("sft", llama, records, resumed, *exact, batch, 2, *epochs), *commands]
+    commands = [stage(name, llama, records, two[name], *exact, batch, 3) for name in trained]
+    commands = [stage("sft", llama, records, resumed, *exact, batch, 3, *epochs), *commands]
     batches = ("--batch_size", 2, "--mini_batch_size", 1)
     commands += [stage("rl", llama, records, output, *reward, *batches) for output in (tmp_path / "rl-resumed", rl)]
     (tmp_path / "driver.py").write_text(ON_TWO_RANKS)
@@ -413,6 +413,12 @@ def test_two_ranks(tiny, records, tmp_path):
     assert results(rl)["eval_prompts"] == 3 and history(rl, "kl")[0] == 0.0
     for name, count in (("pt", "eval_tokens"), ("sft", "eval_tokens"), ("rm", "eval_pairs")):
         assert results(two[name])[count] == results(one[name])[count]
+
+
+def test_an_error_that_all_ranks_meet_is_said_once(records, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    ended = in_subprocess(*torchrun, *stage("sft", tmp_path / "missing", records, tmp_path / "out"))
+    assert ended.code == 1 and len(ended.errors) == 1 and f"{tmp_path / 'missing'} is no model" in ended.errors[0]
 
 
 # --- two machines, here as two launches on one

@@ -70,19 +70,22 @@ CASES = [
 @pytest.mark.parametrize(("name", "config"), CASES)
 def test_two_processes_that_shard_train_as_one(name, config, sharded, tiny, records, tmp_path):
     llama, one, two = tiny("llama"), tmp_path / "one", tmp_path / "two"
-    in_process(*stage(name, llama, records, one, *EXACT, BATCH, 4)).ok()
-    sharded(config, stage(name, llama, records, two, *EXACT, BATCH, 2))
+    in_process(*stage(name, llama, records, one, *EXACT, BATCH, 6)).ok()  # of eight records: the second batch has two
+    sharded(config, stage(name, llama, records, two, *EXACT, BATCH, 3))
     alone, together = load_file(one / ADAPTER), load_file(two / ADAPTER)
     assert alone.keys() == together.keys()
     for key in alone:
         assert_close(together[key], alone[key], atol=1e-4, rtol=0)
     assert results(two)["eval_loss"] == pytest.approx(results(one)["eval_loss"], rel=1e-4)
     in_process(*merge(llama, two, tmp_path / "merged")).ok()
+    ended = in_process(*stage(name, llama, records, two, *EXACT, BATCH, 6))
+    flag = "--fsdp" if config == "fsdp2.json" else f"--deepspeed of ZeRO stage {config[4]} on 2 processes"
+    assert ended.code == 2 and f"trained with {flag}, and its tensors do not fit an" in ended.errors[0]
     if config != "zero3.json" or name != "sft":  # going on was seen with the others too
         return
     shutil.rmtree(two / "checkpoint-4")
     (two / ADAPTER).unlink()
-    sharded(config, stage(name, llama, records, two, *EXACT, BATCH, 2))
+    sharded(config, stage(name, llama, records, two, *EXACT, BATCH, 3))
     again = load_file(two / ADAPTER)
     assert all((again[key] == together[key]).all() for key in together), "it went on from checkpoint-2"
 
