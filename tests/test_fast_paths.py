@@ -7,7 +7,8 @@ from peft import TaskType
 from peft.tuners import lora
 from transformers import AutoModelForCausalLM
 
-from arguments.adapter import AdapterArguments, QuickDropout
+from arguments.adapter import AdapterArguments
+from arguments.lora import QuickDropout
 
 DATA = ROOT / "data"
 PLAIN = ("--precision", "fp32", "--train_sampling_strategy", "random")
