@@ -46,7 +46,7 @@ from arguments.reward import RewardSourceArguments
 from arguments.reward_functions import function_scores, recorders
 from arguments.roles import at_columns, build_actor_critic, collate, last_token
 from arguments.rollout_server import RolloutServer, sampler_difference
-from arguments.run import RunArguments
+from arguments.run import BY_METRIC, RunArguments
 from arguments.sampling import chunks, sample_answers, takes_padding, uniforms
 from arguments.stops import EndsOnce
 from arguments.telemetry import LogLine
@@ -144,8 +144,7 @@ class PPOArguments(RunArguments, TrainingArguments):
             raise UserError(
                 f"--batch_size {self.batch_size} is no multiple of --mini_batch_size {self.mini_batch_size}"
             )
-        follows = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")  # schedules that a metric steers
-        if self.load_best_model_at_end or self.save_strategy == "best" or follows:
+        if self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in BY_METRIC:
             self.metric_for_best_model = self.metric_for_best_model or "reward"  # transformers' is the loss
         self.rollouts = self.max_steps
         given, self.per_device_train_batch_size = self.per_device_train_batch_size, self.batch_size
@@ -159,9 +158,6 @@ class PPOArguments(RunArguments, TrainingArguments):
                 "micro_batch_size what is in memory at once"
             )
         self.gradient_accumulation_steps, self.remove_unused_columns = 1, False
-        if follows:  # by default they wait for the metric to fall
-            mode = "max" if self.greater_is_better else "min"
-            self.lr_scheduler_kwargs = {"mode": mode} | (self.lr_scheduler_kwargs or {})
         if self.accelerator_config.dispatch_batches:
             raise UserError(
                 "--accelerator_config: dispatch_batches sends tensors, and RL's prompts are text: leave it out"

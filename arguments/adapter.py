@@ -126,7 +126,7 @@ class AdapterArguments:
         asked, found = self.peft_config(task_type), adapter_config(folder) if folder else None
         usual = {field.name: field.default for field in fields(self)}
         given = [flag for flag in LORA_FLAGS if getattr(self, flag) != usual[flag]]
-        idle = [f for f in given if not found or getattr(asked, LORA_FLAGS[f]) != getattr(found, LORA_FLAGS[f])]
+        idle = [f for f in given if not found or getattr(asked, LORA_FLAGS[f]) != getattr(found, LORA_FLAGS[f], None)]
         if idle:
             why = f"the adapter of --peft_path {self.peft_path} keeps its own" if folder else "--use_peft False"
             logger.warning(f"{', '.join('--' + flag for flag in idle)} without effect: {why}")

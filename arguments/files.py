@@ -141,7 +141,7 @@ def refuse_western(path: Path) -> None:
     if len(accents) > chinese / 2:
         raise BadRecord(
             f"not UTF-8, but likely Windows-1252 (Latin-1): read as GB18030 it holds {accents[0]!r}. Convert it to "
-            "UTF-8 (iconv -f cp1252 -t utf-8)"
+            "UTF-8 (iconv -f cp1252 -t utf-8; if that is right: iconv -f gb18030 -t utf-8)"
         )
 
 

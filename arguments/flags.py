@@ -21,7 +21,6 @@ WITHOUT_EFFECT = {  # in every stage: why, or what to use
     "batch_eval_metrics": "the stages have metrics of their own",
 }
 NEEDS = {  # what a flag has no effect without, or ends in a traceback
-    "hub_model_id": "push_to_hub",
     "dataloader_persistent_workers": "dataloader_num_workers",
     "dataloader_multiprocessing_context": "dataloader_num_workers",
 }
@@ -55,7 +54,9 @@ def check_metric(args) -> None:
     found = [more for name, more in args.metrics.items() if fnmatchcase(asked.removeprefix("eval_"), name)]
     if not found:
         names = ", ".join(f"eval_{name}" for name in args.metrics)
-        raise UserError(f"--metric_for_best_model {asked} is not measured in this stage: expected one of {names}")
+        raise UserError(
+            f"--metric_for_best_model {asked} cannot tell the best checkpoint of this stage: expected one of {names}"
+        )
     if args.greater_is_better is None:
         args.greater_is_better = found[0]
 
@@ -81,6 +82,10 @@ def check_accelerator_config(args) -> None:
     settings = json_of(args, "accelerator_config", 'expected one, or JSON such as {"even_batches": true}')
     if unknown := sorted(set(settings) - known):
         raise UserError(f"--accelerator_config: {unknown[0]} is unknown, expected {', '.join(sorted(known))}")
+    if settings.get("split_batches") or settings.get("dispatch_batches"):  # own_rows goes by the usual shares of ranks
+        raise UserError(
+            "--accelerator_config: split_batches and dispatch_batches are not supported here: leave them out"
+        )
     if "num_steps" in (settings.get("gradient_accumulation_kwargs") or {}):
         raise UserError("--accelerator_config: instead of num_steps give --gradient_accumulation_steps")
 

@@ -171,7 +171,10 @@ def own_rows(trainer, rows: int) -> int:
 
     accelerate fills the last batches of an epoch with rows of the first ones, so that all ranks have as many.
     """
-    if not trainer.accelerator.gradient_state.end_of_dataloader or not has_length(trainer.train_dataset):
+    padded = (
+        trainer.args.world_size > 1 and trainer.args.train_sampling_strategy != "batch_rebalance"
+    )  # as it pads itself
+    if not padded or not trainer.accelerator.gradient_state.end_of_dataloader or not has_length(trainer.train_dataset):
         return rows
     size, ranks, rank = trainer.args.train_batch_size, trainer.args.world_size, trainer.args.process_index
     left = len(trainer.train_dataset) % (size * ranks) or size * ranks

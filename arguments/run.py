@@ -57,6 +57,7 @@ POSITIVE = (
     "save_steps",
     "eval_steps",
 )
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that a metric steers
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
 
@@ -139,6 +140,9 @@ class RunArguments(PrecisionArguments, CompileArguments):
         super().__post_init__()
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             raise UserError("--save_strategy best goes by a metric: name it with --metric_for_best_model")
+        if self.lr_scheduler_type in BY_METRIC:  # by default they wait for the metric to fall
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode} | (self.lr_scheduler_kwargs or {})
         self._check_reporters()
         check_optimizer(self)
         self._check_schedule()

@@ -58,7 +58,10 @@ def takes_padding(model, tokenizer) -> bool:
     The model is tested, up to the second token of an answer, in which the cache has a part: in transformers 5.23
     RecurrentGemma reads padding as if it were tokens, and MiniMax sees some of it from the second token on.
     """
-    prompt, longer, found = list(range(3, 9)), list(range(3, 35)), []
+    text = model.config.get_text_config()
+    ids = [i % text.vocab_size for i in range(3, 35)]
+    longer = ids[: (getattr(text, "max_position_embeddings", None) or len(ids) + 2) - 2]
+    prompt, found = longer[:6], []
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=2,
@@ -72,11 +75,12 @@ def takes_padding(model, tokenizer) -> bool:
         answers = model.generate(**padded, prefix_allowed_tokens_fn=lambda *_: prompt[:1])
         found.append(answers.logits[-1][0])
     model.generation_config = kept
-    if not alike(*found):
+    same = alike(*found)
+    if not same:
         logger.warning(
             "This model answers otherwise behind padding: prompts of different lengths are not put together"
         )
-    return alike(*found)
+    return same
 
 
 def chunks(prompts: list[list[int]], rows: int, padding: bool) -> list[list[int]]:

@@ -63,8 +63,13 @@ def warn_of_frozen(model: PeftModel) -> None:
     base, left = model.get_base_model(), set()
     for module, part in base.base_model.named_modules():
         for name, weight in part.named_parameters(recurse=False) if part is not base.get_output_embeddings() else ():
-            linear = isinstance(part, nn.Linear) and name == "weight"
-            joint = weight.ndim == 3 and not isinstance(part, nn.modules.conv._ConvNd)
+            linear = isinstance(part, nn.Linear) and name == "weight" and "original_module" not in module
+            joint = (
+                weight.ndim == 3
+                and weight.shape[0] > 1
+                and "original_module" not in module
+                and not isinstance(part, nn.modules.conv._ConvNd)
+            )
             if (linear or joint) and not weight.requires_grad and (id(part), name) not in adapted:
                 left.add(re.sub(r"\.\d+\.", ".*.", f"{module}.{name}" if joint else module))
     if left:

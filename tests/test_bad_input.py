@@ -198,7 +198,7 @@ EVERY_STAGE = [
     (("--save_strategy", "best"), "--metric_for_best_model"),
     (("--label_names", "foo"), "--label_names"),
     (("--data_seed", -1), "--data_seed"),
-    (("--hub_model_id", "me/mine"), "--push_to_hub"),
+    (("--accelerator_config", '{{"split_batches": true}}'), "split_batches"),
     (("--dataloader_persistent_workers",), "--dataloader_num_workers"),
     (("--dataloader_multiprocessing_context", "spawn"), "--dataloader_num_workers"),
     (("--accelerator_config", '{{"foo": 1}}'), "--accelerator_config: foo is unknown, expected dispatch_batches,"),
@@ -232,7 +232,7 @@ ONE_STAGE = {
         (("--packing_length", 512), "--packing"),
         (("--train_sampling_strategy", "lenght"), "invalid choice: 'lenght' (choose from 'random', 'sequential'"),
         (("--label_names", "labels", "weights"), "--label_names"),
-        (("--metric_for_best_model", "accuracy"), "accuracy is not measured in this stage: expected one of eval_loss"),
+        (("--metric_for_best_model", "accuracy"), "accuracy cannot tell the best checkpoint of this stage"),
         (("--metric_for_best_model", "runtime"), "--metric_for_best_model runtime"),
     ],
     "rm": [

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 
 import arguments.loss
 from arguments.command_line import Fault
-from arguments.loss import SummedCrossEntropy, TokenLoss
+from arguments.loss import SummedCrossEntropy, TokenLoss, own_rows
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 2, 1, 1], [10, 11, 12, 13, 14, 15, 16, 2]])
 LABELS = torch.tensor([[-100, -100, 7, 8, -100, 2, -100, -100], [-100, 11, -100, 13, 14, 15, 16, 2]])
@@ -161,3 +161,18 @@ def test_a_model_that_passes_its_output_layer_by_is_refused():
 def test_what_layers_get_and_give_can_be_watched(name, tiny, records, tmp_path):
     """The detector looks for the largest number of each, and fails where there is none."""
     in_process(*stage(name, tiny("llama"), records, tmp_path / "out", "--debug", "underflow_overflow")).ok()
+
+
+def test_a_sampler_that_fills_up_its_own_batches_is_trained_whole():
+    """Of 13 rows in batches of 4 on two ranks the last one has 4 and 1 of its own; those of batch_rebalance all."""
+
+    def own(strategy, rank, ranks=2):
+        args = SimpleNamespace(
+            world_size=ranks, process_index=rank, train_batch_size=4, train_sampling_strategy=strategy
+        )
+        state = SimpleNamespace(end_of_dataloader=True)
+        accelerator = SimpleNamespace(gradient_state=state)
+        return own_rows(SimpleNamespace(args=args, accelerator=accelerator, train_dataset=range(13)), 4)
+
+    assert [own("random", rank) for rank in (0, 1)] == [4, 1]
+    assert [own("batch_rebalance", rank) for rank in (0, 1)] == [4, 4] and own("random", 0, ranks=1) == 4
