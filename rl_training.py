@@ -158,10 +158,6 @@ class PPOArguments(RunArguments, TrainingArguments):
                 "micro_batch_size what is in memory at once"
             )
         self.gradient_accumulation_steps, self.remove_unused_columns = 1, False
-        if self.accelerator_config.dispatch_batches:
-            raise UserError(
-                "--accelerator_config: dispatch_batches sends tensors, and RL's prompts are text: leave it out"
-            )
         if self.per_device_eval_batch_size != 8 or self.num_train_epochs != 3 or given != 8:  # transformers' defaults
             logger.warning(
                 "--per_device_train_batch_size, --per_device_eval_batch_size and --num_train_epochs have no effect in "

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import deepspeed_config
 
 from arguments.base import adapter_config, adapter_folder, check_base
-from arguments.command_line import UserError, expect
+from arguments.command_line import UserError, expect, given
 from arguments.lora import quicken
 from arguments.model import count_parameters
 from arguments.shapes import only_shapes
@@ -124,9 +124,8 @@ class AdapterArguments:
         if self.use_peft and not folder:
             return
         asked, found = self.peft_config(task_type), adapter_config(folder) if folder else None
-        usual = {field.name: field.default for field in fields(self)}
-        given = [flag for flag in LORA_FLAGS if getattr(self, flag) != usual[flag]]
-        idle = [f for f in given if not found or getattr(asked, LORA_FLAGS[f]) != getattr(found, LORA_FLAGS[f], None)]
+        names = {flag: LORA_FLAGS[flag] for flag in given(self, LORA_FLAGS)}
+        idle = [f for f, name in names.items() if not found or getattr(asked, name) != getattr(found, name, None)]
         if idle:
             why = f"the adapter of --peft_path {self.peft_path} keeps its own" if folder else "--use_peft False"
             logger.warning(f"{', '.join('--' + flag for flag in idle)} without effect: {why}")

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import datasets
@@ -61,6 +61,17 @@ class Fault(UserError):
     """The input was right and the run failed, as said in the message; the process exits with code 1."""
 
     code = 1
+
+
+def given(args, flags: Collection[str]) -> list[str]:
+    """Those of the flags whose value is not the default."""
+
+    def plain(one):
+        return one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+
+    return [
+        one.name for one in dataclasses.fields(args) if one.name in flags and getattr(args, one.name) != plain(one)
+    ]
 
 
 def expect(args, what: str, holds: Callable, *flags: str) -> None:

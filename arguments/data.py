@@ -6,7 +6,7 @@ import math
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from loguru import logger
 
 from arguments.atomic import append_lines
-from arguments.command_line import UserError, expect, first_line
+from arguments.command_line import UserError, expect, first_line, given
 from arguments.encoding import LengthArguments, embedding_rows, encode_turns, judged
 from arguments.files import SUFFIXES, find_files, other_files
 from arguments.preview import preview
@@ -224,9 +224,8 @@ class DataArguments(LengthArguments):
             unused |= {"validation_split_percentage": held_out, "validation_split_count": held_out}
         if form == "document":
             unused |= dict.fromkeys(("max_source_length", "max_target_length"), "in PT: see --block_size")
-        for flag in fields(self):
-            if flag.name in unused and getattr(self, flag.name) != flag.default:
-                logger.warning(f"--{flag.name} has no effect {unused[flag.name]}")
+        for flag in given(self, unused):
+            logger.warning(f"--{flag} has no effect {unused[flag]}")
 
     def _held_out_apart(self) -> bool:
         """Whether held-out records have a folder or split of their own; the 2023 scripts named one folder for both."""

@@ -2,8 +2,7 @@
 
 import copy
 import json
-from collections.abc import Collection
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from loguru import logger
 from transformers import Trainer
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from arguments.command_line import UserError
+from arguments.command_line import UserError, given
 
 WITHOUT_EFFECT = {  # in every stage: why, or what to use
     "length_column_name": "the stages themselves make the column of lengths",
@@ -24,15 +23,6 @@ NEEDS = {  # what a flag has no effect without, or ends in a traceback
     "dataloader_persistent_workers": "dataloader_num_workers",
     "dataloader_multiprocessing_context": "dataloader_num_workers",
 }
-
-
-def given(args, flags: Collection[str]) -> list[str]:
-    """Those of the flags whose value is not the default."""
-
-    def plain(one):
-        return one.default if one.default_factory is MISSING else one.default_factory()
-
-    return [one.name for one in fields(args) if one.name in flags and getattr(args, one.name) != plain(one)]
 
 
 def check_dead_flags(args) -> None:

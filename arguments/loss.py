@@ -58,7 +58,7 @@ def loss_at(model, rows, columns, targets):
 
     def choose(_, inputs):
         states.append(at_places(inputs[0], rows, columns))
-        return states[-1][:1], *inputs[1:]  # for nothing; of no row at all, --debug underflow_overflow fails
+        return states[-1][:1], *inputs[1:]  # one row, as --debug underflow_overflow fails on none
 
     hooks = (
         layer.register_forward_pre_hook(choose),

@@ -2,9 +2,11 @@
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-STRATEGIES = ["random", "sequential", "group_by_length", "batch_rebalance"]  # transformers takes others for random
+# of transformers' field: a stage that overrides it would lose them
+STRATEGIES = TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
 
 
 class EpochSampler(Sampler):

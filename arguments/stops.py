@@ -51,7 +51,8 @@ class StopAtSignal(TrainerCallback):
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if self.signal:
-            then = "" if args.save_only_model else ": the same command goes on from there"
+            saved = (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir()
+            then = ": the same command goes on from there" if saved and not args.save_only_model else ""
             logger.warning(f"Ended after step {state.global_step}{then}")
             raise SystemExit(128 + self.signal)
 

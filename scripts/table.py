@@ -58,7 +58,8 @@ def quiz_rows(path: Path) -> list[tuple]:
         return []
     base, pt, sft = (number(row["accuracy"]) for row in found)
     count = f"{found[0]['questions']} questions"
-    what = f"quiz accuracy (chance: {found[0].get('chance', 0.25):.2f})"
+    chance = found[0].get("chance")  # an older quiz.json has none
+    what = "quiz accuracy" + (f" (chance: {chance:.2f})" if chance else "")
     return [("PT", what, base, pt, count), ("SFT", what, pt, sft, count)]
 
 

@@ -199,6 +199,7 @@ EVERY_STAGE = [
     (("--label_names", "foo"), "--label_names"),
     (("--data_seed", -1), "--data_seed"),
     (("--accelerator_config", '{{"split_batches": true}}'), "split_batches"),
+    (("--accelerator_config", '{{"dispatch_batches": true}}'), "dispatch_batches"),
     (("--dataloader_persistent_workers",), "--dataloader_num_workers"),
     (("--dataloader_multiprocessing_context", "spawn"), "--dataloader_num_workers"),
     (("--accelerator_config", '{{"foo": 1}}'), "--accelerator_config: foo is unknown, expected dispatch_batches,"),
