@@ -301,7 +301,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         self.eos_ids = data_args.eos_ids(self.model.policy, self.processing_class)
         self.model.eval()
         with self.model.role("policy") as policy, self.accelerator.autocast():
-            self.pads = bool(server) or takes_padding(policy, self.processing_class)
+            some = self.train_dataset[:64]["input_ids"]
+            self.pads = bool(server) or takes_padding(policy, self.processing_class, some)
 
     def _get_train_sampler(self, dataset=None):
         per_rollout = self.args.batch_size * self.args.world_size

@@ -313,10 +313,10 @@ def keeps_apart(model) -> bool:
     return alike(*logits)
 
 
-def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def alike(found: torch.Tensor, expected: torch.Tensor, within: float = 0.05) -> bool:
     """Whether two results of a model differ by rounding alone, which in a mixture of experts all tokens share."""
     found, expected = found.float(), expected.float()  # a norm of large float16 numbers is infinite
-    return bool((found - expected).norm() <= 0.05 * expected.norm())  # what sees too much differs by a third and more
+    return bool((found - expected).norm() <= within * expected.norm())  # what sees too much differs by a third and more
 
 
 def pad_candidate(tokenizer, vocab_size: int) -> str:

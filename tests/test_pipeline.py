@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from arguments.data import DataArguments
 from arguments.model import ModelArguments
+from arguments.sampling import takes_padding
 from scripts.table import ROWS
 
 pytestmark = pytest.mark.slow
@@ -104,7 +105,7 @@ def test_pipeline(pipeline):
     assert len(general) == 4 and all(10 < row["perplexity"] < 60 for row in general)
     assert printed.count("perplexity, general text") == 3
     assert results["pt"]["eval_perplexity"] < results["pt"]["eval_perplexity_before"] < 100
-    assert results["rl"]["eval_kl_before"] == 0.0
+    assert results["rl"]["eval_kl_before"] == 0.0 and "behind padding" not in printed
     assert results["rl"]["eval_length"] <= 16 and results["rl"]["eval_prompts"] == 4
 
 
@@ -141,6 +142,15 @@ def test_default_model_knows_english(default_model):
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
         assert math.exp(model(input_ids=ids, labels=ids).loss.item()) < 30
+
+
+def test_rounding_is_not_taken_for_padding(default_model):
+    tokenizer = ModelArguments(model_name_or_path=default_model).load_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(default_model, dtype=torch.bfloat16)
+    lines = [json.loads(line) for line in (ROOT / "data/prompts/train/zh.jsonl").read_text().splitlines()]
+    turns = [[{"role": "user", "content": line["prompt"]}] for line in lines]
+    data_args = DataArguments(train_file_dir="unused")
+    assert takes_padding(model, tokenizer, [data_args.encode_prompt(tokenizer, turn)["input_ids"] for turn in turns])
 
 
 def test_golden_mask_of_default_model(default_model):

@@ -417,10 +417,13 @@ def test_padding_behind_a_row_needs_no_mask(family, tmp_path):
         close(found[: len(row)], alone, atol=1e-5, rtol=1e-5)
 
 
+PROMPTS = [[3 + (7 * i) % 90 for i in range(length)] for length in (6, 9, 32, 7, 20)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_before_a_prompt_changes_nothing(family, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path)).eval()
-    assert takes_padding(model, ModelArguments(str(tmp_path)).load_tokenizer())
+    assert takes_padding(model, ModelArguments(str(tmp_path)).load_tokenizer(), PROMPTS)
 
 
 def test_padding_that_is_seen_behind_a_cache(tmp_path):
@@ -430,7 +433,7 @@ def test_padding_that_is_seen_behind_a_cache(tmp_path):
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape)
-    assert not takes_padding(model, tokenizer)
+    assert not takes_padding(model, tokenizer, PROMPTS)
 
 
 def test_chunks():
