@@ -314,9 +314,12 @@ def keeps_apart(model) -> bool:
 
 
 def alike(found: torch.Tensor, expected: torch.Tensor, within: float = 0.05) -> bool:
-    """Whether two results of a model differ by rounding alone, which in a mixture of experts all tokens share."""
+    """Whether two results of a model differ by rounding alone, which in a mixture of experts all tokens share.
+
+    What sees too much mostly differs by a third and more.
+    """
     found, expected = found.float(), expected.float()  # a norm of large float16 numbers is infinite
-    return bool((found - expected).norm() <= within * expected.norm())  # what sees too much differs by a third and more
+    return bool((found - expected).norm() <= within * expected.norm())
 
 
 def pad_candidate(tokenizer, vocab_size: int) -> str:
