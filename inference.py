@@ -262,7 +262,7 @@ class Answerer:
 
     def answer_all(self, conversations: list[list[dict]]) -> Iterator[tuple[str, bool]]:
         """`answer` of all in order, a batch at a time."""
-        size, some = self.args.batch_size, conversations[:64]
+        size, some = min(self.args.batch_size, len(conversations) or 1), conversations[:64]
         if size > 1 and not takes_padding(self.model, self.tokenizer, [self.ids(messages) for messages in some]):
             size = 1
         for start in tqdm(range(0, len(conversations), size), desc="Answering"):

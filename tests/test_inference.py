@@ -63,6 +63,8 @@ def test_a_file_is_answered_and_gone_on_with(tiny, trained, tmp_path):
     one.write_bytes(cut)
     said = ask("--base_model", trained / "merged", *common, "--predictions_file", one).ok()
     assert "1 of 3 answers are in" in said.stderr and one.read_text("utf-8") == whole
+    said = ask("--base_model", trained / "merged", *common, "--predictions_file", one).ok()
+    assert "3 of 3 answers are in" in said.stderr and one.read_text("utf-8") == whole
     (tmp_path / "q.txt").write_text("Another?\n")
     other = ask("--base_model", trained / "merged", *common, "--predictions_file", one)
     assert other.code == 2 and "holds answers to other questions" in other.stderr
