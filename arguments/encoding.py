@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from arguments.command_line import UserError, expect
 
 EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*$")
+NO_THOUGHTS = "\n</think>\n\n"  # behind <think>
 OPENING = re.compile(r"^\s*<think>\s*")
 
 
@@ -147,7 +148,7 @@ def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int],
     (Qwen3's empty thoughts) the model must say itself, and text that only prompts have (Mistral's system text) is seen
     in training too. Templates are rendered with a marker in place of each answer, so that an answer is found by its
     place, not by its words. The template thus does not see an answer's own thoughts: they replace the empty ones that
-    it inserts, or continue the <think> that its prompt ends with.
+    it inserts, or continue the <think> that its prompt ends with. An answer without any closes that <think> first.
     """
     messages = [*shown(tokenizer, messages[:-1]), messages[-1]]
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
@@ -157,8 +158,11 @@ def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int],
     prompt = render(tokenizer, marked[:-1], add_generation_prompt=True)
     before, found, ending = render(tokenizer, marked).partition(marker(len(answers) - 1))
     between, last = before[len(prompt) :] if before.startswith(prompt) else "", answers[-1]
-    if "</think>" in last and prompt.rstrip().endswith("<think>"):
+    opened = prompt.rstrip().endswith("<think>")
+    if opened and "</think>" in last:
         between, last = "", OPENING.sub("", last)
+    elif opened and "</think>" not in between:
+        between = NO_THOUGHTS
     elif "</think>" in last:
         between = EMPTY_THOUGHTS.sub("", between)
     text, spans = "", []
@@ -183,8 +187,8 @@ def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int],
 
 
 def mask_answers(tokenizer, ids, offsets, spans) -> tuple[list[int], list[int], int]:
-    """input_ids, labels that are -100 outside the character `spans` and the special token that follows each, and where
-    the last answer starts.
+    """input_ids, labels that are -100 outside the character `spans` and the special token that follows each (with the
+    space before it that some templates have), and where the last answer starts.
 
     Everything after the last answer's end is cut off; if the template puts no special token there, eos is added. A
     token that begins before a span and ends in it ("Assistant:" + " a") belongs to the answer.
@@ -200,7 +204,7 @@ def mask_answers(tokenizer, ids, offsets, spans) -> tuple[list[int], list[int], 
             position += 1
         closing = next((i for i in range(position, min(position + 2, len(ids))) if ids[i] in special), None)
         if closing is not None and tokenizer.decode(ids[position:closing]).strip() == "":
-            labels[closing] = ids[closing]
+            labels[position : closing + 1] = ids[position : closing + 1]
             position = closing + 1
     if position and labels[position - 1] in special:
         return ids[:position], labels[:position], answer

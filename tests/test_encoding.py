@@ -141,8 +141,14 @@ def test_tool_results_are_not_trained(chatml):
             "<|im_start|>user\nBe brief.\n\nhello<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
             "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb 水<|im_end|>",
         ),
+        (
+            SPACE_BEFORE_END,
+            "<|endoftext|>",  # a model that learns the end behind the space alone never gets there
+            ["a <|endoftext|>", "b 水 <|endoftext|>"],
+            "system:\nBe brief.user:\nhelloassistant:\na <|endoftext|>user:\naassistant:\nb 水 <|endoftext|>",
+        ),
     ],
-    ids=["plain", "other eos", "no end token", "no system role"],
+    ids=["plain", "other eos", "no end token", "no system role", "a space before the end"],
 )
 def test_templates(template, eos, golden, text):
     tokenizer = make_tokenizer(template, eos)
@@ -173,6 +179,14 @@ def test_an_answer_with_thoughts_of_its_own_gets_no_empty_ones(template, eos, pr
         earlier, last = trained(tokenizer, twice)
         assert thoughtful in earlier and last == answer
         assert not re.search(r"<think>\s*</think>", tokenizer.decode(twice["input_ids"]))
+
+
+def test_an_answer_without_thoughts_closes_those_that_the_prompt_opens():
+    source = Path(trl.__file__).parent / "chat_templates" / "deepseekv3.jinja"
+    tokenizer = make_tokenizer(source.read_text("utf-8"), "<|endoftext|>")
+    encoded = data_args().encode(tokenizer, chat("hello", "a"))
+    assert trained(tokenizer, encoded) == ["\n</think>\n\na<|endoftext|>"]
+    assert tokenizer.decode(encoded["input_ids"]).endswith("<think>\n\n</think>\n\na<|endoftext|>")
 
 
 def test_a_tokenizer_that_does_not_know_the_places_of_its_tokens(chatml, monkeypatch):
