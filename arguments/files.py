@@ -5,6 +5,7 @@ rest of the file is still read.
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -27,6 +28,7 @@ from loguru import logger
 INVISIBLE = " \t\r\n\u3000\u200b\ufeff"
 BLANK = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # categories of spaces, controls and marks without a shape
 CHINESE = re.compile("[\u3400-\u9fff]")
+COMMON = "的一是不了在人有我他中大上"  # written alike in simplified and traditional Chinese
 ACCENT = re.compile(r"[a-z][\u3400-\u9fff](?![^\x00-\x7f])")  # as GB18030 reads that of a word in Latin-1
 BETWEEN_RECORDS = re.compile(rf"[{INVISIBLE},]*")
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv")
@@ -124,6 +126,7 @@ def encoding_of(path: Path) -> str:
         if fault is None:
             if faults:
                 refuse_western(path)
+                refuse_big5(path)
                 logger.info(f"{path} is not UTF-8, and read as GB18030: --preview shows whether it is")
             return encoding
         faults.append(fault)
@@ -142,6 +145,19 @@ def refuse_western(path: Path) -> None:
         raise BadRecord(
             f"not UTF-8, but likely Windows-1252 (Latin-1): read as GB18030 it holds {accents[0]!r}. Convert it to "
             "UTF-8 (iconv -f cp1252 -t utf-8; if that is right: iconv -f gb18030 -t utf-8)"
+        )
+
+
+def refuse_big5(path: Path) -> None:
+    """Refuse a file in whose start common Chinese characters are more often found read as Big5 than as GB18030."""
+    with open_bytes(path) as file:
+        start = file.read(1 << 20)
+    read = {encoding: start.decode(encoding, "ignore") for encoding in ("big5", "gb18030")}
+    found = {encoding: sum(map(text.count, COMMON)) for encoding, text in read.items()}
+    if found["big5"] > found["gb18030"]:
+        raise BadRecord(
+            f"not UTF-8, but likely Big5: read as GB18030 it begins with {read['gb18030'][:40]!r}. Convert it to "
+            "UTF-8 (iconv -f big5 -t utf-8; if that is right: iconv -f gb18030 -t utf-8)"
         )
 
 
@@ -178,7 +194,7 @@ def starts_array(path: Path, encoding: str) -> bool:
 
 
 def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
-    """(line it ends on, record) of each row; the first row names the columns. Cells with a JSON list become lists.
+    """(line it ends on, record) of each row; the first row names the columns. Turns in JSON become lists.
 
     A quote that is not closed would turn the rest of the file into one cell: that is a bad record at its line.
     """
@@ -198,16 +214,17 @@ def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
         if None in record:
             yield reader.line_num, BadRecord(f"more cells than the {columns} columns of the first line")
             continue
-        yield reader.line_num, {key.strip(INVISIBLE): cell_value(cell) for key, cell in record.items()}
+        columns_read = {key.strip(INVISIBLE): cell for key, cell in record.items()}
+        yield reader.line_num, {key: cell_value(key, cell) for key, cell in columns_read.items()}
 
 
-def cell_value(cell: str | None):
-    """A cell's text, or the turns that stand in it as JSON."""
-    if cell and cell.startswith(("[{", "[[")):
-        try:
-            return json.loads(cell)
-        except ValueError:
-            return cell
+def cell_value(column: str, cell: str | None):
+    """A cell's text, or the turns or exchanges (`history`) that stand in it as JSON; an answer may be JSON, too."""
+    if cell and cell.startswith("[[" if column == "history" else "[{"):
+        with contextlib.suppress(ValueError):
+            found = json.loads(cell)
+            if column == "history" or all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in found):
+                return found
     return cell
 
 

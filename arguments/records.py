@@ -21,6 +21,7 @@ CALL = "which no template here would show: write the call as its content"
 THOUGHTS = "which is not trained: put the thoughts before its content, as <think>...</think>, or take the key out"
 # Keys of a turn besides its text that would change what is learned, and what to do about them.
 BESIDE_TEXT = {"tool_calls": CALL, "function_call": CALL, "reasoning_content": THOUGHTS, "thinking": THOUGHTS}
+TRAINS = "weight", "loss", "train", "training"  # with which others say whether an answer is learned
 
 
 def clean(value) -> str:
@@ -59,6 +60,10 @@ def to_messages(turns, closed: bool) -> list[dict]:
     return messages
 
 
+def is_turn(value) -> bool:
+    return isinstance(value, dict) and not value.keys().isdisjoint(("role", "from"))
+
+
 def is_answer(turn) -> bool:
     return isinstance(turn, dict) and ROLES.get(str(turn.get("role") or turn.get("from"))) == "assistant"
 
@@ -72,11 +77,12 @@ def text_of(turn: dict, role: str) -> str:
     for key, advice in BESIDE_TEXT.items():
         if turn.get(key):
             raise BadRecord(f"a turn has {key}, {advice}")
-    if role == "assistant" and turn.get("weight") not in (None, 1):
-        raise BadRecord(
-            f"an answer has weight {turn['weight']!r}, but all are trained alike: take the key out, or end the "
-            "conversation before that answer"
-        )
+    for key in TRAINS if role == "assistant" else ():
+        if turn.get(key) not in (None, 1):  # 1 is True
+            raise BadRecord(
+                f"an answer has {key} {turn[key]!r}, but all are trained alike: take the key out, or end the "
+                "conversation before that answer"
+            )
     content = turn.get("content")
     return clean(turn.get("value") if content is None else content)  # columns of Arrow put a null beside the other
 
@@ -202,7 +208,9 @@ def pair_prompt(record: dict, answers: dict, form: str) -> list[dict]:
     """What both answers of a pair reply to."""
     if "question" in record:
         return with_history(record, record["question"])
-    if "conversations" in record or "prompt" in record:
+    if "prompt" in record:  # an instruction beside it is part of it
+        return to_prompt({key: value for key, value in record.items() if key != "instruction"})
+    if {"conversations", "messages", "instruction"} & record.keys():
         return to_prompt(record)
     if isinstance(answers["chosen"], list):
         return to_messages(with_system(record, answers["chosen"][:-1]), closed=False)
@@ -226,8 +234,8 @@ def last_answer(answer) -> str:
     """A response as text: itself, or the content of its last turn."""
     if isinstance(answer, list) and answer:
         answer = answer[-1]
-    if isinstance(answer, dict):
-        if ROLES.get(str(answer.get("role") or answer.get("from") or "assistant")) != "assistant":
+    if isinstance(answer, dict) and is_turn(answer):
+        if not is_answer(answer):
             raise BadRecord(f"expected an answer, found a turn of {answer.get('role') or answer.get('from')}")
         return text_of(answer, "assistant")
     return clean(answer)

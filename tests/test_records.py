@@ -161,6 +161,12 @@ PAIRS = {
         {"prompt": "q", "system": "s", "chosen": QA[:1] + chat(("assistant", "good")), "rejected": "bad"},
         SYSTEM + QA[:1],
     ),
+    "instruction": ({"instruction": "q", "input": "i", "chosen": "good", "rejected": "bad"}, chat(("user", "q\ni"))),
+    "messages": ({"messages": Q1A1Q2, "chosen": "good", "rejected": "bad"}, Q1A1Q2),
+    "a prompt and what it was made of": (
+        {"prompt": "q", "instruction": "other", "chosen": "good", "rejected": "bad"},
+        chat(("user", "q")),
+    ),
     "lists that share their start": (
         {"chosen": Q1A1Q2 + chat(("assistant", "good")), "rejected": Q1A1Q2 + chat(("assistant", "bad"))},
         Q1A1Q2,
@@ -249,6 +255,8 @@ def test_prompt_forms(record, expected):
             {"messages": [QA[0], QA[1] | {"weight": 0}, *QA]},
             "weight 0, .*end the conversation before",
         ),
+        (to_conversation, {"messages": [QA[0], QA[1] | {"loss": False}]}, "an answer has loss False"),
+        (to_conversation, {"instruction": "q", "output": [{"type": "x", "value": "y"}]}, "expected text, found dict"),
         (to_conversation, {"messages": QA, "tools": [{"name": "f"}]}, "has tools, .*into the system text"),
         (to_conversation, {"instruction": "q", "output": "a", "tools": '[{"name": "f"}]'}, "has tools"),
         (to_conversation, {"messages": QA, "functions": [{"name": "f"}]}, "has functions"),
@@ -374,6 +382,15 @@ def test_western_text_is_not_read_as_chinese(tmp_path, text):
         load_texts(tmp_path)
 
 
+def test_traditional_chinese_is_not_read_as_simplified(tmp_path):
+    text = "question,answer\n感冒了怎麼辦？,多喝水，好好休息。發燒的人要看醫生。\n"
+    (tmp_path / "a.csv").write_text(text, encoding="cp950")
+    ((_, error),) = read_file(tmp_path / "a.csv")
+    assert re.match(r"cannot be read: not UTF-8, but likely Big5: .*iconv -f big5", str(error))
+    (tmp_path / "a.csv").write_text(text, encoding="gb18030")
+    assert [record["answer"] for _, record in read_file(tmp_path / "a.csv")] == [text.split(",")[-1].strip()]
+
+
 def test_a_line_that_shows_nothing_is_no_document(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\xa0\n\u200e\x0c\n\xa0two\n", encoding="utf-8")
     assert [(place[-1], record["text"]) for place, record in read_file(tmp_path / "a.txt")] == [
@@ -440,15 +457,16 @@ def test_documents_of_one_line_stay_apart(tmp_path, text):
 def test_csv_cells_hold_turns_and_history(tmp_path):
     turns = json.dumps(QA).replace('"', '""')
     (tmp_path / "a.csv").write_text(f'messages\n"{turns}"\n')
-    cells = 'instruction,output,history\nq2,a2,"[[""q1"", ""a1""]]"\n[x,y,\nq,a,[]\n'
+    cells = 'instruction,output,history\nq2,a2,"[[""q1"", ""a1""]]"\n[x,y,\nq,a,[]\nq,"[{""value"": 1}, 2]",\n'
     (tmp_path / "b.csv").write_text(cells)
-    (_, first), (_, second), (_, third), (_, fourth) = [
-        pair for name in "ab" for pair in read_file(tmp_path / f"{name}.csv")
+    first, second, third, fourth, fifth = [
+        record for name in "ab" for _, record in read_file(tmp_path / f"{name}.csv")
     ]
     assert to_conversation(first) == QA
     assert to_conversation(second) == Q1A1Q2 + chat(("assistant", "a2"))
     assert to_conversation(third) == chat(("user", "[x"), ("assistant", "y"))
     assert to_conversation(fourth) == QA
+    assert to_conversation(fifth)[-1]["content"] == '[{"value": 1}, 2]', "an answer may be JSON"
 
 
 def test_csv_rows_with_too_many_cells_are_bad(tmp_path):
