@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from arguments.rows import (
     token_lengths,
     tokenizer_key,
 )
+
+HELD_OUT = re.compile(r"/(validation|valid|val|dev|test|eval)(?![a-z])", re.IGNORECASE)  # as the hub names splits
 
 
 @dataclass
@@ -124,6 +127,17 @@ class DataArguments(LengthArguments):
         """All of train_file_dir as documents, in order."""
         return self._all("document")["text"][:]
 
+    def check_records(self, form: str) -> None:
+        """See that all records of train_file_dir can be used: those of its train/ and validation/, where it has them.
+
+        Raises:
+            UserError: when one cannot, unless bad ones are skipped.
+        """
+        for folder, _ in weighted_folders(self.train_file_dir):
+            parts = [path for path in (Path(folder) / "train", Path(folder) / "validation") if path.is_dir()]
+            for part in parts or [folder]:
+                self._handle_bad(bad_rows(self._read(str(part), "train", form)))
+
     def _all(self, form: str) -> Dataset:
         rows = self._read(self.train_file_dir, "train", form)
         self._handle_bad(bad_rows(rows))
@@ -187,6 +201,7 @@ class DataArguments(LengthArguments):
         held_sources = weighted_folders(self.validation_file_dir) if apart else []
         if any(weight != 1 for _, weight in held_sources):
             raise UserError(f"--validation_file_dir {self.validation_file_dir}: held-out records have no weights")
+        warn_of_held_out([folder for folder, _ in sources], [folder for folder, _ in held_sources])
         refuse_output_among([folder for folder, _ in sources + held_sources], output_dir)
         read = [self._read(folder, "train", form) for folder, _ in sources]
         weights = np.repeat([weight for _, weight in sources], [len(rows) for rows in read])
@@ -231,7 +246,7 @@ class DataArguments(LengthArguments):
         """Whether held-out records have a folder or split of their own; the 2023 scripts named one folder for both."""
         if self.dataset_name and not self.validation_file_dir:
             return "validation" in self._hub(get_dataset_split_names)
-        folders = [folder and os.path.normpath(folder) for folder in (self.train_file_dir, self.validation_file_dir)]
+        folders = [folder and os.path.realpath(folder) for folder in (self.train_file_dir, self.validation_file_dir)]
         twice = folders[1] and folders[0] == folders[1]
         if twice and not self.keep_duplicates:
             logger.info("The validation folder is the training folder: holding out a share of it")
@@ -337,6 +352,18 @@ def refuse_output_among(folders: list[str | None], output_dir: str | None) -> No
             raise UserError(
                 f"--output_dir {output_dir} lies in {folder}, all of whose files are read as records: name a folder "
                 "beside it"
+            )
+
+
+def warn_of_held_out(sources: list[str | None], held_sources: list[str | None]) -> None:
+    """Warn of files that are trained on although their names, or their folders', are those of held-out records."""
+    apart = {path.resolve() for folder in filter(None, held_sources) for path in find_files(folder)}
+    for folder in filter(None, sources):
+        files = [path for path in find_files(folder) if HELD_OUT.search(f"/{path.relative_to(folder)}")]
+        if named := [str(path) for path in files if path.resolve() not in apart]:
+            logger.warning(
+                f"{len(named)} files are trained on whose names are those of held-out records: {named[0]} ... If that "
+                "is not meant, name the folders apart, as --train_file_dir and --validation_file_dir"
             )
 
 

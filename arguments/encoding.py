@@ -231,11 +231,20 @@ def judged(encode: Callable, rows: Dataset, tokenizer) -> Callable:
 
     def judge(row):
         try:
+            refuse_ends(tokenizer, row)
             return compact(known(encode(row))) | {"bad": ""}
         except UserError as error:
             return nothing() | {"bad": str(error)}
 
     return judge
+
+
+def refuse_ends(tokenizer, row: dict) -> None:
+    """Refuse answers that go on behind the text of the end token, which the tokenizer reads as the end."""
+    said = [turn["content"] for turn in row.get("messages", ()) if turn["role"] == "assistant"]
+    for text in said + [row[name] for name in ("chosen", "rejected") if name in row]:
+        if tokenizer.eos_token in text.removesuffix(tokenizer.eos_token):
+            raise UserError(f"an answer goes on behind the text {tokenizer.eos_token!r}, which ends it: take that out")
 
 
 def embedding_rows(tokenizer) -> float:

@@ -70,16 +70,17 @@ flag_value() {
   printf '%s' "$value"
 }
 
-# split_data: a TRAIN that holds train/ and validation/ is both; one that does not, with no VALIDATION, loses a share of
-# its records to evaluation.
-split_data() {
-  [ -n "${VALIDATION:-}" ] || [ ! -d "$TRAIN/validation" ] || VALIDATION=$TRAIN/validation
+# read_flags "$@": MODEL, OUTPUT, TRAIN and VALIDATION as its flags have them, and MERGED where that is empty. A TRAIN
+# that holds train/ and validation/ is both; one that does not, with no VALIDATION, loses a share of its records to
+# evaluation.
+read_flags() {
+  local train
+  train=$(flag_value --train_file_dir "" "$@")
+  [ -z "$train" ] || { TRAIN=$train VALIDATION=""; }  # held-out records of other data would say nothing of these
+  VALIDATION=$(flag_value --validation_file_dir "${VALIDATION:-}" "$@")
+  [ -n "$VALIDATION" ] || [ ! -d "$TRAIN/validation" ] || VALIDATION=$TRAIN/validation
   [ ! -d "$TRAIN/train" ] || TRAIN+=/train
   : "${VALIDATION:=$TRAIN}"
-}
-
-# read_flags "$@": OUTPUT and MODEL as its flags have them, and MERGED where that is empty.
-read_flags() {
   OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
   : "${MERGED:=${OUTPUT%/}-merged}"
   MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")

@@ -87,6 +87,14 @@ def load_questions(path: Path) -> list[dict]:
     return rows
 
 
+def load_quiz(folder: str) -> dict[str, list[dict]]:
+    """The questions of each .jsonl file in a folder, by its name."""
+    quiz = {path.stem: load_questions(path) for path in sorted(Path(folder).glob("*.jsonl"))}
+    if not quiz:
+        raise UserError(f"{folder} holds no .jsonl file of questions: name a folder like data/quiz")
+    return quiz
+
+
 def is_question(row) -> bool:
     if not (isinstance(row, dict) and isinstance(row.get("question"), str) and isinstance(row.get("options"), list)):
         return False
@@ -98,9 +106,7 @@ def is_question(row) -> bool:
 def main():
     logger.remove()  # lines of arguments would stand between the bars
     folder, models = folder_and_models()
-    quiz = {path.stem: load_questions(path) for path in sorted(Path(folder).glob("*.jsonl"))}
-    if not quiz:
-        raise UserError(f"{folder} holds no .jsonl file of questions: name a folder like data/quiz")
+    quiz = load_quiz(folder)
     print(json.dumps({path: accuracy(path, quiz) for path in models}, indent=1))
 
 

@@ -60,12 +60,9 @@ fi
 export MODEL PYTHON
 source scripts/env.sh  # supervise
 
-if [ "$MODEL" != models/SmolLM2-135M-Instruct ]; then  # whether stage 3 can be, before two others have run
-  "$PYTHON" -c 'from transformers import HfArgumentParser
-from arguments.command_line import run_stage
-from arguments.model import ModelArguments
-group, _ = HfArgumentParser(ModelArguments).parse_args_into_dataclasses(return_remaining_strings=True)
-run_stage(group.check_scores)' --model_name_or_path "$MODEL" "${FLAGS[@]}"
+given="$SFT_DATA $RM_DATA $RL_DATA $QUIZ $GENERAL"
+if [ "$MODEL $given" != "models/SmolLM2-135M-Instruct data/finetune data/reward data/prompts data/quiz data/general" ]; then
+  "$PYTHON" scripts/check_inputs.py "$MODEL" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GENERAL" "${FLAGS[@]}"
 fi
 : "${NODE_RANK:=0}"  # of several machines the first one clears, keeps the ledger and reports
 [ -z "$FRESH" ] || [ "$NODE_RANK" != 0 ] || rm -rf "${OUTPUTS:?}"

@@ -10,8 +10,7 @@ cd "$(dirname "$0")/.."
 : "${OUTPUT:=outputs/rl}"             # adapter, metrics, curves, sampled answers
 : "${MERGED:=}"                       # the whole model; empty: OUTPUT-merged
 
-source scripts/env.sh  # PYTHON, LAUNCH, supervise, split_data, read_flags, merge_stage
-split_data
+source scripts/env.sh  # PYTHON, LAUNCH, supervise, read_flags, merge_stage
 read_flags "$@"
 
 supervise "${LAUNCH[@]}" rl_training.py \

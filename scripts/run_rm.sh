@@ -9,8 +9,7 @@ cd "$(dirname "$0")/.."
 : "${OUTPUT:=outputs/rm}"         # adapter with score head, metrics, curves
 : "${MERGED:=}"                   # the whole reward model, which stage 4 does not need; empty: OUTPUT-merged
 
-source scripts/env.sh  # PYTHON, LAUNCH, supervise, split_data, read_flags, merge_stage
-split_data
+source scripts/env.sh  # PYTHON, LAUNCH, supervise, read_flags, merge_stage
 read_flags "$@"
 
 supervise "${LAUNCH[@]}" reward_modeling.py \

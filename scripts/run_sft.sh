@@ -9,8 +9,7 @@ cd "$(dirname "$0")/.."
 : "${OUTPUT:=outputs/sft}"         # adapter, metrics, curves
 : "${MERGED:=}"                    # the whole model, for the next stages; empty: OUTPUT-merged
 
-source scripts/env.sh  # PYTHON, LAUNCH, supervise, split_data, read_flags, merge_stage
-split_data
+source scripts/env.sh  # PYTHON, LAUNCH, supervise, read_flags, merge_stage
 read_flags "$@"
 
 supervise "${LAUNCH[@]}" supervised_finetuning.py \

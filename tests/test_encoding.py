@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from arguments.command_line import UserError
 from arguments.data import DataArguments
-from arguments.encoding import encode_turns, render
+from arguments.encoding import encode_turns, refuse_ends, render
 from arguments.model import PLAIN_CHAT_TEMPLATE, pad_candidate
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -179,6 +179,13 @@ def test_an_answer_with_thoughts_of_its_own_gets_no_empty_ones(template, eos, pr
         earlier, last = trained(tokenizer, twice)
         assert thoughtful in earlier and last == answer
         assert not re.search(r"<think>\s*</think>", tokenizer.decode(twice["input_ids"]))
+
+
+def test_an_answer_that_goes_on_behind_the_end_token_is_refused(chatml):
+    refuse_ends(chatml, {"messages": chat("say <|im_end|>", "a" + END, "b", "b")})
+    for row in ({"messages": chat("hello", "a<|im_end|> b")}, {"chosen": "a", "rejected": "<|im_end|>b"}):
+        with pytest.raises(UserError, match="an answer goes on behind the text '<|im_end|>'"):
+            refuse_ends(chatml, row)
 
 
 def test_an_answer_without_thoughts_closes_those_that_the_prompt_opens():

@@ -688,6 +688,18 @@ def test_half_of_a_character_in_a_pair(tmp_path):
     assert pair["kind"] == "\\ud83d"
 
 
+def test_held_out_files_among_those_of_training_are_named(tmp_path, messages):
+    names = "train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl", "dev/a.jsonl", "validators.jsonl"
+    for number, name in enumerate(names):
+        write_lines((tmp_path / "d" / name).parent, [{"text": f"a{number}"}], Path(name).name)
+    DataArguments(str(tmp_path / "d"), validation_split_count=1).load_documents()
+    (found,) = [message for message in messages if "are trained on" in message]
+    assert found.startswith("2 files") and "dev/a.jsonl" in found
+    messages.clear()
+    DataArguments(str(tmp_path / "d" / "dev"), str(tmp_path / "d" / "test-00000-of-00001.jsonl")).load_documents()
+    assert not any("are trained on" in message for message in messages)
+
+
 def test_the_training_folder_as_validation_folder_holds_out_a_share(tmp_path):
     data = write_texts(tmp_path / "a.jsonl", *(f"text {i}" for i in range(10)))
     train, held_out = DataArguments(data, data, validation_split_count=3).load_documents()

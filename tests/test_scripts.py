@@ -631,6 +631,10 @@ def test_a_run_script_follows_its_flags_and_variables(told, tmp_path):
     assert f"--train_file_dir {tmp_path}/both/train --validation_file_dir other" in calls["supervised_finetuning.py"]
     _, calls, _ = told("scripts/run_sft.sh", VALIDATION="other")
     assert "--train_file_dir data/finetune/train --validation_file_dir other" in calls["supervised_finetuning.py"]
+    _, calls, _ = told("scripts/run_sft.sh", "--train_file_dir", "mine.jsonl")
+    assert "--train_file_dir mine.jsonl --validation_file_dir mine.jsonl" in calls["supervised_finetuning.py"]
+    _, calls, _ = told("scripts/run_sft.sh", "--train_file_dir=mine", "--validation-file-dir=other")
+    assert "--train_file_dir mine --validation_file_dir other" in calls["supervised_finetuning.py"]
     _, calls, _ = told("scripts/run_sft.sh", OUTPUT=str(output), MERGED=f"{tmp_path}/elsewhere")
     assert "data/finetune/train --validation_file_dir data/finetune/validation" in calls["supervised_finetuning.py"]
     assert calls["merge_peft_adapter.py"].endswith(f"--output_dir {tmp_path}/elsewhere")
@@ -665,6 +669,22 @@ def test_the_pipeline_asks_first_whether_a_reward_model_can_be(told, tmp_path):
     where = {"MODEL": f"{tmp_path}/base", "PYTHON": sys.executable}
     code, calls, errors = told("scripts/run_pipeline.sh", "--seed", 1, **where)
     assert (code, calls) == (2, {}) and "has no reward model" in errors and errors.count("\n") == 1
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "record", "message"),
+    [
+        ("SFT_DATA", {"question": "q"}, "expected {messages}"),
+        ("RM_DATA", {"prompt": "q", "chosen": "a"}, "rejected is empty"),
+        ("RL_DATA", {"question": "q"}, "expected {prompt}"),
+        ("QUIZ", {"question": "q", "options": {"A": "a"}, "answer": 0}, "[two texts or more]"),
+    ],
+)
+def test_the_pipeline_reads_all_records_before_its_first_stage(where, record, message, told, tiny, tmp_path):
+    mine, base = str(write_lines(tmp_path / "mine", [record])), str(tiny("llama"))
+    code, calls, errors = told("scripts/run_pipeline.sh", **{"MODEL": base, "PYTHON": sys.executable, where: mine})
+    assert (code, calls) == (2, {}) and f"{mine}/rows.jsonl:1: " in errors and message in errors
     assert not (tmp_path / "outputs").exists()
 
 
