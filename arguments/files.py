@@ -214,8 +214,9 @@ def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
         if None in record:
             yield reader.line_num, BadRecord(f"more cells than the {columns} columns of the first line")
             continue
-        columns_read = {key.strip(INVISIBLE): cell for key, cell in record.items()}
-        yield reader.line_num, {key: cell_value(key, cell) for key, cell in columns_read.items()}
+        cells = {key.strip(INVISIBLE): cell for key, cell in record.items()}
+        if not is_blank("".join(filter(None, cells.values()))):  # as spreadsheets leave at their end
+            yield reader.line_num, {key: cell_value(key, cell) for key, cell in cells.items()}
 
 
 def cell_value(column: str, cell: str | None):

@@ -304,7 +304,7 @@ FILES = {
     "json array, GB18030, gzip": ("a.json.gz", gzip.compress(ARRAY.encode("gb18030")), [2, 5]),
     "json array in .jsonl": ("a.jsonl", ARRAY.encode(), [2, 5]),
     "txt": ("a.txt", "高血压。\r\n\n \u3000\nAsthma.\n".encode(), [1, 4]),
-    "csv": ("a.csv", 'text,id\n高血压。,1\n"Asthma.",2\n'.encode(), [2, 3]),
+    "csv": ("a.csv", 'text,id\n高血压。,1\n,\n"Asthma.",2\n, \n'.encode(), [2, 4]),
     "csv, CRLF, BOM, spaces in the header": (
         "a.csv",
         b"\xef\xbb\xbf" + " text\r\n高血压。\r\nAsthma.".encode(),
