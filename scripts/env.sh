@@ -74,13 +74,15 @@ flag_value() {
 # that holds train/ and validation/ is both; one that does not, with no VALIDATION, loses a share of its records to
 # evaluation.
 read_flags() {
-  local train
-  train=$(flag_value --train_file_dir "" "$@")
-  [ -z "$train" ] || { TRAIN=$train VALIDATION=""; }  # held-out records of other data would say nothing of these
+  local train hub
+  train=$(flag_value --train_file_dir "" "$@") hub=$(flag_value --dataset_name "" "$@")
+  [ -z "$train$hub" ] || { TRAIN=$train VALIDATION=""; }  # held-out records of other data would say nothing of these
   VALIDATION=$(flag_value --validation_file_dir "${VALIDATION:-}" "$@")
-  [ -n "$VALIDATION" ] || [ ! -d "$TRAIN/validation" ] || VALIDATION=$TRAIN/validation
-  [ ! -d "$TRAIN/train" ] || TRAIN+=/train
-  : "${VALIDATION:=$TRAIN}"
+  if [ -n "$TRAIN" ]; then
+    [ -n "$VALIDATION" ] || [ ! -d "$TRAIN/validation" ] || VALIDATION=$TRAIN/validation
+    [ ! -d "$TRAIN/train" ] || TRAIN+=/train
+    : "${VALIDATION:=$TRAIN}"
+  fi
   OUTPUT=$(flag_value --output_dir "$OUTPUT" "$@")
   : "${MERGED:=${OUTPUT%/}-merged}"
   MODEL=$(flag_value --model_name_or_path "$MODEL" "$@")

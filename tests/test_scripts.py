@@ -633,6 +633,8 @@ def test_a_run_script_follows_its_flags_and_variables(told, tmp_path):
     assert "--train_file_dir data/finetune/train --validation_file_dir other" in calls["supervised_finetuning.py"]
     _, calls, _ = told("scripts/run_sft.sh", "--train_file_dir", "mine.jsonl")
     assert "--train_file_dir mine.jsonl --validation_file_dir mine.jsonl" in calls["supervised_finetuning.py"]
+    _, calls, _ = told("scripts/run_sft.sh", "--dataset_name", "hub/data")
+    assert "--train_file_dir  --validation_file_dir  --output_dir" in calls["supervised_finetuning.py"]
     _, calls, _ = told("scripts/run_sft.sh", "--train_file_dir=mine", "--validation-file-dir=other")
     assert "--train_file_dir mine --validation_file_dir other" in calls["supervised_finetuning.py"]
     _, calls, _ = told("scripts/run_sft.sh", OUTPUT=str(output), MERGED=f"{tmp_path}/elsewhere")
