@@ -60,16 +60,16 @@ fi
 export MODEL PYTHON
 source scripts/env.sh  # supervise
 
-given="$SFT_DATA $RM_DATA $RL_DATA $QUIZ $GENERAL"
-if [ "$MODEL $given" != "models/SmolLM2-135M-Instruct data/finetune data/reward data/prompts data/quiz data/general" ]; then
+if [ "$MODEL" = models/SmolLM2-135M-Instruct ]; then
+  mkdir -p models && "$PYTHON" scripts/get_default_model.py "$MODEL"
+fi
+sample="models/SmolLM2-135M-Instruct data/finetune data/reward data/prompts data/quiz data/general"
+if [ "$MODEL $SFT_DATA $RM_DATA $RL_DATA $QUIZ $GENERAL" != "$sample" ]; then
   "$PYTHON" scripts/check_inputs.py "$MODEL" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GENERAL" "${FLAGS[@]}"
 fi
 : "${NODE_RANK:=0}"  # of several machines the first one clears, keeps the ledger and reports
 [ -z "$FRESH" ] || [ "$NODE_RANK" != 0 ] || rm -rf "${OUTPUTS:?}"
 mkdir -p "$OUTPUTS"
-if [ "$MODEL" = models/SmolLM2-135M-Instruct ]; then
-  mkdir -p models && "$PYTHON" scripts/get_default_model.py "$MODEL"
-fi
 
 # stage name model data flags...: unless outputs/ledger.jsonl says that it ended with these same inputs and flags, run it.
 # These flags are for the sample: they keep the whole under 20 minutes on two CPU cores. On own data PT, SFT and RM take

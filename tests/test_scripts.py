@@ -652,6 +652,8 @@ def test_the_pipeline_bounds_the_steps_of_the_sample_alone(told, tmp_path):
     mine = write_lines(tmp_path / "docs" / "train", [{"text": "a"}]).parent
     _, sample, _ = told("scripts/run_pipeline.sh", MODEL="base")
     _, own, _ = told("scripts/run_pipeline.sh", MODEL="base", PT_DATA=str(mine), RL_DATA=str(mine), ROLLOUTS="99")
+    _, looked, _ = told("scripts/run_pipeline.sh", RL_DATA=str(mine))
+    assert list(looked)[:2] == ["scripts/get_default_model.py", "scripts/check_inputs.py"]
     assert "--max_steps 26" in sample["pretraining.py"] and "--max_steps" not in own["pretraining.py"]
     assert f"--train_file_dir {mine}/train --validation_file_dir {mine}/train" in own["pretraining.py"]
     assert sample["rl_training.py"].endswith("--max_steps 12 --max_eval_samples 48")
