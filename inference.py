@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, TextStreamer, set_seed
 
+from arguments.adapter import with_saved_adapter
 from arguments.atomic import append_lines
 from arguments.base import adapter_config, adapter_folder, check_base, fingerprint, tokenizer_folder
 from arguments.checkpoints import digest
@@ -196,7 +197,7 @@ def with_adapter(model: torch.nn.Module, adapter: Path, base: str) -> PeftModel:
             "(merge_peft_adapter.py) and name the merged model as --base_model"
         )
     try:
-        return PeftModel.from_pretrained(model, adapter)
+        return with_saved_adapter(model, adapter, "default", trainable=False)
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
         raise UserError(f"--lora_model {adapter} is not an adapter for {base}: {said}") from error

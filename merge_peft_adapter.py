@@ -19,7 +19,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,6 +43,7 @@ from transformers import (
     GgufConfig,
 )
 
+from arguments.adapter import with_saved_adapter
 from arguments.atomic import hold_folder
 from arguments.base import adapter_config, adapter_folder, check_base, fingerprint, tokenizer_folder, weight_files
 from arguments.checkpoints import digest
@@ -115,6 +118,8 @@ def check(args: MergeArguments, config: PeftConfig, adapter: Path) -> None:
         raise UserError(
             f"--output_dir {args.output_dir} holds another adapter, which is not merged: name another folder"
         )
+    if config.layer_replication:
+        raise UserError(f"{adapter} repeats layers of its base (layer_replication), which is not merged here")
     if args.gguf and config.task_type == "SEQ_CLS":
         raise UserError(f"{adapter} is of a reward model, for which GGUF has no head: leave --gguf out")
     try:
@@ -150,12 +155,17 @@ def auto_class(config: PeftConfig):
     return AutoModelForSequenceClassification if config.task_type == "SEQ_CLS" else AutoModelForCausalLM
 
 
-def load(args: MergeArguments, config: PeftConfig, folder: Path, dtype: torch.dtype, **kwargs):
-    """The base, empty, with the head that the adapter's task needs; and the index of where its tensors lie."""
-    name, kwargs = args.base_model_name_or_path, kwargs | {"trust_remote_code": args.trust_remote_code}
+def settings(args: MergeArguments, config: PeftConfig) -> dict:
+    """What from_pretrained is told of a base, for the head that the adapter's task needs."""
     labels = {"num_labels": 1} if config.task_type == "SEQ_CLS" else {}
+    return labels | {"trust_remote_code": args.trust_remote_code}
+
+
+def load(args: MergeArguments, config: PeftConfig, folder: Path, dtype: torch.dtype, **kwargs):
+    """The base, empty; and the index of where its tensors lie."""
+    name = args.base_model_name_or_path
     try:
-        return opened(auto_class(config), name, folder, dtype, **labels, **kwargs)
+        return opened(auto_class(config), name, folder, dtype, **settings(args, config), **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         if explained(error):  # the disk is at fault, not the model
             raise
@@ -181,6 +191,19 @@ def probe(model, tokenizer) -> list[torch.Tensor]:
     ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
     logits = model.eval()(input_ids=ids, attention_mask=mask).logits.float()
     return list(logits) if logits.ndim == 2 else [row[: len(text)] for row, text in zip(logits, rows, strict=True)]
+
+
+def probe_streamed(streamed, whole: Callable, tokenizer) -> list[torch.Tensor]:
+    """`probe` of a model whose weights stay on disk or, where parts read others' weights, of what whole() loads."""
+    try:
+        found = probe(streamed, tokenizer)
+        if all(logits.isfinite().all() for logits in found):
+            return found
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+    logger.info("The parts of this model read each other's weights: testing it needs all of them in memory")
+    return probe(whole(), tokenizer)
 
 
 def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict:
@@ -214,7 +237,13 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
         raise UserError(f"{adapter} is not an adapter of this base: {said}") from error
-    expected = probe(model, tokenizer)
+
+    def base_with_adapter():
+        whole = auto_class(config).from_pretrained(name, dtype=torch.float32, **settings(args, config), **grown)
+        whole.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        return with_saved_adapter(whole, adapter, "default", trainable=False)
+
+    expected = probe_streamed(model, base_with_adapter, tokenizer)
 
     dtype = getattr(torch, stored_dtype(args))
     target, _ = load(args, config, scratch / "target", dtype, **grown)
@@ -228,7 +257,8 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
 
     code = {"trust_remote_code": args.trust_remote_code}
     written = opened(auto_class(config), staging, scratch / "read", torch.float32, **code)
-    parity = compare(expected, probe(running(*written), tokenizer))
+    whole = partial(auto_class(config).from_pretrained, staging, dtype=torch.float32, **code)
+    parity = compare(expected, probe_streamed(running(*written), whole, tokenizer))
     if not parity["relative_difference"] <= TOLERANCE[stored_dtype(args)]:  # also true for NaN
         raise Fault(f"the merged model differs from the adapter model, nothing was kept: {parity}")
     shutil.rmtree(scratch, ignore_errors=True)

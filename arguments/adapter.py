@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from arguments.model import count_parameters
 from arguments.shapes import only_shapes
 from arguments.targets import ALL, complete, warn_of_frozen
 
+MISSING = "Found missing adapter keys"  # as peft warns
 LORA_FLAGS = {  # and their names in an adapter's config
     "target_modules": "target_modules",
     "lora_rank": "r",
@@ -147,7 +149,13 @@ class AdapterArguments:
 
 
 def with_saved_adapter(model: nn.Module, folder: Path, name: str, trainable: bool) -> PeftModel:
-    """`model` with the adapter of a folder under `name`, beside those it has; for --plan, one of the same shapes."""
+    """`model` with the adapter of a folder under `name`, beside those it has; for --plan, one of the same shapes.
+
+    Raises:
+        UserError: when the folder lacks some of its tensors or names them otherwise: peft would make new ones.
+        RuntimeError, ValueError: when it does not fit the model in another way.
+    """
+    missing = []
     if only_shapes():
         config = adapter_config(folder)
         config.inference_mode = not trainable
@@ -155,9 +163,19 @@ def with_saved_adapter(model: nn.Module, folder: Path, name: str, trainable: boo
             return get_peft_model(model, config, name)
         model.add_adapter(name, config)
     elif isinstance(model, PeftModel):
-        model.load_adapter(folder, name, is_trainable=trainable)
+        missing = model.load_adapter(folder, name, is_trainable=trainable).missing_keys
     else:
-        model = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", MISSING)
+            try:
+                model = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
+            except UserWarning as warning:
+                missing = re.findall("'(.+?)'", str(warning).partition(MISSING)[2])
+    if missing:
+        raise UserError(
+            f"{folder} does not fit this base: it lacks {missing[0]} and {len(missing) - 1} more, or names them "
+            "otherwise. Name the base it was trained on, or save it again from the model as peft made it"
+        )
     return model
 
 

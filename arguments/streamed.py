@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from arguments.adapter import with_saved_adapter
 from arguments.base import local_file, stored_tensors, weight_files
 from arguments.command_line import Fault, UserError, first_line
 from arguments.reward import HEADS
@@ -98,10 +99,19 @@ def running(model: nn.Module, index: dict) -> nn.Module:
 
 
 def with_embeddings_on_cpu(model: nn.Module) -> nn.Module:
-    """The model with placeholders of no size for its embeddings: Llama 4 sends the ids to where its embedding is."""
+    """The model with placeholders of no size for its embeddings, before and after they are used.
+
+    Llama 4 sends the ids to where its embedding is, Gemma 4 looks at a row. Numbers that count for the result are NaN.
+    """
+
+    def put(part, *_):
+        part.weight = nn.Parameter(torch.tensor([torch.nan]).expand(part.weight.shape), requires_grad=False)
+
     for part in model.modules():
         if isinstance(part, nn.Embedding):
-            part.weight = nn.Parameter(torch.zeros(1).expand(part.weight.shape), requires_grad=False)
+            put(part)
+            if "_hf_hook" in vars(part):  # else a layer around it reads its weights, and drops them
+                part.register_forward_hook(put)
     return model
 
 
@@ -173,7 +183,7 @@ def adapted(model: nn.Module, index: dict, adapter: Path) -> tuple[PeftModel, Ma
         else:
             value = torch.full(tensor.shape, torch.nan)
         set_module_tensor_to_device(model, name, "cpu", value=value)
-    model = PeftModel.from_pretrained(model, adapter).eval()
+    model = with_saved_adapter(model, adapter, "default", trainable=False).eval()
     tensors = {name: tensor.data for name, tensor in model.named_parameters(remove_duplicate=False)}
     own = {name: tensor for name, tensor in tensors.items() if tensor.data_ptr() != nothing.data_ptr()}
     for name, tensor in list(own.items()):
@@ -261,7 +271,10 @@ class MergedWeights(Mapping):
             weight = getattr(result, parameter)
             expected[parameter] = by_formula(layer, weight)
             weight.data = weight.data.clone()  # peft merges in place, and the adapter's own weights are read again
-            layer.merge()
+            try:
+                layer.merge()
+            except RuntimeError as error:
+                raise UserError(f"peft cannot merge this kind of adapter into {owner}: {first_line(error)}") from error
         tensors = {name: tensor.to(self.dtype, copy=True) for name, tensor in result.state_dict().items()}
         for parameter, tensor in expected.items():
             self.prove(f"{owner}.{parameter}", tensor, tensors[parameter])

@@ -26,6 +26,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    Gemma4Config,
+    JetMoeConfig,
     LlamaConfig,
     MixtralConfig,
 )
@@ -420,6 +422,59 @@ def test_adapters_that_are_not_merged_here(tiny, tmp_path):
     ended = in_process(*merge(tiny("llama"), tmp_path / "ia3", tmp_path / "merged"))
     assert ended.code == 2 and "only LoRA" in ended.errors[0]
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["{}.lora_A.weight", "{}.lora_B.weight"])
+def test_an_adapter_that_lacks_a_tensor_is_not_taken(name, tiny, tmp_path):
+    """peft would make up a random A or an empty B: a merge of nothing, proven right."""
+    adapter = save_adapter(tiny("llama"), tmp_path / "adapter", task_type="CAUSAL_LM")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    (tmp_path / "q.txt").write_text("a question")
+    lost = name.format("base_model.model.model.layers.1.mlp.up_proj")
+    save_file(
+        {("_orig_mod." if n == lost else "") + n: t for n, t in tensors.items()}, adapter / "adapter_model.safetensors"
+    )
+    asked = "inference.py", "--base_model", tiny("llama"), "--lora_model", adapter, "--data_file", tmp_path / "q.txt"
+    for command in (
+        merge(tiny("llama"), adapter, tmp_path / "merged"),
+        (*asked, "--predictions_file", tmp_path / "a"),
+    ):
+        ended = in_process(*command)
+        assert ended.code == 2 and "it lacks base_model.model.model.layers.1.mlp.up_proj" in ended.errors[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "q.txt"]
+
+
+def test_kinds_that_peft_does_not_merge_are_refused(tiny, tmp_path):
+    kinds = {"layer_replication": [(0, 2), (1, 2)], "alora_invocation_tokens": [5]}
+    for kind, value in kinds.items():
+        adapter = save_adapter(tiny("llama"), tmp_path / kind, task_type="CAUSAL_LM", **{kind: value})
+        ended = in_process(*merge(tiny("llama"), adapter, tmp_path / "merged"))
+        assert ended.code == 2 and len(ended.errors) == 1 and "merge" in ended.errors[0], kind
+    assert not (tmp_path / "merged").exists()
+
+
+SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+SIZES |= {"num_key_value_heads": 2, "pad_token_id": 0}
+READING_OTHERS = {  # Gemma 4 a row of its embedding, JetMoe what its experts' layers are made of
+    "gemma4": lambda: Gemma4Config(text_config=SIZES | {"hidden_size_per_layer_input": 8, "head_dim": 8}),
+    "jetmoe": lambda: JetMoeConfig(**SIZES, kv_channels=8, num_local_experts=2),
+}
+
+
+@pytest.mark.parametrize("family", READING_OTHERS)
+def test_a_model_whose_parts_read_each_others_weights(family, tiny, tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(READING_OTHERS[family]()).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "adapter")
+    in_process(*merge(tmp_path / "base", adapter, tmp_path / "merged")).ok()
+    assert_merged(tmp_path / "base", adapter, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
