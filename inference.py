@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, TextStreamer, set_seed
 
 from arguments.adapter import with_saved_adapter
-from arguments.atomic import append_lines
+from arguments.atomic import append_lines, hold_file
 from arguments.base import adapter_config, adapter_folder, check_base, fingerprint, tokenizer_folder
 from arguments.checkpoints import digest
 from arguments.command_line import UserError, expect, parse_arguments, run_stage
@@ -401,14 +401,16 @@ def answered_with(args: InferenceArguments) -> dict:
 
 
 def answer_file(args: InferenceArguments) -> None:
-    path, questions = writable("predictions_file", args.predictions_file), load_questions(args)
+    path, asked = writable("predictions_file", args.predictions_file), load_questions(args)
     name = args.lora_model or args.base_model
     settings = answered_with(args)
-    done = already_answered(path, questions, name, settings)
-    questions = questions[: args.max_eval_samples]
+    done = already_answered(path, asked, name, settings)
+    questions = asked[: args.max_eval_samples]
     if done:
         logger.info(f"{min(done, len(questions))} of {len(questions)} answers are in {path}: going on behind them")
     answerer = Answerer(args.base_model, args, args.lora_model)
+    if not hold_file(path) or already_answered(path, asked, name, settings) > done:
+        raise UserError(f"--predictions_file {path}: another call is writing there. Wait for its end, or name another")
     for messages, (text, _) in zip(questions[done:], answerer.answer_all(questions[done:]), strict=True):
         append_lines(path, [question_of(messages) | {"Output": text, "Model": name, "With": settings}])
     logger.info(f"{len(questions)} answers in {path}")

@@ -274,10 +274,11 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     }
 
 
-def write_gguf(llama_cpp: Path, folder: Path, tokenizer) -> dict:
+def write_gguf(llama_cpp: Path, folder: Path, name: str, tokenizer) -> dict:
     """Convert the merged model to folder/model.gguf in its own dtype, read that back, and return how they compare."""
     target = folder / "model.gguf"
     command = [sys.executable, llama_cpp / "convert_hf_to_gguf.py", folder, "--outfile", target, "--outtype", "auto"]
+    command += ["--model-name", name]  # by default that of the folder, which is another while it is made
     ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if ended.returncode:
         said = (ended.stderr.strip() or ended.stdout.strip() or f"exit code {ended.returncode}").splitlines()[-1]
@@ -398,7 +399,7 @@ def main():
         staging.mkdir(parents=True)
         facts = merge(args, config, adapter, tokenizer, staging)
         if args.gguf:
-            facts["gguf"] = write_gguf(Path(args.gguf), staging, tokenizer)
+            facts["gguf"] = write_gguf(Path(args.gguf), staging, output.name, tokenizer)
         (staging / "merge.json").write_text(json.dumps(facts, indent=2))
         move_into_place(staging, output)
     except BaseException:

@@ -404,10 +404,13 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         bar, temperature = self.bar("Scoring answers", len(answers)), self.args.temperature
         for chosen, batch in self.micro_batches(answers):
             seen = dict(zip(("logp", "entropy"), self.model.token_logp("policy", batch, temperature), strict=True))
-            seen["ref_logp"], _ = self.model.token_logp("reference", batch, temperature)
             head_alone, frozen = critic and not self.model.trains_critic_body, None
-            if head_alone or self.model.reward_head is not None:  # one pass for both
-                frozen = self.model.hidden(self.model.frozen_role, batch["ids"])
+            if head_alone and self.model.frozen_role == "reference":
+                seen["ref_logp"], frozen = self.model.reference(batch, temperature)
+            else:
+                seen["ref_logp"], _ = self.model.token_logp("reference", batch, temperature)
+                if head_alone or self.model.reward_head is not None:  # one pass for both
+                    frozen = self.model.hidden(self.model.frozen_role, batch["ids"])
             if head_alone:
                 seen["states"] = batch["states"] = at_columns(frozen, batch["columns"])
             if critic:
@@ -452,6 +455,11 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         if args.use_score_scaling:
             self.score_scale = self.score_scale or scores.std(correction=0).item()
         scores = (scores - args.reward_baseline) / (self.score_scale or 1.0)
+        if (beyond := (scores.abs() > args.reward_clip).float().mean()) > 0.5:
+            logger.warning(
+                f"{beyond:.0%} of the scores lie beyond --reward_clip {args.reward_clip} and count alike: they are "
+                f"{scores.mean():.3g} on average, in units of --use_score_scaling. See --reward_baseline"
+            )
         scores = scores.clamp(-args.reward_clip, args.reward_clip)
         scores = scores - args.missing_eos_penalty * unfinished
         rewards = token_rewards(batch["logp"], batch["ref_logp"], scores, mask, self.kl_coef)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PATIENCE = 15  # seconds for which a run that was told to stop, or its loaders' processes, may still hold a folder
-HELD: list[int] = []  # descriptor of the folder that this process writes into, if any
+HELD: list[int] = []  # descriptor of the folder or file that this process writes into, if any
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -76,13 +76,23 @@ def drop_if_no_text(path: Path) -> None:
 
 
 def hold_folder(folder: Path) -> bool:
-    """Keep other runs from writing into `folder` until release_folder, or the end of this process.
+    """Keep other runs from writing into `folder` until release, or the end of this process.
 
     Returns whether it could: False when another run is still there after PATIENCE seconds.
     """
-    release_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    HELD.append(os.open(folder, os.O_RDONLY))
+    return hold(folder, os.O_RDONLY)
+
+
+def hold_file(path: Path) -> bool:
+    """hold_folder for one file, which is made if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return hold(path, os.O_RDWR | os.O_CREAT)
+
+
+def hold(path: Path, mode: int) -> bool:
+    release()
+    HELD.append(os.open(path, mode, 0o666))
     started = time.monotonic()
     while True:
         try:
@@ -96,7 +106,7 @@ def hold_folder(folder: Path) -> bool:
             return True
 
 
-def release_folder() -> None:
-    """Let other runs write into the folder that hold_folder held, if any."""
+def release() -> None:
+    """Let other runs write into what this process held, if anything."""
     while HELD:
         os.close(HELD.pop())

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from arguments.atomic import release_folder
+from arguments.atomic import release
 
 # Flags of the 2023 scripts and their names today. None: what the flag asked for happens by default.
 RENAMED_FLAGS = {
@@ -112,7 +112,7 @@ def run_stage(main):
         beside_bars(f"error: {said}\n")
         sys.exit(said.code)
     finally:
-        release_folder()
+        release()
 
 
 def wait_for_first_rank(seconds: float = 10) -> None:

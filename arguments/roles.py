@@ -151,6 +151,17 @@ class ActorCritic(nn.Module):
         entropy = log_partition - (logits.softmax(-1) * logits).sum(-1)
         return logp, nothing.masked_scatter(mask, entropy)
 
+    def reference(self, batch: dict, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """token_logp of the reference, and the last hidden states (as `hidden`) of the same pass."""
+        with self.role("reference") as model:
+            kept, base = [], model.base_model
+        hook = base.register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state.float()))
+        try:
+            logp, _ = self.token_logp("reference", batch, temperature)
+        finally:
+            hook.remove()
+        return logp, kept[0]
+
     def token_values(self, batch: dict) -> torch.Tensor:
         """Values [batch, answer] of the states before each token."""
         if self.trains_critic_body:

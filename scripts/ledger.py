@@ -66,8 +66,9 @@ def present(outputs: Path, stage: str) -> bool:
     if stage in ("quiz", "perplexity"):  # they leave figures only
         return (outputs / f"{stage}.json").exists()
     adapter = (outputs / stage / "adapter_config.json").exists()
-    model = outputs / (f"{stage}-merged" if adapter else stage) / "config.json"
-    return model.exists() and (outputs / stage / "all_results.json").exists()
+    model = outputs / (f"{stage}-merged" if adapter else stage)
+    whole = (model / "config.json").exists() and any(model.glob("*.safetensors"))
+    return whole and (outputs / stage / "all_results.json").exists()
 
 
 def content(name: str) -> str:

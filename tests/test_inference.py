@@ -1,5 +1,6 @@
 """inference.py as its users call it: a chat, a file of questions, models compared."""
 
+import fcntl
 import io
 import json
 import shutil
@@ -10,6 +11,7 @@ from conftest import ADAPTER, in_process, merge, stage
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_recurrent
 
+from arguments import atomic
 from arguments.command_line import Fault
 from arguments.reward import RewardModel
 from inference import Answerer, InferenceArguments, score
@@ -72,6 +74,21 @@ def test_a_file_is_answered_and_gone_on_with(tiny, trained, tmp_path):
     one.write_text("no line of ours\n")
     other = ask("--base_model", trained / "merged", *common, "--predictions_file", one)
     assert other.code == 2 and "is not of lines" in other.stderr and one.read_text() == "no line of ours\n"
+
+
+def test_two_calls_do_not_write_into_one_file(tiny, tmp_path, monkeypatch):
+    """One begins while the other loads its model."""
+    monkeypatch.setattr(atomic, "PATIENCE", 0.1)
+    (tmp_path / "q.txt").write_text(QUESTIONS, encoding="utf-8")
+    call = "--base_model", tiny("llama"), "--data_file", tmp_path / "q.txt", "--predictions_file", tmp_path / "a.jsonl"
+    (tmp_path / "a.jsonl").touch()
+    with (tmp_path / "a.jsonl").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        ended = ask(*call)
+    assert ended.code == 2 and "another call is writing there" in ended.errors[0]
+    ask(*call, "--max_eval_samples", 2).ok()
+    ask(*call, "--max_eval_samples", 1).ok()
+    assert len(lines(tmp_path / "a.jsonl")) == 2
 
 
 @pytest.fixture

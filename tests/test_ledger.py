@@ -18,7 +18,7 @@ def house(tmp_path):
     for folder in (outputs / "pt", outputs / "sft", model):
         (folder / "config.json").write_text("{}")
         (folder / "all_results.json").write_text('{"eval_loss": 2.5}')
-    (model / "model.safetensors").write_bytes(b"x")
+        (folder / "model.safetensors").write_bytes(b"x")
     (data / "train" / "a.txt").write_text("one")
     (tmp_path / "big" / "deeper").mkdir(parents=True)
     (tmp_path / "big" / "a.txt").write_text("one")
@@ -125,11 +125,12 @@ def test_no_token_is_kept(house, flags):
     assert begin(house, flags=flags) == "ended"
 
 
-def test_what_is_gone_is_made_again(house):
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_is_gone_is_made_again(name, house):
     outputs = house[0]
     begin(house)
     finish(outputs, "pt")
-    (outputs / "pt" / "config.json").unlink()
+    (outputs / "pt" / name).unlink()
     assert begin(house) == "begun"
 
 

@@ -130,6 +130,8 @@ def check_roles(trainer, llama: str, adapter: Path) -> None:
     states = plain.base_model(input_ids=ids).last_hidden_state
     assert torch.equal(trainer.model.hidden("reference", ids), states), "the reference is not the base, bit for bit"
     assert torch.equal(trainer.model.logits("reference", ids, *places), plain.lm_head(states[places]))
+    logp, kept = trainer.model.reference(batch, 1.0)
+    assert torch.equal(kept, states) and torch.equal(logp, trainer.model.token_logp("reference", batch, 1.0)[0])
     assert not torch.allclose(trainer.model.logits("policy", ids, *places), expected, atol=1e-2)
 
     base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
@@ -679,6 +681,17 @@ def advantages_by_hand(answers: list[dict], settings: dict) -> list[float]:
         mean, deviation = statistics.fmean(found), statistics.stdev(found)
         found = [(advantage - mean) / deviation for advantage in found]
     return found
+
+
+def test_a_clip_that_makes_scores_alike_is_told(tiny, records, tmp_path, monkeypatch, logged):
+    far = "def far(completions, **kwargs):\n    return [50.0 + i for i in range(len(completions))]"
+    (tmp_path / "rewards.py").write_text(far)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:far")
+    for more, told in (((), True), (("--reward_baseline", 50), False)):
+        trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags, *more))
+        logged.clear()
+        trainer.collect([trainer.train_dataset[i] for i in range(4)], 0)
+        assert any("100% of the scores lie beyond --reward_clip 10" in line for line in logged) == told
 
 
 def moved(trainer) -> None:
