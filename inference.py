@@ -262,12 +262,18 @@ class Answerer:
             yield found.result()[0][0]
 
     def answer_all(self, conversations: list[list[dict]]) -> Iterator[tuple[str, bool]]:
-        """`answer` of all in order, a batch at a time."""
+        """`answer` of all in order; of 4 batches at a time, those of similar length together."""
         size, some = min(self.args.batch_size, len(conversations) or 1), conversations[:64]
         if size > 1 and not takes_padding(self.model, self.tokenizer, [self.ids(messages) for messages in some]):
             size = 1
-        for start in tqdm(range(0, len(conversations), size), desc="Answering"):
-            yield from self.answer(conversations[start : start + size])
+        with tqdm(total=len(conversations), desc="Answering") as bar:
+            for start in range(0, len(conversations), 4 * size):
+                some, found = conversations[start : start + 4 * size], {}
+                by_length = sorted(range(len(some)), key=lambda i: len(self.ids(some[i])))
+                for batch in (by_length[i : i + size] for i in range(0, len(some), size)):
+                    found |= zip(batch, self.answer([some[i] for i in batch]), strict=True)
+                    bar.update(len(batch))
+                yield from (found[i] for i in range(len(some)))
 
 
 def chat(answerer: Answerer, system: str | None) -> None:

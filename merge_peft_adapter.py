@@ -55,8 +55,9 @@ PROBES = (
     "高血压患者平时要注意什么？",
     "The treatment of asthma rests on inhaled medicines that",
 )
-# Largest difference of logits, relative to their own spread, that rounding the weights to a dtype explains.
-TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+# Root mean square of the differences of logits, relative to their own spread, that rounding to a dtype explains. The
+# largest of many thousands is larger: up to 0.2 in bfloat16, for random OLMo 2 and gpt-oss of 16 layers.
+TOLERANCE = {"float32": 3e-4, "float16": 1e-2, "bfloat16": 1e-1}
 
 
 @dataclass
@@ -207,15 +208,16 @@ def probe_streamed(streamed, whole: Callable, tokenizer) -> list[torch.Tensor]:
 
 
 def compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict:
-    """Largest difference, absolute and relative to the spread of the expected logits, and share of equal top-1.
+    """Largest difference; root mean square of all, relative to the spread of the expected; share of equal top-1.
 
     Scores are so few that they may be close by chance: their mean size then stands in for their spread.
     """
     pairs = list(zip(expected, found, strict=True))
-    largest = max((a - b).abs().max().item() for a, b in pairs)
+    differences = torch.cat([(a - b).flatten() for a, b in pairs])
     numbers, are_scores = torch.cat([a.flatten() for a in expected]), expected[0].ndim == 1
     spread = max(numbers.std().item(), numbers.abs().mean().item() if are_scores else 0.0, 1e-6)
-    facts = {"largest_difference": largest, "relative_difference": largest / spread}
+    facts = {"largest_difference": differences.abs().max().item()}
+    facts["relative_difference"] = differences.square().mean().sqrt().item() / spread
     if are_scores:
         return facts
     same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten().float() for a, b in pairs]).mean().item()
@@ -260,7 +262,10 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     whole = partial(auto_class(config).from_pretrained, staging, dtype=torch.float32, **code)
     parity = compare(expected, probe_streamed(running(*written), whole, tokenizer))
     if not parity["relative_difference"] <= TOLERANCE[stored_dtype(args)]:  # also true for NaN
-        raise Fault(f"the merged model differs from the adapter model, nothing was kept: {parity}")
+        raise Fault(
+            f"the merged model differs from the adapter model, nothing was kept: {parity}. Were it rounding to "
+            f"{stored_dtype(args)}, --dtype float32 would merge it"
+        )
     shutil.rmtree(scratch, ignore_errors=True)
     tensors = {"merged": len(merged.errors), "largest_error": max(merged.errors.values(), default=0.0)}
     return {

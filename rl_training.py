@@ -113,7 +113,10 @@ class PPOArguments(RunArguments, TrainingArguments):
             "penalty suit reward models of any scale; logged rewards stay as they are."
         },
     )
-    reward_clip: float = field(default=10.0, metadata={"help": "Scores are clipped to +- this."})
+    reward_clip: float = field(
+        default=10.0,
+        metadata={"help": "Scores are clipped to +- this, with --use_score_scaling around the first rollout's mean."},
+    )
     missing_eos_penalty: float = field(
         default=1.0, metadata={"help": "Subtracted from the score of an unfinished answer."}
     )
@@ -294,7 +297,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         self.data_args, self.guards, self.server = data_args, guard_args, server
         self.reward_model = reward_model and reward_model.to(self.args.device)
         self.reward_functions, self.reward_weights = reward_args.functions, reward_args.weights()
-        self.kl_coef, self.score_scale, self.history = self.args.init_kl_coef, 0.0, []  # a scale of 0 is not known yet
+        self.kl_coef, self.history = self.args.init_kl_coef, []
+        self.score_scale, self.score_center = 0.0, 0.0  # a scale of 0 is not known yet
         self.rollout, self.stats, self.good, self.policy_stopped, self.stopped = [], [], [], False, False
         self.reference_scores: list[float] = []
         self.function_metrics: list[dict[str, float]] = []  # what reward functions log
@@ -452,15 +456,18 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         batch = collate(self.rollout, self.processing_class.pad_token_id, "cpu")
         mask, scores = batch["answer_mask"], torch.tensor([answer["score"] for answer in self.rollout])
         unfinished = torch.tensor([not answer["finished"] for answer in self.rollout])
-        if args.use_score_scaling:
-            self.score_scale = self.score_scale or scores.std(correction=0).item()
-        scores = (scores - args.reward_baseline) / (self.score_scale or 1.0)
-        if (beyond := (scores.abs() > args.reward_clip).float().mean()) > 0.5:
+        scores = scores - args.reward_baseline
+        if args.use_score_scaling and not self.score_scale:
+            self.score_scale = scores.std(correction=0).item()
+            self.score_center = scores.mean().item() / (self.score_scale or 1.0)
+        scores = scores / (self.score_scale or 1.0)
+        lowest, highest = self.score_center - args.reward_clip, self.score_center + args.reward_clip
+        if (beyond := ((scores < lowest) | (scores > highest)).float().mean()) > 0.5:
             logger.warning(
-                f"{beyond:.0%} of the scores lie beyond --reward_clip {args.reward_clip} and count alike: they are "
-                f"{scores.mean():.3g} on average, in units of --use_score_scaling. See --reward_baseline"
+                f"{beyond:.0%} of the scores lie outside of {lowest:.3g} to {highest:.3g} (--reward_clip) and count "
+                "as these: see --reward_baseline"
             )
-        scores = scores.clamp(-args.reward_clip, args.reward_clip)
+        scores = scores.clamp(lowest, highest)
         scores = scores - args.missing_eos_penalty * unfinished
         rewards = token_rewards(batch["logp"], batch["ref_logp"], scores, mask, self.kl_coef)
         advantages, returns = advantages_and_returns(rewards, batch["values"], mask, args.gamma, args.gae_lambda)
@@ -609,8 +616,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save(folder)
-        state = {"kl_coef": self.kl_coef, "score_scale": self.score_scale, "history": self.history}
-        state["steps_per_rollout"] = self.args.steps_per_rollout
+        state = {"kl_coef": self.kl_coef, "score_scale": self.score_scale, "score_center": self.score_center}
+        state |= {"history": self.history, "steps_per_rollout": self.args.steps_per_rollout}
         (folder / "value" / "state.json").write_text(json.dumps(state))
         self.processing_class.save_pretrained(folder)
         if self.good and folder != Path(self.args.output_dir):  # in a checkpoint: for a guard that fires after it
@@ -627,11 +634,14 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             )
         self.model.load(folder)
         self.kl_coef, self.score_scale, self.history = (state[k] for k in ("kl_coef", "score_scale", "history"))
+        self.score_center = state.get("score_center", 0.0)  # an older version had none
         if (folder / "good.safetensors").exists():
             good = load_file(folder / "good.safetensors")
             self.good = [good[str(i)].to(self.args.device) for i in range(len(good))]
 
     def _load_best_model(self) -> None:
+        if self.stopped:  # the policy that set off the guard may have the highest reward of all
+            return
         logger.info(f"Taking the policy of {self.state.best_model_checkpoint}, best by {self.state.best_metric:.4f}")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 

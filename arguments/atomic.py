@@ -22,8 +22,9 @@ def append_lines(path: Path, rows: Iterable[dict]) -> None:
     """Add rows to a file of JSON lines, behind its last whole line: a kill or a full disk may have cut one short."""
     path.parent.mkdir(parents=True, exist_ok=True)
     added = as_lines(rows)
-    with path.open("ab+") as file:
-        if end := file.tell():
+    regular = path.is_file() or not path.exists()
+    with path.open("ab+" if regular else "wb") as file:
+        if regular and (end := file.tell()):
             file.seek(end - 1)
             if file.read() != b"\n":
                 file.seek(0)
@@ -85,7 +86,9 @@ def hold_folder(folder: Path) -> bool:
 
 
 def hold_file(path: Path) -> bool:
-    """hold_folder for one file, which is made if there is none."""
+    """hold_folder for one file, which is made if there is none; anybody may write into a pipe."""
+    if path.exists() and not path.is_file():
+        return True
     path.parent.mkdir(parents=True, exist_ok=True)
     return hold(path, os.O_RDWR | os.O_CREAT)
 

@@ -44,7 +44,8 @@ RENAMED_FLAGS = {
     "--fp16_opt_level": None,
 }
 DISK = re.compile(  # what errors of a full or unwritable disk say
-    r"No space left|Read-only file system|Permission denied|Disk quota|PytorchStreamWriter|unexpected pos \d",
+    r"No space left|File too large|Read-only file system|Permission denied|Disk quota|PytorchStreamWriter|"
+    r"unexpected pos \d",
     re.IGNORECASE,
 )
 PEER = re.compile(r"Connection (reset|closed) by peer", re.IGNORECASE)  # what gloo says when another rank has gone

@@ -205,9 +205,9 @@ class DataArguments(LengthArguments):
         refuse_output_among([folder for folder, _ in sources + held_sources], output_dir)
         read = [self._read(folder, "train", form) for folder, _ in sources]
         weights = np.repeat([weight for _, weight in sources], [len(rows) for rows in read])
-        rows = concatenate_datasets(read)
+        rows = joined(read)
         held = [self._read(folder, "validation", form) for folder, _ in held_sources]
-        held_rows = concatenate_datasets(held) if held else None
+        held_rows = joined(held) if held else None
         if output_dir and not (self.preview or self.plan):
             self._bad_file = Path(output_dir) / "bad_records.jsonl"
             if PartialState().is_main_process:
@@ -353,6 +353,16 @@ def refuse_output_among(folders: list[str | None], output_dir: str | None) -> No
                 f"--output_dir {output_dir} lies in {folder}, all of whose files are read as records: name a folder "
                 "beside it"
             )
+
+
+def joined(parts: list[Dataset]) -> Dataset:
+    """The rows of all parts, under a fingerprint that is the same in each run and rank: tokens are cached by it.
+
+    datasets makes it of the parts' features too, which differ between rows just made and the same from the cache.
+    """
+    rows = concatenate_datasets(parts)
+    rows._fingerprint = fingerprint([part._fingerprint for part in parts])
+    return rows
 
 
 def warn_of_held_out(sources: list[str | None], held_sources: list[str | None]) -> None:

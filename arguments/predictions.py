@@ -45,6 +45,8 @@ def already_answered(path: Path, questions: list[list[dict]], model: str, settin
 
     A last line that a kill or a full disk cut short does not count. Lines of older versions say less of themselves.
     """
+    if not path.is_file():  # nor is a pipe, or /dev/stdout, read
+        return 0
     try:
         rows = read_lines(path)
         following = [*questions, *[None] * len(rows)]  # a file may hold more answers than there are questions
@@ -63,7 +65,7 @@ def refuse_to_replace(path: Path) -> None:
         UserError: when it holds something else: the questions, or answers of one model.
     """
     try:
-        compared = all(isinstance(row["Output"], dict) for row in read_lines(path))
+        compared = not path.is_file() or all(isinstance(row["Output"], dict) for row in read_lines(path))
     except (ValueError, KeyError, TypeError):
         compared = False
     if not compared:

@@ -44,7 +44,7 @@ def recorders(answers: list[dict], metrics: list[dict[str, float]]) -> dict[str,
         if len(values) != len(answers):
             raise ValueError(f"log_extra({column!r}) got {len(values)} values for {len(answers)} completions")
         for answer, value in zip(answers, values, strict=True):
-            answer.setdefault("extra", {})[column] = value
+            answer.setdefault("extra", {})[column] = value.tolist() if hasattr(value, "tolist") else value  # a tensor
 
     def log_metric(name: str, value: float) -> None:
         metrics.append({name: float(value)})

@@ -69,6 +69,13 @@ def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.T
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def trunk(model: PreTrainedModel) -> nn.Module:
+    """A causal language model below its head. Llama 4's class names it wrongly: its base_model is the model itself."""
+    if model.base_model is not model:
+        return model.base_model
+    return next(part for part in model.children() if isinstance(part, PreTrainedModel))
+
+
 class ActorCritic(nn.Module):
     """The roles of PPO. With LoRA all share one base; without, reference and value are copies of the policy.
 
@@ -135,7 +142,7 @@ class ActorCritic(nn.Module):
     def hidden(self, name: str, ids):
         """Last hidden states [batch, time, size] of right-padded ids in float32."""
         with self.autocast(), self.role(name) as model:
-            return model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+            return trunk(model)(input_ids=ids, use_cache=False).last_hidden_state.float()
 
     def token_logp(self, name: str, batch: dict, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies [batch, answer] of the answers' tokens; entropies of samples only."""
@@ -154,8 +161,8 @@ class ActorCritic(nn.Module):
     def reference(self, batch: dict, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """token_logp of the reference, and the last hidden states (as `hidden`) of the same pass."""
         with self.role("reference") as model:
-            kept, base = [], model.base_model
-        hook = base.register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state.float()))
+            kept, below = [], trunk(model)
+        hook = below.register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state.float()))
         try:
             logp, _ = self.token_logp("reference", batch, temperature)
         finally:

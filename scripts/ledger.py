@@ -2,11 +2,13 @@
 
     python scripts/ledger.py start outputs sft scripts/run_sft.sh outputs/pt-merged data/finetune -- --max_steps 30
     python scripts/ledger.py finish outputs sft
+    python scripts/ledger.py clear outputs
 
 start   reads the stage's inputs (files; folders of models or data; anything else is a name) and flags, and prints
         "ended" if it ended with just these, "begun" if it was begun with them, "changed" if it was run with others
         (which: to stderr; what it made then is deleted), "new" if it was never run.
 finish  adds the stage's figures and time.
+clear   deletes outputs, unless a run is writing there.
 Writes  outputs/ledger.jsonl: a line when a stage begins and one when it ends. Of several machines (NODE_RANK) the
         first one writes, and starts over what changed.
 """
@@ -21,8 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments.atomic import append_lines, read_lines  # noqa: E402
-from arguments.files import all_files  # noqa: E402
+from arguments.atomic import append_lines, hold_folder, read_lines  # noqa: E402
+from arguments.files import all_files, find_files  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 WEIGHTS = (".safetensors", ".bin")
@@ -52,7 +54,8 @@ def digest(path: Path) -> str:
     loaded = sorted({file for pattern in LOADED for file in path.glob(pattern) if file.is_file()})
     names = {file.name for file in loaded}
     is_model = names & {"config.json", "adapter_config.json"} and any(name.endswith(WEIGHTS) for name in names)
-    rows = [f"{file.relative_to(path)} {digest(file)}" for file in (loaded if is_model else all_files(path))]
+    files = loaded if is_model else find_files(path) or all_files(path)  # notes beside the data do not, either
+    rows = [f"{file.relative_to(path)} {digest(file)}" for file in files]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
@@ -105,12 +108,22 @@ def start(outputs: Path, stage: str, inputs: list[str], flags: list[str]) -> str
         return "new"
     if known and changed:
         print(f"{stage}: {', '.join(changed)} changed since it was run last: it starts over", file=sys.stderr)
-        for made_then in (outputs / stage, outputs / f"{stage}-merged"):
-            shutil.rmtree(made_then, ignore_errors=True)
+        clear([outputs / stage, outputs / f"{stage}-merged"])
     versions = {name: version(name) for name in PACKAGES}
     row = {"stage": stage, "event": "start", "time": time.time(), "inputs": made, "flags": flags, "versions": versions}
     append_lines(outputs / "ledger.jsonl", [row])
     return "new" if not known else "changed" if changed else "begun"
+
+
+def clear(folders: list[Path]) -> None:
+    """Remove folders, unless another run is writing into one of them."""
+    folders = [folder for folder in folders if folder.is_dir()]
+    for folder in folders:
+        if not hold_folder(folder):
+            print(f"error: {folder}: another run is writing there. Wait for its end, or set OUTPUTS", file=sys.stderr)
+            sys.exit(2)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def finish(outputs: Path, stage: str) -> None:
@@ -126,7 +139,10 @@ def finish(outputs: Path, stage: str) -> None:
 
 
 def main():
-    event, outputs, stage, *rest = sys.argv[1:]
+    event, outputs, *rest = sys.argv[1:]
+    if event == "clear":
+        return clear([*Path(outputs).glob("*"), Path(outputs)])
+    stage, *rest = rest
     if event == "finish":
         return finish(Path(outputs), stage)
     split = rest.index("--") if "--" in rest else len(rest)

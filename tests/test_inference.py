@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import os
 import shutil
 from unittest.mock import Mock
 
@@ -74,6 +75,21 @@ def test_a_file_is_answered_and_gone_on_with(tiny, trained, tmp_path):
     one.write_text("no line of ours\n")
     other = ask("--base_model", trained / "merged", *common, "--predictions_file", one)
     assert other.code == 2 and "is not of lines" in other.stderr and one.read_text() == "no line of ours\n"
+
+
+def test_answers_go_to_a_pipe_in_the_files_order(tiny, tmp_path):
+    """The questions are answered by length, and a pipe is not read, as a file of earlier answers would be."""
+    asked = [QUESTIONS.splitlines()[i % 3] * (1 + i % 4) for i in range(10)]
+    (tmp_path / "q.txt").write_text("\n".join(asked), encoding="utf-8")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    call = "--base_model", tiny("llama"), "--data_file", tmp_path / "q.txt", "--batch_size", 2, "--dtype", "float32"
+    ask(*call, "--predictions_file", tmp_path / "pipe").ok()
+    ask(*call, "--predictions_file", tmp_path / "a.jsonl").ok()
+    found = os.read(reader, 2**16).decode()
+    os.close(reader)
+    assert found == (tmp_path / "a.jsonl").read_text("utf-8")
+    assert [row["Input"] for row in lines(tmp_path / "a.jsonl")] == asked
 
 
 def test_two_calls_do_not_write_into_one_file(tiny, tmp_path, monkeypatch):

@@ -1,12 +1,15 @@
 """The pipeline's ledger: a stage whose inputs changed runs again, the others do not, and a kill costs nothing."""
 
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from arguments import atomic
 from arguments.files import all_files
-from scripts.ledger import digest, finish, main, start
+from scripts.ledger import clear, digest, finish, main, start
 
 
 @pytest.fixture
@@ -123,6 +126,29 @@ def test_no_token_is_kept(house, flags):
     finish(outputs, "pt")
     assert "hf_secret" not in (outputs / "ledger.jsonl").read_text()
     assert begin(house, flags=flags) == "ended"
+
+
+def test_what_another_run_is_writing_is_not_deleted(house, monkeypatch, capsys):
+    outputs = house[0]
+    begin(house)
+    monkeypatch.setattr(atomic, "PATIENCE", 0.1)
+    other = os.open(outputs / "pt", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    for deletes in (lambda: begin(house, flags=["--seed", "2"]), lambda: clear([outputs / "sft", outputs / "pt"])):
+        with pytest.raises(SystemExit, match="2"):
+            deletes()
+        assert "pt: another run is writing there" in capsys.readouterr().err
+        assert (outputs / "pt" / "config.json").exists() and (outputs / "sft").exists()
+    os.close(other)
+    assert begin(house, flags=["--seed", "2"]) == "changed" and not (outputs / "pt").exists()
+
+
+def test_a_note_beside_the_data_changes_nothing(house):
+    outputs, _, data = house
+    begin(house)
+    finish(outputs, "pt")
+    (data / "NOTES.md").write_text("a note")
+    assert begin(house) == "ended"
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

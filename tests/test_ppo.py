@@ -30,7 +30,7 @@ from arguments.answers import correlation, describe, distinct, kl_estimate
 from arguments.command_line import UserError
 from arguments.guards import GuardArguments
 from arguments.model import ModelArguments
-from arguments.roles import VALUE, ActorCritic, disable_dropout, last_token, score_head
+from arguments.roles import VALUE, ActorCritic, disable_dropout, last_token, score_head, trunk
 from arguments.sampling import InverseTransformSampling, chunks, takes_padding, uniforms
 from rl_training import (
     PPOArguments,
@@ -415,6 +415,13 @@ def test_padding_behind_a_row_needs_no_mask(family, tmp_path):
     for row, found in zip(ROWS, together, strict=True):
         alone = model(input_ids=torch.tensor([row]), use_cache=False).logits[0]
         close(found[: len(row)], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama4", "mixtral"])
+def test_the_trunk_ends_with_hidden_states(family, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path))
+    found = trunk(model)(torch.tensor(ROWS[:1]), output_hidden_states=True)
+    assert torch.equal(found.last_hidden_state, found.hidden_states[-1])
 
 
 PROMPTS = [[3 + (7 * i) % 90 for i in range(length)] for length in (6, 9, 32, 7, 20)]

@@ -688,6 +688,16 @@ def test_half_of_a_character_in_a_pair(tmp_path):
     assert pair["kind"] == "\\ud83d"
 
 
+def test_rows_just_made_and_from_the_cache_have_one_fingerprint(tmp_path):
+    """By it their tokens are cached: a second run, and other ranks, would tokenize again."""
+    for name in "ab":
+        write_lines(tmp_path / name, [{"instruction": f"{name}{i} {tmp_path}", "output": "a"} for i in range(4)])
+    for folders in (str(tmp_path / "a"), f"{tmp_path}/a,{tmp_path}/b:2"):
+        first, again = (DataArguments(folders, str(tmp_path / "b")).load_conversations() for _ in range(2))
+        assert [rows._fingerprint for rows in first] == [rows._fingerprint for rows in again]
+        assert first[0]._fingerprint != first[1]._fingerprint
+
+
 def test_held_out_files_among_those_of_training_are_named(tmp_path, messages):
     names = "train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl", "dev/a.jsonl", "validators.jsonl"
     for number, name in enumerate(names):

@@ -662,12 +662,13 @@ SETTINGS = {
 
 def advantages_by_hand(answers: list[dict], settings: dict) -> list[float]:
     """Of all tokens of the answers, from what sampling and scoring found; arithmetic on plain numbers."""
-    found, scale = [], 1.0
+    found, scale, center = [], 1.0, 0.0
     if settings["use_score_scaling"]:
         scale = statistics.pstdev(answer["score"] for answer in answers)
+        center = (statistics.fmean(answer["score"] for answer in answers) - settings["reward_baseline"]) / scale
     for answer in answers:
         score = (answer["score"] - settings["reward_baseline"]) / scale
-        score = max(-settings["reward_clip"], min(settings["reward_clip"], score))
+        score = max(center - settings["reward_clip"], min(center + settings["reward_clip"], score))
         score -= 0 if answer["finished"] else settings["missing_eos_penalty"]
         logp, ref_logp, values = (answer[name].tolist() for name in ("logp", "ref_logp", "values"))
         following, next_value, own = 0.0, 0.0, []
@@ -683,6 +684,14 @@ def advantages_by_hand(answers: list[dict], settings: dict) -> list[float]:
     return found
 
 
+def test_a_guard_stops_with_the_good_policy_also_where_the_best_is_asked_for(tiny, records, tmp_path, monkeypatch):
+    flags = ("--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1)
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags += ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--guard_kl", 1e-6, "--learning_rate", 1e-2)
+    in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags, "--max_steps", 4)).ok()
+    assert results(tmp_path / "rl")["eval_kl"] == 0.0, "no policy that has moved is kept"
+
+
 def test_a_clip_that_makes_scores_alike_is_told(tiny, records, tmp_path, monkeypatch, logged):
     far = "def far(completions, **kwargs):\n    return [50.0 + i for i in range(len(completions))]"
     (tmp_path / "rewards.py").write_text(far)
@@ -691,7 +700,7 @@ def test_a_clip_that_makes_scores_alike_is_told(tiny, records, tmp_path, monkeyp
         trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags, *more))
         logged.clear()
         trainer.collect([trainer.train_dataset[i] for i in range(4)], 0)
-        assert any("100% of the scores lie beyond --reward_clip 10" in line for line in logged) == told
+        assert any("100% of the scores lie outside of -10 to 10 (--reward_clip)" in line for line in logged) == told
 
 
 def moved(trainer) -> None:
@@ -715,6 +724,7 @@ def moved(trainer) -> None:
         {"whiten_advantages": False},
         {"temperature": 0.5},
         {"use_score_scaling": True},
+        {"use_score_scaling": True, "reward_baseline": -1e3},
     ],
     ids=lambda changed: " ".join(changed) or "defaults",
 )
