@@ -369,7 +369,7 @@ def warn_of_held_out(sources: list[str | None], held_sources: list[str | None]) 
     """Warn of files that are trained on although their names, or their folders', are those of held-out records."""
     apart = {path.resolve() for folder in filter(None, held_sources) for path in find_files(folder)}
     for folder in filter(None, sources):
-        files = [path for path in find_files(folder) if HELD_OUT.search(f"/{path.relative_to(folder)}")]
+        files = [path for path in find_files(folder) if HELD_OUT.search(f"/{os.path.relpath(path, folder)}")]
         if named := [str(path) for path in files if path.resolve() not in apart]:
             logger.warning(
                 f"{len(named)} files are trained on whose names are those of held-out records: {named[0]} ... If that "

@@ -29,7 +29,7 @@ def test_attention_by_hand():
 
 
 def masks(length: int) -> dict[str, torch.Tensor | None]:
-    """[1 or 2, 1, length, length] each; in "nothing" the second sequence's first half sees nothing at all."""
+    """[1 or 2, 1, length, length] each; in "nothing" the first half of one sequence sees nothing at all."""
     past = torch.ones(length, length, dtype=torch.bool).tril()
     place = torch.arange(length)
     found = {"causal": None, "window": past & (place[:, None] - place < 9), "both ways": torch.ones_like(past)}
@@ -37,7 +37,7 @@ def masks(length: int) -> dict[str, torch.Tensor | None]:
     found = {name: mask if mask is None else mask[None, None] for name, mask in found.items()}
     right = torch.stack([past, past & (place < length - length // 3)])
     left = torch.stack([past, past & (place >= length // 2)])
-    return found | {"padded": right[:, None], "nothing": left[:, None]}
+    return found | {"padded": right[:, None], "nothing": left[:, None], "nothing first": left.flip(0)[:, None]}
 
 
 def tensors(length: int, heads: int, groups: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -151,6 +151,11 @@ def test_what_the_blocks_are_not_for_is_left_to_pytorch(settings, blocks, monkey
     monkeypatch.setattr(arguments.attention, "attend", lambda *inputs: taken.append(1) or attend(*inputs))
     assert call(**settings).shape == (2, settings.get("rows", settings.get("length", 8)), 4, 24)
     assert bool(taken) == blocks
+
+
+def test_scores_that_are_capped_are_refused_as_by_pytorch():
+    with pytest.raises(ValueError, match="softcap"):
+        call(softcap=30.0)
 
 
 @pytest.mark.parametrize("mask", [None, PAST])

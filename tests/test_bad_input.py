@@ -220,6 +220,7 @@ ONE_STAGE = {
     ],
     "sft": [
         (("--model_name_or_path", "{house}/rm whole"), "LlamaForSequenceClassification, which scores"),
+        (("--model_name_or_path", "{house}/other weights", "--peft_path", "{house}/adapter"), "is not the base of"),
         (("--peft_path", "{house}/rm"), "is a SEQ_CLS adapter, and this stage trains CAUSAL_LM"),
         (("--max_steps", 0), "--max_steps"),
         (("--model_name_or_path", "{house}/broken template"), "chat template"),

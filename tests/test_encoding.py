@@ -291,6 +291,25 @@ def test_truncation_with_a_space_before_the_end_token():
     assert "".join(before).endswith("ssistant:\n") and answer == ["1", " ", "2"]
 
 
+def test_an_end_behind_a_space_is_trained_in_every_turn():
+    tokenizer = make_tokenizer(SPACE_BEFORE_END)
+    encoded = data_args().encode(tokenizer, chat("hello", "a b", "hello", "b"))
+    assert trained(tokenizer, encoded) == ["a b <|im_end|>", "b <|im_end|>"]
+
+
+def test_an_end_behind_words_of_the_template_is_not_the_answers():
+    tokenizer = make_tokenizer(SPACE_BEFORE_END.replace(" {{ eos_token }}", "#{{ eos_token }}"))
+    encoded = data_args().encode(tokenizer, chat("hello", "a b", "hello", "b"))
+    assert trained(tokenizer, encoded) == ["a b", "b<|im_end|>"]
+
+
+@pytest.mark.parametrize(("configured", "own"), [(None, []), (0, [0]), ([0, 7], [0, 7])])
+def test_what_the_model_takes_for_an_end_is_one(configured, own, chatml):
+    """Beside the token that ends a turn; generation_config.json may name several."""
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=configured))
+    assert data_args().eos_ids(model, chatml) == sorted([*own, chatml.eos_token_id])
+
+
 # RL samples after encode_prompt; the reward model learned on encode
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, history, in_process, results
-from peft import TaskType
+from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners import lora
 from transformers import AutoModelForCausalLM
 
 from arguments.adapter import AdapterArguments
-from arguments.lora import QuickDropout
+from arguments.lora import QuickDropout, quicken
 
 DATA = ROOT / "data"
 PLAIN = ("--precision", "fp32", "--train_sampling_strategy", "random")
@@ -109,6 +109,32 @@ def test_lora_first_computes_what_peft_does(family, autocast, tiny):
     for found, expected in zip(ours, outcome(model, layer, autocast), strict=True):
         assert found.dtype == expected.dtype
         assert (found - expected).norm() <= (1e-2 if autocast else 1e-6) * expected.norm()
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"])
+def test_what_lora_first_is_not_for_is_left_to_peft(kind, tiny):
+    """DoRA and biases, which an adapter of --peft_path may have, two adapters at once, and what is merged."""
+    config = LoraConfig(target_modules=["query_key_value"], lora_alpha=12, init_lora_weights=False, **kind)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny("bloom")), config)
+    model.add_adapter("other", config)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:  # DoRA is LoRA before it has learned
+            parameter.data *= 1.5
+
+    @torch.no_grad()
+    def logits() -> list[torch.Tensor]:
+        found = []
+        for active in (["default", "other"], "default"):
+            model.base_model.set_adapter(active)
+            found.append(model(torch.arange(5, 29).view(2, 12)).logits)
+        model.merge_adapter(["default"])
+        found.append(model(torch.arange(5, 29).view(2, 12)).logits)
+        model.unmerge_adapter()
+        return found
+
+    expected = logits()
+    quicken(model)
+    torch.testing.assert_close(logits(), expected)
 
 
 def test_recomputing_leaves_out_the_last_product_of_a_block(tiny):

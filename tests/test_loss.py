@@ -8,7 +8,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import alone, in_process, stage
 from tiny_models import FAMILIES
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import arguments.loss
 from arguments.command_line import Fault
@@ -81,6 +88,23 @@ def test_logits_that_a_model_caps_are_capped():
     model.get_output_embeddings().requires_grad_(False)
     loss = alone(TokenLoss()).compute_loss(model, {"input_ids": IDS, "labels": LABELS.clone()}, num_items_in_batch=9)
     torch.testing.assert_close(loss, model(IDS, labels=LABELS, use_cache=False).loss, atol=1e-6, rtol=1e-6)
+
+
+class ScaledInPlace(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits.mul_(0.1)
+        return outputs
+
+
+def test_logits_that_a_model_writes_over_are_its_logits(tiny):
+    """The tensor is the output layer's, the numbers are not."""
+    model = ScaledInPlace.from_pretrained(tiny("llama"), dtype=torch.float32)
+    model.get_output_embeddings().requires_grad_(False)
+    loss = alone(TokenLoss()).compute_loss(model, {"input_ids": IDS, "labels": LABELS.clone()}, num_items_in_batch=9)
+    logits = model(IDS, use_cache=False).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, LABELS[:, 1:].flatten(), reduction="sum") / 9
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_a_batch_without_a_trained_token(tiny):
@@ -164,15 +188,18 @@ def test_what_layers_get_and_give_can_be_watched(name, tiny, records, tmp_path):
 
 
 def test_a_sampler_that_fills_up_its_own_batches_is_trained_whole():
-    """Of 13 rows in batches of 4 on two ranks the last one has 4 and 1 of its own; those of batch_rebalance all."""
+    """Of 13 rows in batches of 4 on two ranks the last one has 4 and 1 of its own, of 16 all; those of batch_rebalance
+    too."""
 
-    def own(strategy, rank, ranks=2):
+    def own(strategy, rank, ranks=2, count=13):
         args = SimpleNamespace(
             world_size=ranks, process_index=rank, train_batch_size=4, train_sampling_strategy=strategy
         )
         state = SimpleNamespace(end_of_dataloader=True)
         accelerator = SimpleNamespace(gradient_state=state)
-        return own_rows(SimpleNamespace(args=args, accelerator=accelerator, train_dataset=range(13)), 4)
+        return own_rows(SimpleNamespace(args=args, accelerator=accelerator, train_dataset=range(count)), 4)
 
     assert [own("random", rank) for rank in (0, 1)] == [4, 1]
+    assert [own("random", rank, count=16) for rank in (0, 1)] == [4, 4]
+    assert [own("random", rank, count=10) for rank in (0, 1)] == [2, 0]
     assert [own("batch_rebalance", rank) for rank in (0, 1)] == [4, 4] and own("random", 0, ranks=1) == 4

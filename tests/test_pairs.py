@@ -76,6 +76,16 @@ def test_a_model_that_lets_answers_see_each_other_is_found_out(tiny, monkeypatch
     assert not keeps_answers_apart(prepared(tiny("llama")))
 
 
+def test_a_model_that_reads_no_positions_is_found_out(tiny, monkeypatch):
+    """Its answers do not see each other, but the rejected one starts behind the chosen one."""
+
+    def counted(spans, length):
+        return torch.arange(length)[None], places(spans, length)[1]
+
+    monkeypatch.setattr("arguments.pairs.places", counted)
+    assert not keeps_answers_apart(prepared(tiny("gpt2")))
+
+
 def test_a_model_that_refuses_the_mask_is_no_error(tiny, monkeypatch):
     monkeypatch.setattr("arguments.pairs.places", lambda spans, length: 1 / torch.ones(3, 0) @ torch.ones(2))
     assert not keeps_answers_apart(prepared(tiny("llama")))

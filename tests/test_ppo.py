@@ -430,7 +430,21 @@ PROMPTS = [[3 + (7 * i) % 90 for i in range(length)] for length in (6, 9, 32, 7,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_before_a_prompt_changes_nothing(family, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path)).eval()
+    kept = model.generation_config
     assert takes_padding(model, ModelArguments(str(tmp_path)).load_tokenizer(), PROMPTS)
+    assert model.generation_config is kept
+
+
+@pytest.mark.parametrize(("dtype", "taken"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_padding_that_moves_logits_by_hundredths_is_rounding_in_bf16_alone(dtype, taken, tmp_path):
+    def nudge(module, inputs, named, outputs):
+        if (seen := named.get("attention_mask")) is not None:  # not given where nothing is padding
+            outputs.logits = torch.where((seen == 0).any(-1)[:, None, None], 1.02, 1.0) * outputs.logits
+        return outputs
+
+    model = AutoModelForCausalLM.from_pretrained(save_tiny("llama", tmp_path), dtype=dtype).eval()
+    model.register_forward_hook(nudge, with_kwargs=True)
+    assert takes_padding(model, ModelArguments(str(tmp_path)).load_tokenizer(), PROMPTS) == taken
 
 
 def test_padding_that_is_seen_behind_a_cache(tmp_path):

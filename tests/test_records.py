@@ -1,10 +1,12 @@
 """Every record form to its canonical form, files in every encoding, and errors that name file and line."""
 
 import gzip
+import inspect
 import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -735,6 +737,15 @@ def test_pairs_on_one_question_are_held_out_together(tmp_path):
         DataArguments(str(tmp_path)).load_pairs()
 
 
+def test_pairs_alike_but_for_their_kind_are_duplicates(tmp_path):
+    pair = {"question": "q", "response_chosen": "good", "response_rejected": "bad"}
+    rows = [pair | {"kind": "short"}, pair | {"kind": "rude"}, pair | {"response_rejected": "worse"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "held_out.jsonl").write_text(json.dumps(pair | {"question": "other"}))
+    train, _ = DataArguments(str(tmp_path / "train.jsonl"), str(tmp_path / "held_out.jsonl")).load_pairs()
+    assert train["rejected"][:] == ["bad", "worse"]
+
+
 def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(tmp_path, monkeypatch):
     import arguments.rows
 
@@ -748,6 +759,10 @@ def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(tmp_path, monke
         assert len(calls) == count
     DataArguments(data, held_out, overwrite_cache=True).load_documents()
     assert len(calls) == 5
+    other = SimpleNamespace(getsource=lambda module: "of another version", getmodule=inspect.getmodule)
+    monkeypatch.setattr(arguments.rows, "inspect", other)
+    DataArguments(data, held_out).load_documents()
+    assert len(calls) == 7
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import shutil
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -43,7 +44,7 @@ from arguments.command_line import UserError
 from arguments.data import DataArguments
 from arguments.encoding import LengthArguments
 from arguments.model import ModelArguments
-from arguments.reward import RewardModel, RewardSourceArguments
+from arguments.reward import RewardModel, RewardSourceArguments, pad_alike
 from arguments.reward_functions import load_functions
 from arguments.roles import VALUE, disable_dropout
 from arguments.sampling import until_eos
@@ -165,6 +166,7 @@ def test_first_rollout_is_the_reference(tiny, records, tmp_path):
         first, second = history(output, "kl")
         assert first == 0.0 and second != 0.0
         assert results(output)["eval_kl_before"] == 0.0 != results(output)["eval_kl"]
+        assert all(path.parent.name.startswith("checkpoint-") for path in output.glob(f"*/{ADAPTER}")), "of the policy"
     in_process(*merge(base, output, tmp_path / "rl-merged")).ok()
     assert (Path(base) / "generation_config.json").read_bytes() == generation
     for folder in (base, tmp_path / "rl-merged"):
@@ -222,6 +224,15 @@ def test_prompts_that_padding_would_change_are_sampled_apart(records, tmp_path, 
     assert sampled(rows, seeds) == alone
     trainer.pads = True
     assert sampled(rows, seeds) != alone, "this test needs a model that padding confuses"
+
+
+def test_sampling_leaves_the_settings_that_are_saved_with_the_weights(tiny, records, tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--use_peft", "False")
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    trainer.sample("policy", [trainer.train_dataset[0]], ["a"])
+    expected = AutoModelForCausalLM.from_pretrained(tiny("llama")).generation_config
+    assert trainer.model.policy.generation_config.to_dict() == expected.to_dict()
 
 
 def test_progress_of_sampling_and_scoring(tiny, records, tmp_path, monkeypatch):
@@ -580,7 +591,7 @@ def test_gradient_that_is_not_finite(tiny, records, tmp_path, monkeypatch):
 def test_logged_kl_is_not_the_one_that_steers(tiny, records, tmp_path, monkeypatch):
     (tmp_path / "rewards.py").write_text(FUNCTIONS)
     flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--kl_estimator", "k2", "--adap_kl_ctrl")
-    flags += ("--kl_target", 3, "--kl_horizon", 40)
+    flags += ("--kl_target", 3, "--kl_horizon", 40, "--report_to", "none")
     trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
     moved(trainer)
     trainer.collect([trainer.train_dataset[i] for i in range(4)], 0)
@@ -591,6 +602,26 @@ def test_logged_kl_is_not_the_one_that_steers(tiny, records, tmp_path, monkeypat
     (logged,) = [row["kl"] for row in trainer.stats if "kl" in row]
     assert logged == pytest.approx(k2)
     assert trainer.kl_coef == pytest.approx(0.05 * (1 + max(-0.2, min(0.2, k1 / 3 - 1)) * 4 / 40))
+    rows = list(trainer.eval_dataset)
+    ratios = [answer["logp"] - answer["ref_logp"] for answer in trainer.answer_all("policy", rows)]
+    k2 = statistics.fmean((ratio**2 / 2).sum().item() for ratio in ratios)
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(k2)
+
+
+def test_every_log_probability_is_at_the_temperature_of_sampling(tiny, records, tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--temperature", 0.5, "--precision", "fp32")
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    trainer.collect([trainer.train_dataset[i] for i in range(4)], 0)
+    for answer in trainer.rollout:
+        ids, start = answer["prompt"] + answer["ids"], len(answer["prompt"])
+        with torch.no_grad():
+            logits = trainer.model.policy(torch.tensor([ids])).logits[0, start - 1 : -1] / 0.5
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
+        for name in ("logp", "ref_logp"):
+            torch.testing.assert_close(answer[name], expected, atol=1e-4, rtol=0)
+    trainer.update(trainer.rollout)
+    assert trainer.stats[-1]["step_kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_an_answer_ends_at_the_first_of_several_ends(tiny, records, tmp_path, monkeypatch):
@@ -991,6 +1022,17 @@ def test_a_reward_model_of_its_own_reads_whole_answers(tiny):
         cut_off = judge(told, [True, False]).tolist()
     assert short != long
     assert cut_off[0] == pytest.approx(short, abs=1e-6) and cut_off[1] != pytest.approx(long, abs=1e-6)
+
+
+@pytest.mark.parametrize("first", ["config", "tokenizer"])
+def test_model_and_tokenizer_pad_with_the_token_that_training_padded_with(first, tiny):
+    """An adapter's tokenizer knows it, its base's config does not: the score would be read at another token."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    known = {"config": 5, "tokenizer": tokenizer.pad_token_id}
+    assert tokenizer.pad_token_id not in (None, 5), "this test needs two tokens"
+    config = SimpleNamespace(pad_token_id=known["config"], vocab_size=len(tokenizer))
+    pad_alike(config, tokenizer, first)
+    assert config.pad_token_id == tokenizer.pad_token_id == known[first]
 
 
 def test_a_reward_model_of_few_positions_reads_less_of_a_question(tiny, capsys):

@@ -128,7 +128,15 @@ def test_numbers_that_run_away_end_the_run_and_are_not_saved(tiny, records, tmp_
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / ADAPTER).values())
 
 
-@pytest.mark.parametrize("flags", [("--save_steps", 1), ("--max_steps", 1), ("--save_strategy", "epoch")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--save_steps", 1),
+        ("--max_steps", 1),
+        ("--save_strategy", "epoch"),
+        ("--max_steps", 1, "--save_strategy", "no"),  # at the end alone
+    ],
+)
 def test_a_step_that_is_too_large_is_not_saved(flags, tiny, records, tmp_path):
     """Its gradients are finite, what it makes of the weights is not."""
     command = stage("sft", tiny("llama"), records, tmp_path / "out", "--learning_rate", 1e39, "--max_grad_norm", 1e9)
@@ -360,6 +368,13 @@ def test_fresh_leaves_what_the_run_starts_from(place, tmp_path):
     assert left == {place or "."} and (tmp_path / "checkpoint-2-best").exists()
 
 
+def test_fresh_leaves_a_checkpoint_with_what_the_run_starts_from_in_it(tmp_path):
+    for folder in ("checkpoint-1/merged", "checkpoint-2"):
+        (tmp_path / folder).mkdir(parents=True)
+    clear_output(tmp_path, [str(tmp_path / "checkpoint-1" / "merged")])
+    assert (tmp_path / "checkpoint-1" / "merged").exists() and not (tmp_path / "checkpoint-2").exists()
+
+
 def test_fresh_leaves_what_no_run_made(tmp_path, logged):
     (tmp_path / "adapter").mkdir()
     for name in (f"adapter/{ADAPTER}", "exam_results.json", "notes.txt", "train_results.json"):
@@ -479,6 +494,7 @@ def test_a_run_that_went_back_goes_on_where_it_was_killed(tiny, records, tmp_pat
     command = (*stage("sft", tiny("llama"), records, output), "--save_steps", 1, "--max_steps", 4)
     in_process(*command, "--save_total_limit", 9).ok()
     back = (*command, "--resume_from_checkpoint", output / "checkpoint-1", "--weight_decay", 0.1)
+    back = (*back, "--save_total_limit", 3)
     said = in_process(*back).ok().stderr
     assert f"Removing {output / 'checkpoint-4'}" in said and f"Going on from {output / 'checkpoint-1'}" in said
     assert not (output / "checkpoint-1").exists(), "this test is of the checkpoint asked for being deleted since"
