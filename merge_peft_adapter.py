@@ -119,6 +119,8 @@ def check(args: MergeArguments, config: PeftConfig, adapter: Path) -> None:
         raise UserError(
             f"--output_dir {args.output_dir} holds another adapter, which is not merged: name another folder"
         )
+    if config.init_lora_weights == "olora":  # PiSSA and its like are found when they are loaded
+        raise UserError(f"{adapter}: its kind of initialisation (OLoRA) changes the base: save it as plain LoRA")
     if config.layer_replication:
         raise UserError(f"{adapter} repeats layers of its base (layer_replication), which is not merged here")
     if args.gguf and config.task_type == "SEQ_CLS":

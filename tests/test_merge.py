@@ -444,12 +444,18 @@ def test_an_adapter_that_lacks_a_tensor_is_not_taken(name, tiny, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "q.txt"]
 
 
-def test_kinds_that_peft_does_not_merge_are_refused(tiny, tmp_path):
-    kinds = {"layer_replication": [(0, 2), (1, 2)], "alora_invocation_tokens": [5]}
-    for kind, value in kinds.items():
-        adapter = save_adapter(tiny("llama"), tmp_path / kind, task_type="CAUSAL_LM", **{kind: value})
-        ended = in_process(*merge(tiny("llama"), adapter, tmp_path / "merged"))
-        assert ended.code == 2 and len(ended.errors) == 1 and "merge" in ended.errors[0], kind
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ({"layer_replication": [(0, 2), (1, 2)]}, "repeats layers of its base"),
+        ({"alora_invocation_tokens": [5]}, "aLoRA does not support merging"),
+        ({"init_lora_weights": "olora"}, "save it as plain LoRA"),
+    ],
+)
+def test_kinds_that_peft_does_not_merge_are_refused(kind, message, tiny, tmp_path):
+    adapter = save_adapter(tiny("llama"), tmp_path / "adapter", task_type="CAUSAL_LM", **kind)
+    ended = in_process(*merge(tiny("llama"), adapter, tmp_path / "merged"))
+    assert ended.code == 2 and len(ended.errors) == 1 and message in ended.errors[0]
     assert not (tmp_path / "merged").exists()
 
 
