@@ -8,7 +8,7 @@ start   reads the stage's inputs (files; folders of models or data; anything els
         "ended" if it ended with just these, "begun" if it was begun with them, "changed" if it was run with others
         (which: to stderr; what it made then is deleted), "new" if it was never run.
 finish  adds the stage's figures and time.
-clear   deletes outputs, unless a run is writing there.
+clear   deletes all stages' folders, unless a run is writing into one.
 Writes  outputs/ledger.jsonl: a line when a stage begins and one when it ends. Of several machines (NODE_RANK) the
         first one writes, and starts over what changed.
 """
@@ -141,7 +141,7 @@ def finish(outputs: Path, stage: str) -> None:
 def main():
     event, outputs, *rest = sys.argv[1:]
     if event == "clear":
-        return clear([*Path(outputs).glob("*"), Path(outputs)])
+        return clear([*Path(outputs).glob("*")])
     stage, *rest = rest
     if event == "finish":
         return finish(Path(outputs), stage)

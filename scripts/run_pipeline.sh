@@ -68,7 +68,10 @@ if [ "$MODEL $SFT_DATA $RM_DATA $RL_DATA $QUIZ $GENERAL" != "$sample" ]; then
   "$PYTHON" scripts/check_inputs.py "$MODEL" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GENERAL" "${FLAGS[@]}"
 fi
 : "${NODE_RANK:=0}"  # of several machines the first one clears, keeps the ledger and reports
-[ -z "$FRESH" ] || [ "$NODE_RANK" != 0 ] || "$PYTHON" scripts/ledger.py clear "${OUTPUTS:?}"
+if [ -n "$FRESH" ] && [ "$NODE_RANK" = 0 ]; then
+  "$PYTHON" scripts/ledger.py clear "${OUTPUTS:?}"  # refuses while another run is writing there
+  rm -rf "${OUTPUTS:?}"
+fi
 mkdir -p "$OUTPUTS"
 
 # stage name model data flags...: unless outputs/ledger.jsonl says that it ended with these same inputs and flags, run it.
