@@ -188,7 +188,7 @@ def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int],
 
 @lru_cache
 def special_ids(tokenizer, eos_token_id: int) -> set[int]:
-    """Ids of the special tokens. Gemma 3 adds 6,000 tokens: listing them takes 25 times as long as a record's rest."""
+    """Ids of the special tokens. To list 6,000 added tokens takes 25 times as long as all else of a record."""
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {eos_token_id}
 
 

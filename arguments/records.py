@@ -234,7 +234,7 @@ def last_answer(answer) -> str:
     """A response as text: itself, or the content of its last turn."""
     if isinstance(answer, list) and answer:
         answer = answer[-1]
-    if isinstance(answer, dict) and is_turn(answer):
+    if is_turn(answer):
         if not is_answer(answer):
             raise BadRecord(f"expected an answer, found a turn of {answer.get('role') or answer.get('from')}")
         return text_of(answer, "assistant")
