@@ -66,7 +66,7 @@ def read(name: str) -> list[dict]:
 def records(stage: str, count: int) -> list[dict]:
     """Records in the common forms: {"text"}, {"instruction", "output"}, {"instruction", "chosen", "rejected"}."""
     if stage == "pt":
-        return read("pretrain/train/en.jsonl")[:count]
+        return [*read("pretrain/train/en.jsonl"), *read("pretrain/train/en_topics.jsonl")][:count]
     if stage == "sft":
         rows = [row for row in read("finetune/train/en_instructions.jsonl") if not row["input"]]
         return [{"instruction": row["instruction"], "output": row["output"]} for row in rows[:count]]
