@@ -7,7 +7,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import library
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
+
+from arguments.precision import native_bf16
 
 ROWS = 64  # whose scores are computed at once; 32 and 128 took as long or longer but in a few shapes, 16 longer
 LOWEST = torch.finfo(torch.float32).min  # not -inf: a row that sees nothing, as padding may, is then no NaN
@@ -153,9 +155,20 @@ def takes_blocks(module, query, key, attention_mask, is_causal=None, dropout=0.0
     return attention_mask.dtype == torch.bool and attention_mask.shape[1:] == (1, rows, columns)
 
 
+def lacks_flash(query) -> bool:
+    """Whether it is on a GPU before Ampere, such as a T4, for which PyTorch has no flash attention."""
+    return query.device.type == "cuda" and not native_bf16(gpu=True)
+
+
 def blockwise_attention(module, query, key, value, attention_mask, scaling=None, **settings):
-    """transformers' attention interface: in blocks if the call allows it, else by sdpa_attention_forward."""
+    """transformers' attention interface: in blocks if the call allows it, else by sdpa_attention_forward.
+
+    Without a mask that one leaves grouped heads to flash attention. Where there is none, PyTorch 2.13 would compute the
+    whole table of scores: its memory-efficient kernel wants as many heads of keys as of queries.
+    """
     if not takes_blocks(module, query, key, attention_mask, **settings):
+        if use_gqa_in_sdpa(attention_mask, key, value) and lacks_flash(query):
+            key, value = (repeat_kv(states, query.shape[1] // states.shape[1]) for states in (key, value))
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, attention_mask, scale), None

@@ -16,6 +16,7 @@ from arguments.command_line import UserError, expect
 EMPTY_THOUGHTS = re.compile(r"<think>\s*</think>\s*$")
 NO_THOUGHTS = "\n</think>\n\n"  # behind <think>
 OPENING = re.compile(r"^\s*<think>\s*")
+MARKER = "\ue000{}\ue001"  # in place of an answer, in a template
 
 
 @dataclass
@@ -51,6 +52,29 @@ class LengthArguments:
         keep = slice(max(0, start - self.max_source_length), start + self.max_target_length)
         lengths["source_kept"] = min(start, self.max_source_length)
         return {"input_ids": ids[keep], "labels": labels[keep]} | lengths
+
+    def encode_scored(self, tokenizer, messages: list[dict], finished: bool) -> list[int]:
+        """Tokens of a conversation whose last answer is scored, as stage 3 trains it: those of `encode`, and behind the
+        answer's end what the template puts there. An answer that is not `finished` has no end.
+        """
+        row = self.encode(tokenizer, messages)
+        ids = row["input_ids"]
+        return ids + self.behind(tokenizer, row["target_tokens"]) if finished else ids[:-1]
+
+    def encode_templated(self, tokenizer, messages: list[dict], finished: bool) -> list[int]:
+        """`encode_scored` for a reward model of another origin: all that the template makes of the conversation.
+
+        The same in most templates; some trim answers, or leave out thoughts, or a system text that prompts have.
+        """
+        ids, start = self._within(partial(encode_whole, tokenizer, finished=finished), messages)[1]
+        return ids[max(0, start - self.max_source_length) : start + self.max_target_length]
+
+    def behind(self, tokenizer, length: int) -> list[int]:
+        """Tokens behind the end of an answer of `length` tokens, if max_target_length allows them: every library has them
+        in what a reward model reads, and takes the score at the last one, a line break in ChatML.
+        """
+        ids = behind_end(tokenizer, tokenizer.get_chat_template())
+        return ids if length + len(ids) <= self.max_target_length else []
 
     def encode_prompt(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
         """Tokens of a conversation that awaits an answer, input_ids: at most max_source_length of them.
@@ -141,6 +165,28 @@ def encode_question(tokenizer, messages: list[dict]) -> tuple[list[int], int]:
     return ids, len(ids)
 
 
+def encode_whole(tokenizer, messages: list[dict], finished: bool) -> tuple[list[int], int]:
+    """Token ids of what the template makes of a conversation, up to the last answer's text if that is not `finished`,
+    and how many come before that text.
+    """
+    messages = [*shown(tokenizer, messages[:-1]), messages[-1]]
+    text = render(tokenizer, messages)
+    before, _, ending = render(tokenizer, [*messages[:-1], messages[-1] | {"content": MARKER}]).partition(MARKER)
+    ids, start = (
+        tokenizer(part, add_special_tokens=False)["input_ids"]
+        for part in (text if finished else text.removesuffix(ending), before)
+    )
+    return ids, len(start)
+
+
+@lru_cache
+def behind_end(tokenizer, template: str) -> list[int]:
+    """Token ids that the template puts behind the token that ends an answer: a line break in ChatML, mostly none."""
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    whole, end = encode_whole(tokenizer, turn, finished=True)[0], encode_turns(tokenizer, turn)[0][-1]
+    return whole[len(whole) - whole[::-1].index(end) :] if end in whole else []
+
+
 def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int], int]:
     """input_ids and labels of a whole conversation (see LengthArguments.encode), and where the last answer starts.
 
@@ -152,7 +198,7 @@ def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int],
     """
     messages = [*shown(tokenizer, messages[:-1]), messages[-1]]
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    marker = "\ue000{}\ue001".format
+    marker = MARKER.format
     numbered = iter(range(len(answers)))
     marked = [m | {"content": marker(next(numbered))} if m["role"] == "assistant" else m for m in messages]
     prompt = render(tokenizer, marked[:-1], add_generation_prompt=True)

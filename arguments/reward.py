@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from arguments.adapter import with_saved_adapter
-from arguments.base import adapter_config, adapter_folder
+from arguments.base import BASE_FILE, adapter_config, adapter_folder
 from arguments.command_line import UserError, not_found
 from arguments.encoding import LengthArguments
 from arguments.model import ModelArguments, keep_unpacked, pad_candidate
@@ -113,7 +113,8 @@ class RewardSourceArguments:
         if adapter:
             adapter_head(adapter)
             model = with_saved_adapter(model, adapter, "default", trainable=False)
-        return RewardModel(model, tokenizer, lengths)
+        own = any((adapter or Path(path)).joinpath(name).exists() for name in (BASE_FILE, "run.json", "merge.json"))
+        return RewardModel(model, tokenizer, lengths, own)
 
     def _check_head(self, config) -> None:
         """See that a whole model scores: its config names a classifier of one label."""
@@ -179,11 +180,14 @@ def pad_alike(config, tokenizer, first: str) -> None:
 
 
 class RewardModel(nn.Module):
-    """A separate reward model, which reads conversations as text with its own tokenizer and template."""
+    """A separate reward model, which reads conversations as text with its own tokenizer and template.
 
-    def __init__(self, model: nn.Module, tokenizer, lengths: LengthArguments):
+    One that stage 3 trained (`own`) reads them as it did there, another as its template has them.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, lengths: LengthArguments, own: bool = False):
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.own = model, tokenizer, own
         # an answer's limit is in the policy's tokens: in another vocabulary a whole answer may have more
         known = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # ALiBi has none
         self.positions = positions = known or max(8192, lengths.longest)
@@ -206,10 +210,10 @@ class RewardModel(nn.Module):
         """
         device = next(self.model.parameters()).device
         if self.tokenizer.chat_template:
-            rows = [self.lengths.encode(self.tokenizer, messages)["input_ids"] for messages in conversations]
-            ends = finished or [True] * len(rows)
-            rows = [{"input_ids": ids if end else ids[:-1]} for ids, end in zip(rows, ends, strict=True)]
-            batch = self.tokenizer.pad(rows, return_tensors="pt")
+            encode = self.lengths.encode_scored if self.own else self.lengths.encode_templated
+            ended = zip(conversations, finished or [True] * len(conversations), strict=True)
+            rows = [encode(self.tokenizer, messages, ends) for messages, ends in ended]
+            batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
         else:
             prompts = ["\n".join(m["content"] for m in messages[:-1]) for messages in conversations]
             answers = [messages[-1]["content"] for messages in conversations]

@@ -48,7 +48,8 @@ def at_columns(hidden, columns):
 
 
 def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.Tensor]:
-    """A batch of answers. ids [batch, time]: prompt and answer, right-padded; the rest is [batch, answer].
+    """A batch of answers. ids [batch, time]: prompt, answer and what is `behind` it, right-padded; the rest is
+    [batch, answer].
 
     answer_mask marks real tokens, tokens are their ids, columns the positions whose logits predict them; every tensor
     that the answers carry, one number a token, is padded with 0.
@@ -57,7 +58,7 @@ def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.T
     def stacked(rows, value=0):
         return pad_sequence(rows, batch_first=True, padding_value=value)
 
-    rows = [torch.tensor(answer["prompt"] + answer["ids"]) for answer in answers]
+    rows = [torch.tensor(answer["prompt"] + answer["ids"] + answer["behind"]) for answer in answers]
     tokens = [torch.tensor(answer["ids"]) for answer in answers]
     before = torch.tensor([[len(answer["prompt"]) - 1] for answer in answers])
     batch = {"ids": stacked(rows, pad_token_id), "tokens": stacked(tokens)}

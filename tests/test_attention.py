@@ -153,6 +153,23 @@ def test_what_the_blocks_are_not_for_is_left_to_pytorch(settings, blocks, monkey
     assert bool(taken) == blocks
 
 
+@pytest.mark.parametrize(("old", "heads"), [(True, 4), (False, 2)])
+def test_a_gpu_without_flash_attention_gets_a_key_for_each_query(old, heads, monkeypatch):
+    """PyTorch's other kernel that keeps no table of scores takes no groups."""
+    kernel, seen = torch.nn.functional.scaled_dot_product_attention, []
+    query, key, value, _ = (states[..., :16].contiguous() for states in tensors(8, 4, 2, torch.float32))
+    inputs = SimpleNamespace(is_causal=True, num_key_value_groups=2), query, key, value, None
+    expected, _ = sdpa_attention_forward(*inputs)
+    monkeypatch.setattr(arguments.attention, "lacks_flash", lambda query: old)
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, key, *rest, **settings: seen.append(key.shape[1]) or kernel(query, key, *rest, **settings),
+    )
+    assert torch.allclose(blockwise_attention(*inputs)[0], expected, atol=1e-6)
+    assert seen == [heads]
+
+
 def test_scores_that_are_capped_are_refused_as_by_pytorch():
     with pytest.raises(ValueError, match="softcap"):
         call(softcap=30.0)
