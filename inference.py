@@ -176,7 +176,7 @@ def find_adapter(adapter: str, base: str, args: InferenceArguments) -> Path:
     if (folder := adapter_folder(adapter)) is None:
         raise UserError(f"--lora_model {adapter} holds no adapter_config.json: name the output folder of a stage")
     task = adapter_config(folder).task_type
-    if task != TaskType.CAUSAL_LM:
+    if task not in (None, TaskType.CAUSAL_LM):
         raise UserError(f"--lora_model {adapter} is a {task} adapter: it scores answers, it gives none")
     if not adapter_shapes(folder):
         raise UserError(f"--lora_model {adapter}: its file of weights is empty: copy or train it again")

@@ -45,7 +45,16 @@ from transformers import (
 
 from arguments.adapter import with_saved_adapter
 from arguments.atomic import hold_folder
-from arguments.base import adapter_config, adapter_folder, check_base, fingerprint, tokenizer_folder, weight_files
+from arguments.base import (
+    adapter_config,
+    adapter_folder,
+    check_base,
+    fingerprint,
+    is_base,
+    recorded_base,
+    tokenizer_folder,
+    weight_files,
+)
 from arguments.checkpoints import digest
 from arguments.command_line import Fault, UserError, explained, first_line, parse_arguments, run_stage
 from arguments.streamed import MergedWeights, adapted, grown_vocabulary, opened, running, save_merged, untie
@@ -391,6 +400,12 @@ def main():
     args.base_model_name_or_path = args.base_model_name_or_path or config.base_model_name_or_path
     check(args, config, adapter)
     check_base(adapter, args.base_model_name_or_path, args.force)
+    named = config.base_model_name_or_path
+    if named and not recorded_base(adapter) and not is_base(adapter, args.base_model_name_or_path):
+        logger.warning(
+            f"{adapter} names {named} as its base, and has no base.json by which to tell whether "
+            f"{args.base_model_name_or_path} is the same: taking it as such"
+        )
     tokenizer = load_tokenizer(args, adapter)
     if args.push_to_hub:
         check_hub(args.push_to_hub)

@@ -456,7 +456,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             answers = self.sample("policy", rows, seeds)
         with self.timed("score"):
             self.rollout = self.judge(answers, rows, critic=True)
-        batch = collate(self.rollout, self.processing_class.pad_token_id, "cpu")
+        without_states = [{k: v for k, v in answer.items() if k != "states"} for answer in self.rollout]
+        batch = collate(without_states, self.processing_class.pad_token_id, "cpu")
         mask, scores = batch["answer_mask"], torch.tensor([answer["score"] for answer in self.rollout])
         unfinished = torch.tensor([not answer["finished"] for answer in self.rollout])
         scores = scores - args.reward_baseline

@@ -163,8 +163,8 @@ def lacks_flash(query) -> bool:
 def blockwise_attention(module, query, key, value, attention_mask, scaling=None, **settings):
     """transformers' attention interface: in blocks if the call allows it, else by sdpa_attention_forward.
 
-    Without a mask that one leaves grouped heads to flash attention. Where there is none, PyTorch 2.13 would compute the
-    whole table of scores: its memory-efficient kernel wants as many heads of keys as of queries.
+    Without a mask that one leaves grouped heads to flash attention. Where there is none, PyTorch 2.13 would compute
+    the whole table of scores: its memory-efficient kernel wants as many heads of keys as of queries.
     """
     if not takes_blocks(module, query, key, attention_mask, **settings):
         if use_gqa_in_sdpa(attention_mask, key, value) and lacks_flash(query):

@@ -54,8 +54,8 @@ class LengthArguments:
         return {"input_ids": ids[keep], "labels": labels[keep]} | lengths
 
     def encode_scored(self, tokenizer, messages: list[dict], finished: bool) -> list[int]:
-        """Tokens of a conversation whose last answer is scored, as stage 3 trains it: those of `encode`, and behind the
-        answer's end what the template puts there. An answer that is not `finished` has no end.
+        """Tokens of a conversation whose last answer is scored, as stage 3 trains it: those of `encode`, and what the
+        template puts behind the answer's end. An answer that is not `finished` has no end.
         """
         row = self.encode(tokenizer, messages)
         ids = row["input_ids"]
@@ -70,8 +70,10 @@ class LengthArguments:
         return ids[max(0, start - self.max_source_length) : start + self.max_target_length]
 
     def behind(self, tokenizer, length: int) -> list[int]:
-        """Tokens behind the end of an answer of `length` tokens, if max_target_length allows them: every library has them
-        in what a reward model reads, and takes the score at the last one, a line break in ChatML.
+        """Tokens behind the end of an answer of `length` tokens, if max_target_length allows them.
+
+        Every library has them in what a reward model reads, and takes the score at the last one: in ChatML, a line
+        break.
         """
         ids = behind_end(tokenizer, tokenizer.get_chat_template())
         return ids if length + len(ids) <= self.max_target_length else []

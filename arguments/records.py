@@ -183,7 +183,7 @@ def to_conversation(record) -> list[dict]:
     else:
         raise BadRecord(f"expected {form}, found keys {', '.join(record)}")
     if not messages:
-        raise BadRecord("there is no question with an answer")
+        raise BadRecord(f"there is no question with an answer; found keys {', '.join(record)}")
     return messages
 
 

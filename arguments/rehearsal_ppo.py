@@ -38,6 +38,9 @@ def rehearse_ppo(model_args, adapter_args, args, train, held_out, data_args, rew
     batch = collate(answers, 0, found.device)
     batch["states"] = torch.zeros(*batch["tokens"].shape, found.model.value_head.in_features, device=found.device)
     found.phase("score", lambda: score(found, batch), grad=False)
+    if args.critic == "head" and found.device.type == "cpu":  # it reads the states of a whole rollout, kept on the CPU
+        rollout = args.batch_size * args.world_size
+        found.footprint.now["activations"] += rollout * batch["states"].nbytes // len(batch["states"])
     found.phase("update", lambda: update(found, batch))
     return found
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from arguments.adapter import with_saved_adapter
 from arguments.base import BASE_FILE, adapter_config, adapter_folder
 from arguments.command_line import UserError, not_found
-from arguments.encoding import LengthArguments
+from arguments.encoding import LengthArguments, known_ids
 from arguments.model import ModelArguments, keep_unpacked, pad_candidate
 from arguments.reward_functions import load_functions
 from arguments.shapes import only_shapes
@@ -191,6 +191,7 @@ class RewardModel(nn.Module):
         # an answer's limit is in the policy's tokens: in another vocabulary a whole answer may have more
         known = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # ALiBi has none
         self.positions = positions = known or max(8192, lengths.longest)
+        tokenizer.embedding_rows = model.config.get_text_config().vocab_size
         source = min(lengths.max_source_length, positions - lengths.max_target_length)
         if tokenizer.chat_template and source < 1:
             raise UserError(
@@ -212,7 +213,7 @@ class RewardModel(nn.Module):
         if self.tokenizer.chat_template:
             encode = self.lengths.encode_scored if self.own else self.lengths.encode_templated
             ended = zip(conversations, finished or [True] * len(conversations), strict=True)
-            rows = [encode(self.tokenizer, messages, ends) for messages, ends in ended]
+            rows = [known_ids(self.tokenizer, encode(self.tokenizer, messages, ends)) for messages, ends in ended]
             batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
         else:
             prompts = ["\n".join(m["content"] for m in messages[:-1]) for messages in conversations]

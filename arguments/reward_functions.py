@@ -1,9 +1,11 @@
 """Rewards from the user's own Python functions, called as trl calls them."""
 
 import asyncio
+import copy
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,14 +54,21 @@ def recorders(answers: list[dict], metrics: list[dict[str, float]]) -> dict[str,
     return {"log_extra": log_extra, "log_metric": log_metric}
 
 
-def function_scores(name: str, function, columns: dict[str, list]) -> list[float]:
-    """The numbers that a reward function, async or not, returns; None counts as 0."""
+def function_scores(name: str, function, columns: dict) -> list[float]:
+    """The numbers that a reward function, async or not, returns; None counts as 0.
+
+    It gets copies of the lists among its columns: what it does to them reaches neither the training nor another one.
+    """
+    given = {key: copy.deepcopy(value) if isinstance(value, list) else value for key, value in columns.items()}
     try:
-        values = function(**columns)
+        values = function(**given)
         values = asyncio.run(values) if inspect.iscoroutine(values) else values
         values = [0.0 if value is None else float(value) for value in values]
-    except Exception as error:  # it is the user's code: say which function, and what it said
-        raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
+    except Exception as error:  # it is the user's code: say which function and line, and what it said
+        file = getattr(function, "__globals__", {}).get("__file__")
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f" ({file}, line {lines[-1]})" if lines else ""
+        raise UserError(f"reward function {name}{where} raised {type(error).__name__}: {error}") from error
     if len(values) != len(columns["completions"]):
         raise UserError(
             f"reward function {name} returned {len(values)} numbers for {len(columns['completions'])} completions"

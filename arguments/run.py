@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from loguru import logger
 from transformers import IntervalStrategy, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from arguments.atomic import drop_if_cut, drop_if_no_text, hold_folder, read_json, write_atomically
@@ -156,6 +157,10 @@ class RunArguments(PrecisionArguments, CompileArguments):
                 f"scripts/run_*.sh start one process on each, as does torchrun --nproc_per_node {self.n_gpu}"
             )
             self._n_gpu = 1
+            if self.fp16 and self.optim == OptimizerNames.ADAMW_TORCH_FUSED:
+                # where gradients on two GPUs overflow, as in a first step, torch 2.13's scaler tells the fused one 2,
+                # and it skips a step for 1 alone: all weights would be NaN
+                self.optim = OptimizerNames.ADAMW_TORCH
 
     def _check_deepspeed(self) -> None:
         if not self.deepspeed:

@@ -78,6 +78,8 @@ class EndsOnce:
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step < self.state.max_steps:
             return super()._run_epoch(*args, **kwargs)
+        if self.state.global_step == self._initial_global_step:
+            logger.info(f"No step is left of {self.state.max_steps}: the weights stay (--fresh trains anew)")
         self.control.should_training_stop = True
 
     def save_metrics(self, split: str, metrics: dict, **kwargs):

@@ -38,7 +38,7 @@ def perplexity(model, tokenizer) -> float:
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(f"error: expected the folder to make: python {sys.argv[0]} FOLDER", file=sys.stderr)
         sys.exit(2)
     target = Path(sys.argv[1])

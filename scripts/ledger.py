@@ -6,7 +6,8 @@
 
 start   reads the stage's inputs (files; folders of models or data; anything else is a name) and flags, and prints
         "ended" if it ended with just these, "begun" if it was begun with them, "changed" if it was run with others
-        (which: to stderr; what it made then is deleted), "new" if it was never run.
+        (which: to stderr; what it made then is deleted), "new" if it was never run. What another command has put in
+        the place of what it made ends the pipeline.
 finish  adds the stage's figures and time.
 clear   deletes all stages' folders, unless a run is writing into one.
 Writes  outputs/ledger.jsonl: a line when a stage begins and one when it ends. Of several machines (NODE_RANK) the
@@ -74,6 +75,11 @@ def present(outputs: Path, stage: str) -> bool:
     return whole and (outputs / stage / "all_results.json").exists()
 
 
+def made_by(outputs: Path, stage: str) -> str | None:
+    """Hash of the adapter or model that a stage made; None for those that leave figures only."""
+    return digest(outputs / stage) if (outputs / stage).is_dir() else None
+
+
 def content(name: str) -> str:
     """Hash of an input's content; several folders may be joined as in --train_file_dir, a,b:2."""
     if Path(name).exists():
@@ -103,6 +109,13 @@ def start(outputs: Path, stage: str, inputs: list[str], flags: list[str]) -> str
     changed = [name for (name, now), then in zip(made.items(), before, strict=False) if now != then]
     changed += ["the flags"] * (flags != last["flags"])
     if known and not changed and last["event"] == "finish" and present(outputs, stage):
+        if last.get("made") not in (None, made_by(outputs, stage)):
+            print(
+                f"error: {outputs / stage} holds what another command has made since the pipeline did: move it and "
+                f"{stage}-merged elsewhere, or set OUTPUTS",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         return "ended"
     if FOLLOWS:
         return "new"
@@ -135,6 +148,7 @@ def finish(outputs: Path, stage: str) -> None:
     figures = json.loads(results.read_text()) if results.exists() else {}
     seconds = round(time.time() - last["time"], 1)
     last |= {"event": "finish", "time": time.time(), "seconds": seconds, "figures": figures}
+    last["made"] = made_by(outputs, stage)
     append_lines(outputs / "ledger.jsonl", [last])
 
 

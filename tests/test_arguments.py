@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import pickle
 import shutil
@@ -661,6 +662,25 @@ def test_several_gpus_in_one_process_are_one(tmp_path, monkeypatch, logged):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
     run = run_arguments(tmp_path)
     assert run._n_gpu == 1 and any("4 GPUs and one process" in line for line in logged)
+    assert run.optim == "adamw_torch_fused"
+
+
+def test_no_fused_optimizer_where_a_model_may_be_spread_in_fp16(tmp_path, monkeypatch):
+    """It takes an overflow on two GPUs for none. The same kernel on a CPU: 0 passes, 1 skips, and 2 writes NaN."""
+    weight = torch.ones(3)
+    weight.grad = torch.full((3,), math.inf)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    assert weight.tolist() == [1, 1, 1]
+    optimizer.found_inf = torch.tensor(2.0)
+    optimizer.step()
+    assert weight.isnan().all(), "torch skips such a step now: run.py need not choose another optimizer"
+
+    # fp16 as four T4 choose it: without a GPU transformers would refuse it before the GPUs are counted
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: vars(self).update(fp16=True) or 4))
+    assert run_arguments(tmp_path).optim == "adamw_torch"
+    assert run_arguments(tmp_path, optim="sgd").optim == "sgd"
 
 
 @pytest.mark.parametrize("name", ["checkpoint-11", "checkpoint-9/x"])

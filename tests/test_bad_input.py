@@ -73,6 +73,8 @@ def house(tiny, records, tmp_path_factory):
     settings = json.loads((root / "rm" / "adapter_config.json").read_text())
     folder = shutil.copytree(root / "rm", root / "adapter of nothing")
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    folder = shutil.copytree(root / "rm", root / "rm of no task")
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"task_type": None}))
     folder = shutil.copytree(root / "rm", root / "damaged base")
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(root / "rm")}))
     (folder / "base.json").write_text('{"base": ')
@@ -239,6 +241,7 @@ ONE_STAGE = {
     ],
     "rm": [
         (("--peft_path", "{house}/adapter"), "is a CAUSAL_LM adapter, and this stage trains SEQ_CLS"),
+        (("--peft_path", "{house}/rm of no task"), '"task_type": "SEQ_CLS"'),
         (("--train_file_dir", "{house}/one class/rm"), "the same"),
         (("--train_sampling_strategy", "lenght"), "invalid choice: 'lenght' (choose from 'random', 'sequential'"),
         (("--pad_token", "<|endoftext|>"), "--tokenizer_name_or_path"),

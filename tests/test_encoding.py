@@ -157,9 +157,7 @@ def test_templates(template, eos, golden, text):
     assert tokenizer.decode(encoded["input_ids"]) == text
 
 
-@pytest.mark.parametrize(
-    ("template", "behind"), [(PLAIN_CHAT_TEMPLATE, "\n"), (CHATML, "\n"), (SPACE_BEFORE_END, "")]
-)
+@pytest.mark.parametrize(("template", "behind"), [(PLAIN_CHAT_TEMPLATE, "\n"), (CHATML, "\n"), (SPACE_BEFORE_END, "")])
 def test_a_reward_model_reads_what_the_template_makes_of_a_conversation(template, behind):
     """As any library gives it one, from within stage 3 and PPO too; without the end where the answer has none."""
     tokenizer, messages = make_tokenizer(template), chat("hello", "a", "b", "Drink water.", system="Be brief.")

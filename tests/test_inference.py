@@ -15,7 +15,7 @@ from tiny_models import save_tiny_recurrent
 from arguments import atomic
 from arguments.command_line import Fault
 from arguments.reward import RewardModel
-from inference import Answerer, InferenceArguments, score
+from inference import Answerer, InferenceArguments, find_adapter, score
 
 QUESTIONS = "What does the heart do?\n高血压要注意什么？\nHow is asthma treated?\n"
 
@@ -187,6 +187,14 @@ def test_an_adapter_is_asked_by_its_own_tokenizer(tiny, trained, tmp_path):
     assert template(adapter) == template(adapter / "adapter") == own
     (adapter / "tokenizer_config.json").unlink()
     assert template(adapter) != own, "the base's, where the adapter has none"
+
+
+def test_an_adapter_that_names_no_task_answers(tiny, trained, tmp_path):
+    """As plain peft saves one; a reward model's would be named one."""
+    folder = shutil.copytree(trained / "sft", tmp_path / "sft")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"task_type": None}))
+    assert find_adapter(str(folder), tiny("llama"), InferenceArguments(base_model=tiny("llama"))) == folder
 
 
 def test_models_are_compared(tiny, trained, records, tmp_path, monkeypatch):

@@ -54,6 +54,19 @@ def test_a_stage_runs_once(house):
     assert ended["figures"] == {"eval_loss": 2.5} and ended["seconds"] >= 0 and ended["flags"] == ["--seed", "1"]
 
 
+def test_what_another_command_made_in_a_stages_place_is_not_taken_for_it(house, capsys):
+    outputs = house[0]
+    begin(house)
+    finish(outputs, "pt")
+    (outputs / "pt" / "all_results.json").write_text('{"eval_loss": 2.5, "eval_runtime": 3}')  # evaluated once more
+    assert begin(house) == "ended"
+    (outputs / "pt" / "model.safetensors").write_bytes(b"y")
+    with pytest.raises(SystemExit) as ended:
+        begin(house)
+    assert ended.value.code == 2 and "holds what another command has made since" in capsys.readouterr().err
+    assert (outputs / "pt" / "model.safetensors").read_bytes() == b"y" and len(rows(outputs)) == 2
+
+
 def test_a_stage_that_was_killed_goes_on(house):
     assert [begin(house), begin(house)] == ["new", "begun"]
 

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 import merge_peft_adapter
-from arguments.base import fingerprint, record_base
+from arguments.base import facts_of, fingerprint, record_base
 from arguments.command_line import Fault
 from arguments.streamed import opened
 from merge_peft_adapter import compare, exchange
@@ -281,6 +281,17 @@ def test_merge_json_says_what_was_merged_and_how_well(tiny, tmp_path):
     assert (facts["dtype"], facts["untied"], facts["tensors"]["merged"]) == ("float32", [], 14)
     assert 0 <= facts["tensors"]["largest_error"] < 1e-5 and facts["parity"]["relative_difference"] < 1e-3
     assert facts["versions"] == {name: version(name) for name in ("torch", "transformers", "peft")}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_adapter_that_cannot_tell_its_base_is_merged_with_a_warning(told, tiny, tmp_path):
+    """As plain peft saves one, into a base of another name than its config has."""
+    base = tiny("llama")
+    adapter, copied = save_adapter(base, tmp_path / "adapter"), shutil.copytree(base, tmp_path / "copied")
+    if told:
+        record_base(adapter, facts_of(base))
+    ended = in_process(*merge(copied, adapter, tmp_path / "merged")).ok()
+    assert (f"names {base} as its base, and has no base.json" in ended.stderr) != told
 
 
 def test_what_cannot_be_merged_is_said_before_anything_is_written(tiny, tmp_path):

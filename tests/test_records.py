@@ -211,7 +211,7 @@ def test_prompt_forms(record, expected):
         (to_document, {"text": 3}, "expected text, found int: 3"),
         (to_document, ["x"], "found list"),
         (to_conversation, {"q": "x", "a": "y"}, "found keys q, a"),
-        (to_conversation, {"instruction": "q", "output": ""}, "no question with an answer"),
+        (to_conversation, {"instruction": "q", "ouput": "a"}, "answer; found keys instruction, ouput"),
         (to_conversation, {"instruction": "", "input": None, "output": "a"}, "there is no question"),
         (to_conversation, {"completion": "a"}, "found keys completion"),
         (to_conversation, {"conversations": sharegpt(("gpt", "a"))}, "no question with an answer"),

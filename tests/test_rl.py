@@ -45,7 +45,7 @@ from arguments.data import DataArguments
 from arguments.encoding import LengthArguments
 from arguments.model import ModelArguments
 from arguments.reward import RewardModel, RewardSourceArguments, pad_alike
-from arguments.reward_functions import load_functions
+from arguments.reward_functions import function_scores, load_functions
 from arguments.roles import VALUE, disable_dropout
 from arguments.sampling import until_eos
 
@@ -448,6 +448,24 @@ def test_reward_functions(tiny, records, tmp_path):
         flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:{name}")
         ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / name, *flags))
         assert ended.code == 2 and message in ended.stderr
+
+
+def test_what_a_function_does_to_its_lists_stays_there():
+    def greedy(prompts, completion_ids, **columns):
+        prompts[0].append("more")
+        return [completion_ids[0].pop()]
+
+    columns = {"prompts": [["one"]], "completions": ["a"], "completion_ids": [[7, 8]]}
+    assert [function_scores("greedy", greedy, columns) for _ in range(2)] == [[8.0], [8.0]]
+    assert columns == {"prompts": [["one"]], "completions": ["a"], "completion_ids": [[7, 8]]}
+
+
+def test_a_function_that_fails_is_named_with_its_line(tmp_path):
+    lines = ["def part(text):", "    return {}['boom']", "", "def whole(completions, **columns):"]
+    (tmp_path / "rewards.py").write_text("\n".join([*lines, "    return [part(text) for text in completions]"]))
+    (function,) = load_functions(f"{tmp_path / 'rewards.py'}:whole").values()
+    with pytest.raises(UserError, match=r"^reward function whole \(.*rewards.py, line 2\) raised KeyError: 'boom'"):
+        function_scores("whole", function, {"completions": ["a"]})
 
 
 def test_a_function_may_be_in_a_module_with_dataclasses_and_neighbours(tmp_path):
@@ -1055,6 +1073,17 @@ def test_a_reward_model_of_its_own_reads_whole_answers(tiny):
         cut_off = judge(told, [True, False]).tolist()
     assert short != long
     assert cut_off[0] == pytest.approx(short, abs=1e-6) and cut_off[1] != pytest.approx(long, abs=1e-6)
+
+
+def test_a_reward_model_without_embeddings_for_its_tokens(tiny):
+    """The tokenizer got a token and the model was not resized: said, with the token, not as an index out of range."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny("llama"), num_labels=1)
+    tokenizer = ModelArguments(tiny("llama")).load_tokenizer()
+    tokenizer.add_tokens([f"<new{number}>" for number in range(1 + model.config.vocab_size - len(tokenizer))])
+    judge = RewardModel(model, tokenizer, LengthArguments())
+    last = f"<new{model.config.vocab_size - len(AutoTokenizer.from_pretrained(tiny('llama')))}>"
+    with pytest.raises(UserError, match=f"the token '{last}' has the id {model.config.vocab_size}, but the model has"):
+        judge([[{"role": "user", "content": "a"}, {"role": "assistant", "content": last}]])
 
 
 @pytest.mark.parametrize("first", ["config", "tokenizer"])
