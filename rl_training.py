@@ -223,13 +223,12 @@ def advantages_and_returns(rewards, values, mask, gamma: float, lam: float):
 
     delta_t = r_t + gamma V_(t+1) - V_t;  A_t = delta_t + gamma lam A_(t+1);  return = A + V.
     """
-    advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    advantages = torch.zeros_like(rewards)
+    following = next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
-        inside = mask[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(following)
-        next_value = values[:, t + 1] * inside if t + 1 < rewards.shape[1] else torch.zeros_like(following)
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following * inside) * mask[:, t]
-        advantages[:, t] = following
+        advantages[:, t] = following = (delta + gamma * lam * following) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
     return advantages, (advantages + values) * mask
 
 
