@@ -25,7 +25,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from arguments.adapter import with_saved_adapter
 from arguments.atomic import append_lines, hold_file
 from arguments.base import adapter_config, adapter_folder, check_base, fingerprint, tokenizer_folder
 from arguments.checkpoints import digest
-from arguments.command_line import UserError, expect, parse_arguments, run_stage
+from arguments.command_line import UserError, expect, given, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.encoding import LengthArguments, known_ids
 from arguments.model import ModelArguments
@@ -395,8 +395,7 @@ def load_questions(args: InferenceArguments) -> list[list[dict]]:
 
 def answered_with(args: InferenceArguments) -> dict:
     """What a line of answers says of the weights and the flags behind it: those flags that are not as by default."""
-    defaults = {flag.name: flag.default for flag in fields(args)}
-    found = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) != defaults[name]}
+    found = {name: getattr(args, name) for name in given(args, SETTINGS)}
     args.model_args(args.base_model).load_config()  # says that there is no model, which its files could not
     adapter = adapter_folder(args.lora_model) if args.lora_model else None
     own = [digest(path) for path in sorted(adapter.glob("adapter_model.*"))] if adapter else []
@@ -473,10 +472,10 @@ def load_scorer(args: InferenceArguments) -> torch.nn.Module:
 def score(args: InferenceArguments, questions: list, answers: dict[str, list]) -> dict[str, list[float]]:
     """What the reward model says of each answer (text, whether it ended), as RL would score it."""
     model, found = args.placed(load_scorer(args)), {}
-    for name, given in answers.items():
+    for name, told in answers.items():
         found[name] = []
-        for start in tqdm(range(0, len(given), args.batch_size), desc="Scoring"):
-            texts, ended = zip(*given[start : start + args.batch_size], strict=True)
+        for start in tqdm(range(0, len(told), args.batch_size), desc="Scoring"):
+            texts, ended = zip(*told[start : start + args.batch_size], strict=True)
             turns = [[{"role": "assistant", "content": text}] for text in texts]
             rows = [question + turn for question, turn in zip(questions[start:], turns, strict=False)]
             found[name] += model(rows, ended).tolist()
