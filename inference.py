@@ -489,7 +489,7 @@ def main():
         web(args)
     elif args.compare:
         compare(args)
-    elif args.data_file and not args.interactive:
+    elif args.data_file:
         answer_file(args)
     else:
         chat(Answerer(args.base_model, args, args.lora_model), args.system)
