@@ -44,13 +44,7 @@ from arguments.data import DataArguments
 from arguments.encoding import LengthArguments, known_ids
 from arguments.model import ModelArguments
 from arguments.precision import best_precision
-from arguments.predictions import (
-    already_answered,
-    question_of,
-    refuse_to_replace,
-    replace_lines,
-    writable,
-)
+from arguments.predictions import already_answered, question_of, refuse_to_replace, replace_lines, writable
 from arguments.reward import RewardSourceArguments
 from arguments.sampling import takes_padding
 from arguments.streamed import adapter_shapes, grown_vocabulary
