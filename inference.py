@@ -228,7 +228,6 @@ class Answerer:
             ids = self.tokenizer(messages[-1]["content"])["input_ids"][-self.lengths.max_source_length :]
         return known_ids(self.tokenizer, ids)
 
-    @torch.no_grad()
     def answer(self, conversations: list[list[dict]], streamer: TextStreamer | None = None) -> list[tuple[str, bool]]:
         """Of each conversation the answer, and whether it ended before --max_new_tokens."""
         rows = {"input_ids": [self.ids(messages) for messages in conversations]}
@@ -415,7 +414,6 @@ def answer_file(args: InferenceArguments) -> None:
     logger.info(f"{len(questions)} answers in {path}")
 
 
-@torch.no_grad()
 def compare(args: InferenceArguments) -> None:
     """Let each model answer all questions; print mean reward, length and wins against the first model."""
     path = writable("predictions_file", args.predictions_file)

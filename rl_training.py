@@ -388,7 +388,6 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         columns |= recorders(answers, self.function_metrics)
         return {name: function_scores(name, function, columns) for name, function in self.reward_functions.items()}
 
-    @torch.no_grad()
     def sample(self, role: str, rows: list[dict], seeds: list[str]) -> list[dict]:
         """This rank's answers to its `rows`, with what sampling knows of them: prompt, ids, text, finished."""
         self.model.eval()

@@ -51,7 +51,6 @@ def until_eos(ids: list[int], eos_ids: list[int]) -> list[int]:
     return ids[:end]
 
 
-@torch.no_grad()
 def takes_padding(model, tokenizer, prompts: list[list[int]]) -> bool:
     """Whether the answers to `prompts`, of different lengths, are the same behind padding.
 
