@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 from loguru import logger
-from transformers import IntervalStrategy, TrainerCallback, get_scheduler
+from transformers import TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
@@ -128,7 +128,7 @@ class RunArguments(PrecisionArguments, CompileArguments):
         self.checkpoints_kept, self.save_total_limit = self.save_total_limit, None
         self.base_facts = None  # name and fingerprint of what is trained, once it is loaded
         self.use_cpu |= not torch.cuda.is_available()
-        if self.eval_steps and self.do_eval and self.eval_strategy in ("no", IntervalStrategy.NO):
+        if self.eval_steps and self.do_eval and self.eval_strategy == "no":
             logger.info(f"--eval_steps {self.eval_steps}: taking --eval_strategy steps")
             self.eval_strategy = "steps"
         self._choose_precision()
