@@ -95,7 +95,6 @@ class RunArguments(PrecisionArguments, CompileArguments):
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every that many optimizer steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; older ones are deleted."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are scaled down to this norm."})
 
     def __post_init__(self):
         if not self.output_dir:
