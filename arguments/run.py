@@ -230,16 +230,16 @@ class RunArguments(PrecisionArguments, CompileArguments):
                 one asked for is not whole; when another run is writing into output_dir.
         """
         self.base_facts = facts_of(base)
+        starts_over = self.fresh and not self._names_checkpoint()
         with self.main_process_first(local=False, desc="holding the output folder"):  # the others look into it then
             if self.process_index == 0 and not hold_folder(Path(self.output_dir)):
                 raise UserError(
                     f"--output_dir {self.output_dir}: another run is writing there. Wait for its end, or name another "
                     "folder"
                 )
-        if not self._names_checkpoint() and self.fresh and Path(self.output_dir).is_dir():
-            with self.main_process_first(local=False, desc="clearing the output folder"):
-                if self.process_index == 0:
-                    clear_output(Path(self.output_dir), [base, adapter or base])
+            if self.process_index == 0 and starts_over:
+                clear_output(Path(self.output_dir), [base, adapter or base])
+        if starts_over:
             return None
         asked = [saved_by(self) or self.resume_from_checkpoint] if self._names_checkpoint() else []
         for found in asked or map(str, reversed(numbered(Path(self.output_dir)))):
