@@ -37,8 +37,7 @@ class LogLine:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
-            self.remove_callback(ProgressCallback)
+        if self.pop_callback(ProgressCallback):
             self.add_callback(Bars)
         self.remove_callback(PrinterCallback)
         self._tokens, self._logged = 0, None  # since the last log: tokens; its time and step
