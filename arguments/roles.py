@@ -34,12 +34,10 @@ def score_head(hidden_size: int, state: dict | None) -> nn.Linear:
     A reward model knows whole answers. Read at each token of 32 sampled answers, its head explained -58% and -45% of
     the variance of their scores with one seed of SmolLM2, 11% and -14% with another: no better than a head of zeros.
     """
-    head = nn.Linear(hidden_size, 1, bias=bool(state and "bias" in state))
-    if state:
-        head.load_state_dict(state)
-    else:
-        nn.init.zeros_(head.weight)
-    return head.float()
+    state = state or {"weight": torch.zeros(1, hidden_size)}
+    head = nn.Linear(hidden_size, 1, bias="bias" in state)
+    head.load_state_dict(state)
+    return head
 
 
 def at_columns(hidden, columns):
@@ -271,16 +269,14 @@ def build_actor_critic(
     full_precision_head(policy, frozen=adapter_args.use_peft)
     hidden_size = policy.get_output_embeddings().weight.shape[1]  # OPT-350m's states are wider inside
     policy = adapter_args.apply(policy, TaskType.CAUSAL_LM)
-    head_state = None
     if shared:
         with_saved_adapter(policy, adapter, "reward", trainable=False)
         if critic == "adapter":
             with_saved_adapter(policy, adapter, VALUE, trainable=True)
-        head_state = adapter_head(adapter)
     elif adapter_args.use_peft and critic == "adapter":
         policy.add_adapter(VALUE, copy.deepcopy(policy.peft_config["default"]))
     disable_dropout(policy)
-    reward_head = score_head(hidden_size, head_state) if shared else None
+    reward_head = score_head(hidden_size, adapter_head(adapter)) if shared else None
     model = ActorCritic(policy, score_head(hidden_size, None), reward_head, adapter_args.use_peft, critic)
     cast_trained(model)  # the critic's adapter came after the policy's
     return model, reward_model
