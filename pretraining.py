@@ -24,6 +24,7 @@ from arguments.loss import METRICS, TokenLoss
 from arguments.model import ModelArguments, keeps_apart
 from arguments.order import SeededOrder
 from arguments.plan import plan_tokens
+from arguments.rows import cached
 from arguments.run import RunArguments
 from arguments.stops import EndsOnce
 from arguments.telemetry import LogLine
@@ -114,7 +115,8 @@ def build_blocks(
     documents = data_args.tokenize(rows, encode, tokenizer, keep_linebreaks=args.keep_linebreaks)
     if seed is not None:  # before packing: a block holds parts of several documents
         documents = documents.shuffle(seed=seed)
-    return data_args.cached(pack, {"documents": documents} | settings, documents._fingerprint, settings)
+    key = documents._fingerprint, settings
+    return cached(pack, {"documents": documents} | settings, None, *key, fresh=data_args.overwrite_cache)
 
 
 class PretrainingTrainer(LogLine, EndsOnce, SeededOrder, TokenLoss, Trainer):

@@ -23,7 +23,6 @@ from arguments.files import SUFFIXES, find_files, other_files
 from arguments.preview import preview
 from arguments.rows import (
     FORMS,
-    cached,
     column,
     digest,
     file_rows,
@@ -186,10 +185,6 @@ class DataArguments(LengthArguments):
                 f"{cut} of {lengths.size} answers are longer than --max_target_length {self.max_target_length}: their "
                 "ends are cut off and not trained"
             )
-
-    def cached(self, generator: Callable, kwargs: dict, *key) -> Dataset:
-        """The rows that generator(**kwargs) yields, kept on disk under `key` and the code of its module."""
-        return cached(generator, kwargs, None, *key, fresh=self.overwrite_cache)
 
     def show(self, dataset: Dataset, tokenizer) -> None:
         """Print the first records as the model will see them, and what the length limits cut off."""
