@@ -86,19 +86,18 @@ class ModelArguments:
             UserError: when there is no such model, or its folder also has an adapter, which transformers would apply.
         """
         folder = Path(self.model_name_or_path)
-        if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        adapter = folder / "adapter_config.json"
+        if (folder / "config.json").is_file() and adapter.is_file():
             raise UserError(
                 f"{folder} holds a whole model and an adapter, which transformers would add to it once more: move "
                 f"adapter_config.json and adapter_model.* into {folder / 'adapter'}"
             )
         try:
-            config = AutoConfig.from_pretrained(self.model_name_or_path, **self.hub_kwargs)
+            return AutoConfig.from_pretrained(self.model_name_or_path, **self.hub_kwargs)
         except (OSError, ValueError) as error:
-            adapter = Path(self.model_name_or_path) / "adapter_config.json"
             hint = " It holds an adapter: merge it first with merge_peft_adapter.py." if adapter.exists() else ""
             why = not_found(self.model_name_or_path, error)
             raise UserError(f"{self.model_name_or_path} is no model: {why}{hint}") from error
-        return config
 
     def check(self, longest: int, trains_all: bool, output_dir: str) -> None:
         """Check, before anything is loaded, that this model can be trained on rows of `longest` tokens.
@@ -183,18 +182,18 @@ class ModelArguments:
         tokenizer.embedding_rows = rows  # for arguments.encoding
         return tokenizer
 
-    def load_model(self, auto_class, **kwargs):
+    def load_model(self, auto_class, num_labels: int | None = None):
         """`auto_class.from_pretrained` of the base model, in the dtype and quantisation asked for.
 
-        For --plan the model as its config describes it.
+        With `num_labels` a reward model, whose head may be new. For --plan the model as its config describes it.
 
         Raises:
             UserError: when it cannot be loaded, or would answer by random weights: a reward model has no output layer.
         """
-        config, scores = self.load_config(), "num_labels" in kwargs
+        config, scores = self.load_config(), num_labels is not None
         if scores:
             self.check_scores()
-            config.num_labels = kwargs.pop("num_labels")
+            config.num_labels = num_labels
         scorers = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
         if scorers and not scores:  # with tied embeddings no weight of a language model is missing
             raise UserError(
@@ -216,7 +215,6 @@ class ModelArguments:
                 attn_implementation=self.attn_implementation,
                 **weights,
                 **self.hub_kwargs,
-                **kwargs,
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise UserError(f"cannot load {self.model_name_or_path}: {first_line(error)}") from error
