@@ -171,12 +171,11 @@ def own_rows(trainer, rows: int) -> int:
 
     accelerate fills the last batches of an epoch with rows of the first ones, so that all ranks have as many.
     """
-    padded = (
-        trainer.args.world_size > 1 and trainer.args.train_sampling_strategy != "batch_rebalance"
-    )  # as it pads itself
-    if not padded or not trainer.accelerator.gradient_state.end_of_dataloader or not has_length(trainer.train_dataset):
+    args, ends = trainer.args, trainer.accelerator.gradient_state.end_of_dataloader
+    size, ranks, rank = args.train_batch_size, args.world_size, args.process_index
+    filled = ranks > 1 and args.train_sampling_strategy != "batch_rebalance"  # whose sampler fills batches by itself
+    if not (filled and ends and has_length(trainer.train_dataset)):
         return rows
-    size, ranks, rank = trainer.args.train_batch_size, trainer.args.world_size, trainer.args.process_index
     left = len(trainer.train_dataset) % (size * ranks) or size * ranks
     return min(max(left - rank * size, 0), rows)
 
