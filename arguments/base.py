@@ -160,11 +160,9 @@ def facts_of(base: str) -> dict:
     return {"base": base, "fingerprint": fingerprint(base)}
 
 
-def record_base(folder: Path, facts: dict | None = None) -> None:
-    """Write `facts` about the base into `folder`; by default those of the base that an adapter there names."""
-    if facts is None and (folder / "adapter_config.json").exists():
-        facts = facts_of(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
-    if facts is not None:
+def record_base(folder: Path, facts: dict | None) -> None:
+    """Write `facts_of` a base into `folder`, if a training has begun on one."""
+    if facts:
         write_atomically(folder / BASE_FILE, json.dumps(facts, indent=1))
 
 

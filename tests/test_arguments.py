@@ -848,7 +848,7 @@ def test_a_base_that_cannot_be_compared_is_said(tiny, tmp_path, logged):
 def test_adapter_of_another_base_is_refused(tiny, tmp_path, caplog):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny("llama")}))
     check_base(tmp_path, tiny("qwen3"))  # it says nothing of its base: older adapters, other people's
-    record_base(tmp_path)
+    record_base(tmp_path, facts_of(tiny("llama")))
     check_base(tmp_path, tiny("llama"))
     with pytest.raises(UserError, match="is not the base of"):
         check_base(tmp_path, tiny("qwen3"))

@@ -567,7 +567,7 @@ def test_a_hub_that_will_not_take_the_model_is_said_before_the_merge(error, code
 def test_after_a_merge_in_place_the_adapter_has_its_tokenizer(tiny, tmp_path):
     adapter, own = save_adapter(tiny("llama"), tmp_path / "out"), "{{ messages[-1]['content'] }}"
     (adapter / "chat_template.jinja").write_text(own)
-    record_base(adapter)
+    record_base(adapter, facts_of(tiny("llama")))
     in_process(*merge(tiny("llama"), adapter, adapter)).ok()
     assert (adapter / "adapter" / "base.json").exists() and not (adapter / "base.json").exists(), "it is the adapter's"
     in_process(*merge(tiny("llama"), adapter / "adapter", tmp_path / "again")).ok()
