@@ -17,7 +17,6 @@ Formulas: "The N implementation details of RLHF with PPO" and arXiv 2403.17031; 
 import json
 import math
 import random
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from arguments.adapter import AdapterArguments
-from arguments.answers import describe, mean_kl
+from arguments.answers import describe, mean, mean_kl, means
 from arguments.atomic import append_lines
 from arguments.command_line import UserError, expect, parse_arguments, run_stage
 from arguments.data import DataArguments
@@ -436,8 +435,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
     def take_function_metrics(self) -> dict[str, float]:
         """Means of what the reward functions logged since the last call."""
         rows, self.function_metrics = self.function_metrics, []
-        names = {name for row in rows for name in row}
-        return {name: statistics.fmean(row[name] for row in rows if name in row) for name in sorted(names)}
+        return means(rows)
 
     @contextmanager
     def timed(self, phase: str):
@@ -562,9 +560,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "loss" in logs and self.stats:
-            names = {name for row in self.stats for name in row}
-            found = {name: [row[name] for row in self.stats if name in row] for name in sorted(names)}
-            logs |= {name: sum(values) / len(values) for name, values in found.items()}
+            logs |= means(self.stats)
             if "seconds_update" in logs:  # of a rollout, not of one optimizer step
                 logs["seconds_update"] *= self.args.steps_per_rollout
             self.stats = []
@@ -581,7 +577,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             self.reference_scores = [answer["score"] for answer in reference]
             self.take_function_metrics()
         pairs = list(zip((answer["score"] for answer in answers), self.reference_scores, strict=True))
-        wins = statistics.fmean((policy > other) + 0.5 * (policy == other) for policy, other in pairs)
+        wins = mean((policy > other) + 0.5 * (policy == other) for policy, other in pairs)
         found |= describe(answers, self.reward_weights) | {"win_rate": wins, "prompts": len(rows)}
         found["kl"] = mean_kl(answers, self.args.kl_estimator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}

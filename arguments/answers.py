@@ -1,9 +1,20 @@
 """Figures of sampled answers (reward, KL, length, repetition); rl_training.PPOTrainer says what an answer holds."""
 
-import statistics
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
+
+
+def mean(values: Iterable[float]) -> float:
+    """Their mean; NaN for both infinities together, at which statistics.fmean raises an error."""
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Of each name, its mean over the rows that have it: a resumed run may have other reward functions than before."""
+    names = {name for row in rows for name in row}
+    return {name: mean(row[name] for row in rows if name in row) for name in sorted(names)}
 
 
 def kl_estimate(logp, ref_logp, estimator: str):
@@ -17,7 +28,7 @@ def kl_estimate(logp, ref_logp, estimator: str):
 
 def mean_kl(answers: list[dict], estimator: str) -> float:
     """KL to the reference in nats per answer."""
-    return statistics.fmean(kl_estimate(a["logp"], a["ref_logp"], estimator).sum().item() for a in answers)
+    return mean(kl_estimate(a["logp"], a["ref_logp"], estimator).sum().item() for a in answers)
 
 
 def distinct(ids: list[int], n: int) -> float:
@@ -41,14 +52,14 @@ def describe(answers: list[dict], sources: Collection[str]) -> dict[str, float]:
     """
     scores, lengths = [answer["score"] for answer in answers], [len(answer["ids"]) for answer in answers]
     figures = {
-        "reward": statistics.fmean(scores),
+        "reward": mean(scores),
         "reward_std": torch.tensor(scores, dtype=torch.float64).std(correction=0).item(),
         "reward_length": correlation(scores, lengths),
         "kl": mean_kl(answers, "k1"),
         "entropy": sum(answer["entropy"].sum().item() for answer in answers) / sum(lengths),
-        "length": statistics.fmean(lengths),
-        "eos_rate": statistics.fmean(answer["finished"] for answer in answers),
-        "distinct_2": statistics.fmean(distinct(answer["ids"], 2) for answer in answers),
+        "length": mean(lengths),
+        "eos_rate": mean(answer["finished"] for answer in answers),
+        "distinct_2": mean(distinct(answer["ids"], 2) for answer in answers),
     }
     each = sources if len(sources) > 1 else ()
-    return figures | {f"reward_{name}": statistics.fmean(a["scores"][name] for a in answers) for name in each}
+    return figures | {f"reward_{name}": mean(a["scores"][name] for a in answers) for name in each}

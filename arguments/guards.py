@@ -3,13 +3,12 @@
 import json
 import math
 import os
-import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from loguru import logger
 
+from arguments.answers import means
 from arguments.atomic import append_lines
 from arguments.command_line import expect
 
@@ -60,7 +59,7 @@ class GuardArguments:
         now = history[-1]
         if not all(map(math.isfinite, now.values())):
             return {"not_finite": f"a reward or log-probability is not finite: {now}"}
-        first, last = means(history[:WINDOW], now), means(history[-WINDOW:], now)
+        first, last = means(history[:WINDOW]), means(history[-WINDOW:])
         settled, growth, found = len(history) > WINDOW, last["length"] / first["length"], {}
         if 0 < self.guard_kl < now["kl"]:
             found["kl"] = f"the KL to the reference is {now['kl']:.1f} nats an answer, over --guard_kl {self.guard_kl}"
@@ -98,9 +97,3 @@ class GuardArguments:
                     append_lines(path, [row])  # a resumed run meets a guard again
         self.fired |= set(found)
         return bool(stopping)
-
-
-def means(rows: list[dict[str, float]], names: Iterable[str]) -> dict[str, float]:
-    """Of the names that all rows have: a resumed run may have other reward functions than before."""
-    shared = [name for name in names if all(name in row for row in rows)]
-    return {name: statistics.fmean(row[name] for row in rows) for name in shared}
