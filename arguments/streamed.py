@@ -71,7 +71,7 @@ def index_by_name(model: nn.Module, files: list[Path], grown: bool) -> dict | No
         if shape == tuple(tensor.shape):
             dtype = str(tensor.dtype).removeprefix("torch.")
             index[name] = {"safetensors_file": str(path), "weight_name": name, "dtype": dtype}
-        elif not (grown if name in stored else is_new_head(name) or name in model.all_tied_weights_keys):
+        elif not (grown if name in stored else name.partition(".")[0] in HEADS or name in model.all_tied_weights_keys):
             return None
     index = with_tied(model, index)
     weights = OffloadedWeightsLoader(index=index)
@@ -79,10 +79,6 @@ def index_by_name(model: nn.Module, files: list[Path], grown: bool) -> dict | No
         if name in index:
             set_module_tensor_to_device(model, name, "cpu", value=weights[name])
     return index
-
-
-def is_new_head(name: str) -> bool:
-    return name.partition(".")[0] in HEADS
 
 
 def with_tied(model: nn.Module, index: dict) -> dict:
