@@ -269,8 +269,8 @@ def prompt_order(prompts: int, per_rollout: int, rollouts: int, repeats: int, se
     generator, order = torch.Generator().manual_seed(seed), []
     while len(order) < per_rollout * rollouts:
         order += torch.randperm(prompts, generator=generator).tolist()
-    chunks = [order[i * per_rollout : (i + 1) * per_rollout] for i in range(rollouts)]
-    return [index for chunk in chunks for _ in range(repeats) for index in chunk]
+    starts = range(0, per_rollout * rollouts, per_rollout)
+    return [index for start in starts for _ in range(repeats) for index in order[start : start + per_rollout]]
 
 
 def assistant_turn(answer: dict) -> list[dict]:
