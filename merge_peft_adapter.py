@@ -135,10 +135,10 @@ def check(args: MergeArguments, config: PeftConfig, adapter: Path) -> None:
     if args.gguf and config.task_type == "SEQ_CLS":
         raise UserError(f"{adapter} is of a reward model, for which GGUF has no head: leave --gguf out")
     try:
-        settings = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+        found = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"--base_model_name_or_path {base} is no model: {first_line(error)}") from error
-    if getattr(settings, "quantization_config", None):
+    if getattr(found, "quantization_config", None):
         raise UserError(f"{base} is quantised and cannot hold what a merge makes of it: name what it was made from")
 
 
@@ -258,7 +258,8 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
 
     expected = probe_streamed(model, base_with_adapter, tokenizer)
 
-    dtype = getattr(torch, stored_dtype(args))
+    stored = stored_dtype(args)
+    dtype = getattr(torch, stored)
     target, _ = load(args, config, scratch / "target", dtype, **grown)
     target.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     merged = MergedWeights(model, weights, dtype)
@@ -272,17 +273,17 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     written = opened(auto_class(config), staging, scratch / "read", torch.float32, **code)
     whole = partial(auto_class(config).from_pretrained, staging, dtype=torch.float32, **code)
     parity = compare(expected, probe_streamed(running(*written), whole, tokenizer))
-    if not parity["relative_difference"] <= TOLERANCE[stored_dtype(args)]:  # also true for NaN
+    if not parity["relative_difference"] <= TOLERANCE[stored]:  # also true for NaN
         raise Fault(
             f"the merged model differs from the adapter model, nothing was kept: {parity}. Were it rounding to "
-            f"{stored_dtype(args)}, --dtype float32 would merge it"
+            f"{stored}, --dtype float32 would merge it"
         )
     shutil.rmtree(scratch, ignore_errors=True)
     tensors = {"merged": len(merged.errors), "largest_error": max(merged.errors.values(), default=0.0)}
     return {
         "base": known,
         "adapter": {"name": str(adapter), "sha256": digest(next(adapter.glob("adapter_model.*")))[1]},
-        "dtype": stored_dtype(args),
+        "dtype": stored,
         "untied": apart,
         "tensors": tensors,
         "parity": parity,
