@@ -252,19 +252,16 @@ class ModelArguments:
 
     def weights_in_memory(self) -> dict:
         """Arguments of from_pretrained for the dtype and quantisation of frozen weights."""
-        dtype = self.torch_dtype()
-        return {"dtype": dtype, "quantization_config": self._quantization(dtype)}
-
-    def _quantization(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-        if only_shapes() or not (self.load_in_4bit or self.load_in_8bit):  # a plan counts the bits itself
-            return None
-        return BitsAndBytesConfig(
-            load_in_4bit=self.load_in_4bit,
-            load_in_8bit=self.load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        dtype, quantization = self.torch_dtype(), None
+        if (self.load_in_4bit or self.load_in_8bit) and not only_shapes():  # a plan counts the bits itself
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=self.load_in_4bit,
+                load_in_8bit=self.load_in_8bit,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        return {"dtype": dtype, "quantization_config": quantization}
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
