@@ -35,8 +35,13 @@ matplotlib.rcParams |= {
     "xtick.color": "#888",
     "ytick.color": "#888",
 }
-STAGES = ("pt", "sft", "rm", "rl")
-SCRIPTS = ("pretraining.py", "supervised_finetuning.py", "reward_modeling.py", "rl_training.py")
+SCRIPTS = {
+    "pretraining.py": "pt",
+    "supervised_finetuning.py": "sft",
+    "reward_modeling.py": "rm",
+    "rl_training.py": "rl",
+}
+STAGES = tuple(SCRIPTS.values())
 CURVES = {
     "pt": ("loss", "perplexity", "learning_rate"),
     "sft": ("loss", "learning_rate"),
@@ -157,15 +162,9 @@ def describe(name: str, folder: Path, known: list[dict]) -> dict:
     }
 
 
-def stage_of(folder: Path) -> str | None:
-    """Which stage filled a folder; None for a folder of stages."""
-    script = found_in(folder / "run.json").get("script")
-    return next((name for name, stage in zip(STAGES, SCRIPTS, strict=True) if stage == script), None)
-
-
 def write_page(outputs: Path) -> Path:
     """Write outputs/report.html, of one stage or of the pipeline, and return its path."""
-    alone = stage_of(outputs)
+    alone = SCRIPTS.get(found_in(outputs / "run.json").get("script"))  # None: a folder of stages
     folders = {alone: outputs} if alone else {name: outputs / name for name in STAGES}
     stages = [describe(name, folder, entries(outputs, name)) for name, folder in folders.items()]
     versions = [found_in(folder / "run.json").get("versions") for folder in folders.values()]
