@@ -48,8 +48,7 @@ def folder_and_models() -> tuple[str, list[str]]:
 def perplexity(path: str, texts: list[str]) -> dict:
     """exp of the summed loss over the number of tokens that have one before them."""
     model, tokenizer = load_judged(path)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # ALiBi has none
-    longest = min(positions or LONGEST, LONGEST)
+    longest = min(ModelArguments(path).positions() or LONGEST, LONGEST)
     total, tokens = 0.0, 0
     for text in tqdm(texts, f"Perplexity of general text, {path}"):
         ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :longest].to(model.device)
