@@ -90,7 +90,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
 
 def unpacked(path: Path):
     """A gzipped file's content in a temporary file: .parquet is read from its end, to which gzip cannot seek."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the ParquetFile that reads it)
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (closed when nothing holds it any more: ParquetFile leaves it open)
     with gzip.open(path) as packed:
         shutil.copyfileobj(packed, file)
     return file
