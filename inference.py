@@ -39,7 +39,7 @@ from arguments.adapter import with_saved_adapter
 from arguments.atomic import append_lines, hold_file
 from arguments.base import adapter_config, adapter_folder, check_base, fingerprint, tokenizer_folder
 from arguments.checkpoints import digest
-from arguments.command_line import UserError, expect, given, parse_arguments, run_stage
+from arguments.command_line import UserError, expect, given, one_line, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.encoding import LengthArguments, known_ids
 from arguments.model import ModelArguments
@@ -193,8 +193,7 @@ def with_adapter(model: torch.nn.Module, adapter: Path, base: str) -> PeftModel:
     try:
         return with_saved_adapter(model, adapter, "default", trainable=False)
     except (RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise UserError(f"--lora_model {adapter} is not an adapter for {base}: {said}") from error
+        raise UserError(f"--lora_model {adapter} is not an adapter for {base}: {one_line(error)}") from error
 
 
 class Answerer:
@@ -457,8 +456,7 @@ def load_scorer(args: InferenceArguments) -> torch.nn.Module:
     except UserError as error:
         raise UserError(str(error).replace("--reward_model_name_or_path", "--reward_model")) from error
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise UserError(f"--reward_model {args.reward_model} cannot be loaded: {said}") from error
+        raise UserError(f"--reward_model {args.reward_model} cannot be loaded: {one_line(error)}") from error
 
 
 def score(args: InferenceArguments, questions: list, answers: dict[str, list]) -> dict[str, list[float]]:

@@ -56,7 +56,7 @@ from arguments.base import (
     weight_files,
 )
 from arguments.checkpoints import digest
-from arguments.command_line import Fault, UserError, explained, first_line, parse_arguments, run_stage
+from arguments.command_line import Fault, UserError, explained, first_line, one_line, parse_arguments, run_stage
 from arguments.streamed import MergedWeights, adapted, grown_vocabulary, opened, running, save_merged, untie
 
 PROBES = (
@@ -248,8 +248,7 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     try:
         model, weights = adapted(base, index, adapter)
     except (RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise UserError(f"{adapter} is not an adapter of this base: {said}") from error
+        raise UserError(f"{adapter} is not an adapter of this base: {one_line(error)}") from error
 
     def base_with_adapter():
         whole = auto_class(config).from_pretrained(name, dtype=torch.float32, **settings(args, config), **grown)

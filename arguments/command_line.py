@@ -191,6 +191,11 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def one_line(error: Exception) -> str:
+    """The start of what an error says, without its line breaks."""
+    return " ".join(str(error).split())[:300]
+
+
 def not_found(name: str, error: Exception) -> str:
     """Why a model or tokenizer could not be loaded; transformers takes what is no folder for a name on the hub."""
     if Path(name).exists():

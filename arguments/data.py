@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from loguru import logger
 
 from arguments.atomic import append_lines
-from arguments.command_line import UserError, expect, first_line, given
+from arguments.command_line import UserError, expect, first_line, given, one_line
 from arguments.encoding import LengthArguments, embedding_rows, encode_turns, judged
 from arguments.files import SUFFIXES, find_files, other_files
 from arguments.preview import preview
@@ -302,10 +302,10 @@ class DataArguments(LengthArguments):
         try:
             return function(self.dataset_name, self.dataset_config_name, **kwargs)
         except DatasetGenerationError as error:  # the reason is in its cause
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
             raise UserError(
-                f"--dataset_name {self.dataset_name}: its files disagree or are broken ({reason}). Download them and "
-                "name their folder as --train_file_dir: that reads each record by itself"
+                f"--dataset_name {self.dataset_name}: its files disagree or are broken "
+                f"({one_line(error.__cause__ or error)}). Download them and name their folder as --train_file_dir: "
+                "that reads each record by itself"
             ) from error
         except (OSError, ValueError, DatasetsError) as error:
             raise UserError(f"--dataset_name {self.dataset_name}: {first_line(error)}") from error
