@@ -212,7 +212,10 @@ class PPOArguments(RunArguments, TrainingArguments):
 
 
 def token_rewards(logp, ref_logp, scores, mask, kl_coef: float):
-    """-kl_coef (logp - ref_logp) at every token, and the answer's score [batch] at its last; a mask starts at 0."""
+    """-kl_coef (logp - ref_logp) at every token, and the answer's score [batch] at its last.
+
+    The tokens of an answer begin in column 0 of the mask, as `collate` puts them.
+    """
     last = mask.sum(1, keepdim=True).long() - 1
     return (-kl_coef * (logp - ref_logp)).scatter_add(1, last, scores.unsqueeze(1)) * mask
 

@@ -37,7 +37,8 @@ def check_dead_flags(args) -> None:
 def check_metric(args) -> None:
     """Refuse a metric that no evaluation has; without --greater_is_better, take the direction of `args.metrics`.
 
-    transformers takes more for better unless the name ends in loss, and misses a name at the first evaluation only.
+    transformers takes more for better unless the name ends in loss, and notices an unknown name only when it first
+    evaluates.
     """
     if (asked := args.metric_for_best_model) is None or not args.metrics:
         return

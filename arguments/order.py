@@ -36,7 +36,8 @@ class SeededOrder:
     """Mixed into a Trainer: rows come in the order of EpochSampler, grouped by their column "length" if asked for."""
 
     def _get_train_sampler(self, train_dataset=None):
-        strategy, dataset = self.args.train_sampling_strategy, self.train_dataset  # the argument has lost its "length"
+        # not the argument, of which transformers has removed "length" as a column that no model reads
+        strategy, dataset = self.args.train_sampling_strategy, self.train_dataset
         if strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
         grouped = strategy == "group_by_length" and "length" in dataset.column_names  # blocks of PT are all alike

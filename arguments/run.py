@@ -271,7 +271,10 @@ class RunArguments(PrecisionArguments, CompileArguments):
             )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """At least one step learns: rounded up, a share of few steps is all of them, the first at a rate of 0."""
+        """transformers', but at least one step learns.
+
+        A share is rounded up: of few steps it would be all of them, and the first has a rate of 0.
+        """
         return min(super().get_warmup_steps(num_training_steps), max(num_training_steps - 1, 0))
 
     @property

@@ -90,7 +90,7 @@ def takes_padding(model, tokenizer, prompts: list[list[int]]) -> bool:
 
 
 def chunks(prompts: list[list[int]], rows: int, padding: bool) -> list[list[int]]:
-    """Indices of the prompts to sample at once: up to `rows` of similar length, without `padding` of equal length."""
+    """Indices of the prompts to sample at once: up to `rows` of similar length; of the same, if not `padding`."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = [order] if padding else [list(same) for _, same in groupby(order, key=lambda i: len(prompts[i]))]
     return [group[start : start + rows] for group in groups for start in range(0, len(group), rows)]
@@ -108,7 +108,7 @@ def sample_answers(
 ) -> list[list[int]]:
     """One answer per prompt, up to and with its eos, drawn by `numbers` [prompts, config.max_new_tokens].
 
-    The prompts of one of the chunks `together` at once. `config` decodes greedily and lists the eos ids; it replaces
+    `together` holds `chunks`, each sampled at once. `config` decodes greedily and lists the eos ids; it replaces
     the model's own, which may ask for top-k or penalties.
     """
     answers, kept, model.generation_config = {}, model.generation_config, config
