@@ -42,7 +42,7 @@ from arguments.checkpoints import digest
 from arguments.command_line import UserError, expect, given, one_line, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.encoding import LengthArguments, known_ids
-from arguments.model import ModelArguments
+from arguments.model import ModelArguments, check_finite
 from arguments.precision import best_precision
 from arguments.predictions import already_answered, question_of, refuse_to_replace, replace_lines, writable
 from arguments.reward import RewardSourceArguments
@@ -209,6 +209,7 @@ class Answerer:
         if folder:
             model = with_adapter(model, folder, name)
         self.model = args.placed(model).eval()
+        check_finite(self.model, self.tokenizer, "take --dtype float32")
         self.settings = GenerationConfig(
             max_new_tokens=args.max_new_tokens,
             do_sample=args.temperature > 0,

@@ -264,6 +264,20 @@ class ModelArguments:
         return {"dtype": dtype, "quantization_config": quantization}
 
 
+@torch.no_grad()
+def check_finite(model, tokenizer, instead: str) -> None:
+    """Check that a model in float16, which is fast on GPUs before Ampere, does not overflow it.
+
+    Some that were trained in bfloat16 do (Gemma 3): their likelihoods are NaN, and sampling from them fails.
+
+    Raises:
+        UserError: when it does, with what to do `instead`.
+    """
+    ids = torch.tensor([tokenizer("Two and two are four.")["input_ids"]], device=model.device)
+    if model.dtype == torch.float16 and not model(ids).logits.isfinite().all():
+        raise UserError(f"{model.config._name_or_path} overflows float16, which suits this GPU: {instead}")
+
+
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
     """How many numbers they hold in all; ZeRO-3 empties parameters and notes how many there were in ds_numel."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)

@@ -117,7 +117,7 @@ def disk(found: Rehearsal, adapter_args, args) -> tuple[str, str]:
     """Checkpoints (trained weights and their optimizer), the merged model, and what is free where they go."""
     trained = sum(parameter.nbytes for parameter in found.trained)
     held = next(iter(found.phases.values()))
-    kept, each = args.checkpoints_kept, trained + held["optimizer"]
+    kept, each = args.checkpoints_kept, found.copies * trained + held["optimizer"]
     output = Path(args.output_dir).absolute()
     folder = next(path for path in (output, *output.parents) if path.exists())
     text = f"{each / GIB:.2f} GiB a checkpoint ({kept or 'all'} kept)"

@@ -33,6 +33,8 @@ class Load:
 class Rehearsal(TokenLoss):
     """A model without storage with its optimizer, and the peaks of the phases that are run on it, in bytes by role."""
 
+    copies = 1  # of the trained weights in a checkpoint
+
     def __init__(self, build: Callable[[], nn.Module], model_args, args, load: Load, accumulates: bool):
         self.model_args, self.args, self.device, self.phases = model_args, args, args.device, {}
         precision = "no" if args.precision == "fp32" else args.precision

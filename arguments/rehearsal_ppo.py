@@ -14,6 +14,8 @@ from arguments.shapes import Footprint
 class PPORehearsal(Rehearsal):
     """A Rehearsal of all roles; a reward model that shares no base is `model.beside`, in the dtype it is loaded in."""
 
+    copies = 2  # the last good policy, for the guards
+
     def with_casts(self, built: tuple) -> ActorCritic:
         model, reward_model = built
         model = super().with_casts(model)

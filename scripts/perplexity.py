@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments.command_line import UserError, run_stage  # noqa: E402
 from arguments.data import DataArguments  # noqa: E402
-from arguments.model import ModelArguments  # noqa: E402
+from arguments.model import ModelArguments, check_finite  # noqa: E402
 from arguments.precision import best_precision  # noqa: E402
 
 LONGEST = 2048  # tokens of a text, whose logits are in memory at once
@@ -31,7 +31,9 @@ def load_judged(path: str) -> tuple:
     model_args = ModelArguments(path)
     model_args.resolve_dtype(best_precision(), trains_all=False)
     tokenizer, model = model_args.load_tokenizer(), model_args.load_model(AutoModelForCausalLM).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    check_finite(model, tokenizer, "CUDA_VISIBLE_DEVICES= computes on the CPU")
+    return model, tokenizer
 
 
 def folder_and_models() -> tuple[str, list[str]]:

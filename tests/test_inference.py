@@ -8,12 +8,15 @@ import shutil
 from unittest.mock import Mock
 
 import pytest
+import torch
 from conftest import ADAPTER, in_process, merge, stage
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_recurrent
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arguments import atomic
-from arguments.command_line import Fault
+from arguments.command_line import Fault, UserError
+from arguments.model import check_finite
 from arguments.reward import RewardModel
 from inference import Answerer, InferenceArguments, find_adapter, score
 
@@ -187,6 +190,17 @@ def test_an_adapter_is_asked_by_its_own_tokenizer(tiny, trained, tmp_path):
     assert template(adapter) == template(adapter / "adapter") == own
     (adapter / "tokenizer_config.json").unlink()
     assert template(adapter) != own, "the base's, where the adapter has none"
+
+
+def test_a_model_that_overflows_float16_is_said(tiny):
+    """A T4 computes in it, and Gemma 3's activations do not fit."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float16)
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    check_finite(model, tokenizer, "take another")
+    model.model.norm.weight.data.fill_(6e4)
+    with pytest.raises(UserError, match="overflows float16, which suits this GPU: take another"):
+        check_finite(model, tokenizer, "take another")
+    check_finite(model.bfloat16(), tokenizer, "take another")
 
 
 def test_an_adapter_that_names_no_task_answers(tiny, trained, tmp_path):

@@ -25,8 +25,8 @@ import arguments.rehearsal
 from arguments.adapter import AdapterArguments
 from arguments.encoding import LengthArguments
 from arguments.model import ModelArguments
-from arguments.rehearsal import Load, rehearse_pairs, rehearse_tokens
-from arguments.rehearsal_ppo import rehearse_ppo
+from arguments.rehearsal import Load, Rehearsal, rehearse_pairs, rehearse_tokens
+from arguments.rehearsal_ppo import PPORehearsal, rehearse_ppo
 from arguments.reward import RewardSourceArguments
 from arguments.shapes import Footprint
 from reward_modeling import RewardArguments
@@ -174,10 +174,12 @@ def test_a_footprint_counts_what_is_alive():
 
 def test_a_checkpoint_is_the_trained_weights_and_their_optimizer(tmp_path):
     trained = [torch.empty(2**28, device="meta")]  # 1 GiB
-    found = SimpleNamespace(trained=trained, phases={"train": Counter(optimizer=2 * 2**30, weights=2**33)})
+    phases = {"train": Counter(optimizer=2 * 2**30, weights=2**33)}
     args = SimpleNamespace(checkpoints_kept=2, output_dir=tmp_path / "out")
-    _, text = arguments.plan.disk(found, SimpleNamespace(use_peft=False), args)
-    assert text.startswith("3.00 GiB a checkpoint (2 kept); ")
+    for kind, size in ((Rehearsal, 3), (PPORehearsal, 4)):  # the guards keep the last good policy
+        found = SimpleNamespace(trained=trained, phases=phases, copies=kind.copies)
+        _, text = arguments.plan.disk(found, SimpleNamespace(use_peft=False), args)
+        assert text.startswith(f"{size}.00 GiB a checkpoint (2 kept); ")
 
 
 def test_advice_until_it_fits(tiny, records, tmp_path, monkeypatch):
