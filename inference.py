@@ -1,4 +1,4 @@
-"""Talk to the model of any stage, answer a file of questions, or compare models on it.
+r"""Talk to the model of any stage, answer a file of questions, or compare models on it.
 
     python inference.py --base_model outputs/rl-merged --interactive
     python inference.py --base_model models/SmolLM2-135M-Instruct --lora_model outputs/sft --data_file questions.txt \

@@ -1,4 +1,4 @@
-"""Between stages: merge a LoRA adapter into its base model, and prove the result before keeping it.
+r"""Between stages: merge a LoRA adapter into its base model, and prove the result before keeping it.
 
     python merge_peft_adapter.py --base_model_name_or_path models/SmolLM2-135M-Instruct --peft_model_path outputs/pt \
         --output_dir outputs/pt-merged

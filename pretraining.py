@@ -1,4 +1,4 @@
-"""Stage 1: continue pretraining a causal language model on documents, to put domain knowledge in.
+r"""Stage 1: continue pretraining a causal language model on documents, to put domain knowledge in.
 
     python pretraining.py --model_name_or_path models/SmolLM2-135M-Instruct --train_file_dir data/pretrain/train \
         --validation_file_dir data/pretrain/validation --output_dir outputs/pt

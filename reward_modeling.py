@@ -1,4 +1,4 @@
-"""Stage 3: reward modeling, to score answers as people would.
+r"""Stage 3: reward modeling, to score answers as people would.
 
     python reward_modeling.py --model_name_or_path outputs/sft-merged --train_file_dir data/reward/train \
         --validation_file_dir data/reward/validation --output_dir outputs/rm

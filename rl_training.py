@@ -1,4 +1,4 @@
-"""Stage 4: PPO, to improve the SFT model against the reward model.
+r"""Stage 4: PPO, to improve the SFT model against the reward model.
 
     python rl_training.py --model_name_or_path outputs/sft-merged --reward_model_name_or_path outputs/rm \
         --train_file_dir data/prompts/train --validation_file_dir data/prompts/validation --output_dir outputs/rl

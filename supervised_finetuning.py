@@ -1,4 +1,4 @@
-"""Stage 2: supervised fine-tuning, to answer instructions and hold conversations.
+r"""Stage 2: supervised fine-tuning, to answer instructions and hold conversations.
 
     python supervised_finetuning.py --model_name_or_path outputs/pt-merged --train_file_dir data/finetune/train \
         --validation_file_dir data/finetune/validation --output_dir outputs/sft

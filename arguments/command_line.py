@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import warnings
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -234,6 +235,10 @@ def modern_flags(argv: list[str]) -> list[str]:
     return translated
 
 
+class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults of flags, and a script's docstring as it stands."""
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (see python {self.prog} --help)")
@@ -245,7 +250,8 @@ def parse_arguments(*groups: type, argv: list[str] | None = None) -> list:
     Raises:
         UserError: for an unknown flag (naming the nearest known one), or a value a group refuses.
     """
-    parser = _Parser(groups, allow_abbrev=False, conflict_handler="resolve")
+    about = {"usage": "%(prog)s [flags]", "description": sys.modules["__main__"].__doc__, "formatter_class": _Help}
+    parser = _Parser(groups, allow_abbrev=False, conflict_handler="resolve", **about)
     namespace, unknown = parser.parse_known_args(modern_flags(sys.argv[1:] if argv is None else argv))
     if unknown:
         flags = {option for action in parser._actions for option in action.option_strings} | set(RENAMED_FLAGS)

@@ -735,10 +735,13 @@ def test_plot_curves(tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_can_be_printed(stage, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["stage.py", "--help"])  # a bare % in a help text breaks argparse
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "Stage 2.\n\n    python stage.py --flag\n")
     with pytest.raises(SystemExit) as exit_:
         parse_arguments(ModelArguments, AdapterArguments, DataArguments, stage)
     assert exit_.value.code == 0
-    assert "--validation_split_percentage" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: stage.py [flags]\n\nStage 2.\n\n    python stage.py --flag\n")
+    assert "--validation_split_percentage" in printed and "(default: 42)" in printed
 
 
 # The flags of the 2023 scripts, with values that those passed.

@@ -558,7 +558,7 @@ def test_collate():
     batch = {name: tensor.tolist() for name, tensor in collate(answers, 9, "cpu").items()}
     assert batch.pop("logp") == [pytest.approx([-0.1, 0, 0]), pytest.approx([-0.2, -0.3, -0.4])]
     assert batch == {
-        "ids": [[1, 2, 3, 9], [4, 5, 6, 7]],
+        "ids": [[1, 2, 3, 8], [4, 5, 6, 7]],
         "tokens": [[3, 0, 0], [5, 6, 7]],
         "answer_mask": [[1, 0, 0], [1, 1, 1]],
         "columns": [[1, 2, 2], [0, 1, 2]],  # where each token is predicted; padding points inside
