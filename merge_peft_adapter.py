@@ -282,6 +282,7 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     return {
         "base": known,
         "adapter": {"name": str(adapter), "sha256": digest(next(adapter.glob("adapter_model.*")))[1]},
+        "trained_here": bool(recorded_base(adapter)),  # if not, a reward model is read in another way
         "dtype": stored,
         "untied": apart,
         "tensors": tensors,

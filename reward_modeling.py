@@ -74,9 +74,8 @@ class RewardArguments(RunArguments, RewardConfig):
 
 
 def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
-    """Rows {"chosen_ids", "rejected_ids", "length", "together"}: the conversation with each answer, up to its end and
-    what the template puts behind that, as all libraries read one; the length of the longer one, and that of one row
-    with both answers after a single prompt.
+    """Rows {"chosen_ids", "rejected_ids", "length", "together"}: the conversation with each answer up to its end,
+    the length of the longer one, and that of one row with both answers after a single prompt.
 
     A pair whose answers differ only beyond max_target_length is a bad record: nothing can be learned from it.
     """
@@ -84,10 +83,7 @@ def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset
     def encode(row):
         answers = [{"role": "assistant", "content": row[name]} for name in ("chosen", "rejected")]
         chosen, rejected = (data_args.encode(tokenizer, [*row["prompt"], answer]) for answer in answers)
-        ids = {
-            name: found["input_ids"] + data_args.behind(tokenizer, found["target_tokens"])
-            for name, found in (("chosen_ids", chosen), ("rejected_ids", rejected))
-        }
+        ids = {"chosen_ids": chosen["input_ids"], "rejected_ids": rejected["input_ids"]}
         if ids["chosen_ids"] == ids["rejected_ids"]:
             raise UserError(
                 f"chosen and rejected are the same up to --max_target_length {data_args.max_target_length}"

@@ -283,10 +283,9 @@ def assistant_turn(answer: dict) -> list[dict]:
 class PPOTrainer(LogLine, EndsOnce, Trainer):
     """transformers.Trainer whose training steps take mini-batches from a rollout that it samples itself.
 
-    An answer is a dict: row (its prompt's index on its rank), prompt and ids (tokens), behind (what a reward adapter
-    reads after its end), text, finished, score, and one number a token in the tensors logp, ref_logp, entropy, values,
-    advantages, returns. Every rank holds the answers of all. Checkpoints fall between rollouts, so a resumed run
-    samples and learns as the uninterrupted one does.
+    An answer is a dict: row (its prompt's index on its rank), prompt and ids (tokens), text, finished, score, and one
+    number a token in the tensors logp, ref_logp, entropy, values, advantages, returns. Every rank holds the answers of
+    all. Checkpoints fall between rollouts, so a resumed run samples and learns as the uninterrupted one does.
     """
 
     def __init__(self, *args, data_args, reward_args, guard_args, reward_model=None, server=None, **kwargs):
@@ -400,8 +399,6 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             found = [{"ids": ids} for ids in self.generate(role, prompts, seeds)]
         for i, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
             answer |= {"row": i, "prompt": prompt, "finished": answer["ids"][-1] in self.eos_ids}
-            behind = self.data_args.behind(self.processing_class, len(answer["ids"]))
-            answer["behind"] = behind if answer["finished"] else []
             answer["text"] = self.processing_class.decode(answer["ids"], skip_special_tokens=True)
         return found
 
@@ -507,8 +504,9 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         self.model.train()
         with self.timed("update"):
             loss = self.update(shuffled[part * size : (part + 1) * size])
-        finite = all(parameter.grad.isfinite().all() for parameter in self.with_gradients())
-        broken = {} if finite or self.accelerator.scaler is not None else {"not_finite": "a gradient is not finite"}
+        looks = self.accelerator.scaler is None  # which skips steps itself; and each look waits for the GPU
+        finite = not looks or all(parameter.grad.isfinite().all() for parameter in self.with_gradients())
+        broken = {} if finite else {"not_finite": "a gradient is not finite"}
         if self.guards.stop_for(broken, self.state.global_step, args.output_dir):
             return self.stop()
         return loss

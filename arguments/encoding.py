@@ -53,30 +53,15 @@ class LengthArguments:
         lengths["source_kept"] = min(start, self.max_source_length)
         return {"input_ids": ids[keep], "labels": labels[keep]} | lengths
 
-    def encode_scored(self, tokenizer, messages: list[dict], finished: bool) -> list[int]:
-        """Tokens of a conversation whose last answer is scored, as stage 3 trains it: those of `encode`, and what the
-        template puts behind the answer's end. An answer that is not `finished` has no end.
-        """
-        row = self.encode(tokenizer, messages)
-        ids = row["input_ids"]
-        return ids + self.behind(tokenizer, row["target_tokens"]) if finished else ids[:-1]
-
     def encode_templated(self, tokenizer, messages: list[dict], finished: bool) -> list[int]:
-        """`encode_scored` for a reward model of another origin: all that the template makes of the conversation.
+        """Tokens of a conversation whose last answer is scored by a reward model that stage 3 did not train.
 
-        The same in most templates; some trim answers, or leave out thoughts, or a system text that prompts have.
+        That is all that the template makes of it, as any library has it, and in ChatML ends with a line break, behind
+        the end token: the score is read at the last token. An answer that is not `finished` ends with its own text.
+        Cut as by `encode`.
         """
         ids, start = self._within(partial(encode_whole, tokenizer, finished=finished), messages)[1]
         return ids[max(0, start - self.max_source_length) : start + self.max_target_length]
-
-    def behind(self, tokenizer, length: int) -> list[int]:
-        """Tokens behind the end of an answer of `length` tokens, if max_target_length allows them.
-
-        Every library has them in what a reward model reads, and takes the score at the last one: in ChatML, a line
-        break.
-        """
-        ids = behind_end(tokenizer, tokenizer.get_chat_template())
-        return ids if length + len(ids) <= self.max_target_length else []
 
     def encode_prompt(self, tokenizer, messages: list[dict]) -> dict[str, list[int]]:
         """Tokens of a conversation that awaits an answer, input_ids: at most max_source_length of them.
@@ -179,14 +164,6 @@ def encode_whole(tokenizer, messages: list[dict], finished: bool) -> tuple[list[
         for part in (text if finished else text.removesuffix(ending), before)
     )
     return ids, len(start)
-
-
-@lru_cache
-def behind_end(tokenizer, template: str) -> list[int]:
-    """Token ids that the template puts behind the token that ends an answer: a line break in ChatML, mostly none."""
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    whole, end = encode_whole(tokenizer, turn, finished=True)[0], encode_turns(tokenizer, turn)[0][-1]
-    return whole[len(whole) - whole[::-1].index(end) :] if end in whole else []
 
 
 def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int], int]:

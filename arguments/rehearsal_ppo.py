@@ -36,7 +36,7 @@ def rehearse_ppo(model_args, adapter_args, args, train, held_out, data_args, rew
     sampled = min(8 * load.rows, max(args.batch_size, len(held_out) if evaluates(args) else 0))
     prompts = [row["input_ids"] for row in longest(train, load, sampled)]
     found.phase("sample", lambda: sample(found, (len(prompts), len(prompts[0])), answer), grad=False)
-    answers = [{"prompt": prompts[0], "ids": [1] * answer, "behind": []}] * min(load.rows, args.batch_size)
+    answers = [{"prompt": prompts[0], "ids": [1] * answer}] * min(load.rows, args.batch_size)
     batch = collate(answers, 0, found.device)
     batch["states"] = torch.zeros(*batch["tokens"].shape, found.model.value_head.in_features, device=found.device)
     found.phase("score", lambda: score(found, batch), grad=False)

@@ -17,7 +17,7 @@ from arguments.adapter import cast_trained, with_saved_adapter
 from arguments.base import adapter_config, check_base, is_base
 from arguments.command_line import UserError
 from arguments.loss import logits_at
-from arguments.reward import RewardModel, adapter_head
+from arguments.reward import RewardModel, adapter_head, is_own
 
 VALUE = "value_function"  # its adapter; no layer is called so: peft leaves others' weights in such a layer unsaved
 
@@ -46,8 +46,7 @@ def at_columns(hidden, columns):
 
 
 def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.Tensor]:
-    """A batch of answers. ids [batch, time]: prompt, answer and what is `behind` it, right-padded; the rest is
-    [batch, answer].
+    """A batch of answers. ids [batch, time]: prompt and answer, right-padded; the rest is [batch, answer].
 
     answer_mask marks real tokens, tokens are their ids, columns the positions whose logits predict them; every tensor
     that the answers carry, one number a token, is padded with 0.
@@ -56,7 +55,7 @@ def collate(answers: list[dict], pad_token_id: int, device) -> dict[str, torch.T
     def stacked(rows, value=0):
         return pad_sequence(rows, batch_first=True, padding_value=value)
 
-    rows = [torch.tensor(answer["prompt"] + answer["ids"] + answer["behind"]) for answer in answers]
+    rows = [torch.tensor(answer["prompt"] + answer["ids"]) for answer in answers]
     tokens = [torch.tensor(answer["ids"]) for answer in answers]
     before = torch.tensor([[len(answer["prompt"]) - 1] for answer in answers])
     batch = {"ids": stacked(rows, pad_token_id), "tokens": stacked(tokens)}
@@ -254,13 +253,15 @@ def build_actor_critic(
         model_args.device_map = None
     adapter, reward_model = reward_args.find_adapter(), None
     base_name = adapter_config(adapter).base_model_name_or_path if adapter else None
-    shared = bool(adapter) and adapter_args.use_peft and is_base(adapter, model_args.model_name_or_path)
+    of_base = bool(adapter) and is_base(adapter, model_args.model_name_or_path)
+    shared = of_base and adapter_args.use_peft and is_own(adapter)  # others are read elsewhere than an answer's end
     if adapter:
         check_base(adapter, model_args.model_name_or_path if shared else base_name, adapter_args.force)
     if shared:
         logger.info(f"Reward model {adapter} is an adapter on the policy's base: one base model in memory")
     elif reward_args.reward_model_name_or_path:
         why = f"is an adapter on {base_name}" if adapter else "is a whole model"
+        why = "was not trained by stage 3" if of_base else why
         why = "shares no base with a policy that trains all weights" if not adapter_args.use_peft else why
         logger.info(f"Reward model {reward_args.reward_model_name_or_path} {why}: loaded beside the policy")
         reward_model = reward_args.load_model(data_args, model_args)

@@ -157,33 +157,20 @@ def test_templates(template, eos, golden, text):
     assert tokenizer.decode(encoded["input_ids"]) == text
 
 
-@pytest.mark.parametrize(("template", "behind"), [(PLAIN_CHAT_TEMPLATE, "\n"), (CHATML, "\n"), (SPACE_BEFORE_END, "")])
-def test_a_reward_model_reads_what_the_template_makes_of_a_conversation(template, behind):
-    """As any library gives it one, from within stage 3 and PPO too; without the end where the answer has none."""
-    tokenizer, messages = make_tokenizer(template), chat("hello", "a", "b", "Drink water.", system="Be brief.")
-    scored = tokenizer.apply_chat_template(messages, return_dict=False)
-    assert tokenizer.decode(scored).endswith("<|im_end|>" + behind)
-    row = data_args().encode(tokenizer, messages)
-    start, most = row["source_tokens"], row["target_tokens"] + len(behind)
-    for args in (data_args(), data_args(target=most)):
-        assert args.encode_scored(tokenizer, messages, True) == scored
-        assert args.encode_templated(tokenizer, messages, True) == scored
-        for encode in (args.encode_scored, args.encode_templated):
-            assert tokenizer.decode(encode(tokenizer, messages, False)).rstrip(" ").endswith("\nDrink water.")
-    if behind:  # it counts among an answer's tokens
-        assert data_args(target=most - 1).encode_scored(tokenizer, messages, True) == scored[:-1]
-        assert data_args(target=most - 1).encode_templated(tokenizer, messages, True) == scored[:-1]
-    for encode in ("encode_scored", "encode_templated"):
-        assert getattr(data_args(target=3), encode)(tokenizer, messages, True) == scored[: start + 3]
-        assert getattr(data_args(source=4), encode)(tokenizer, messages, True) == scored[start - 4 :]
-
-
-def test_a_reward_model_of_another_origin_reads_its_template_to_the_letter():
-    """One that trims answers: stage 3 trains them as they are."""
-    tokenizer, messages = make_tokenizer(CHATML.replace("m.content", "m.content | trim")), chat("hello", "a b \n")
-    read = [encode(tokenizer, messages, True) for encode in (data_args().encode_templated, data_args().encode_scored)]
-    assert tokenizer.decode(read[0]).endswith("assistant\na b<|im_end|>\n")
-    assert tokenizer.decode(read[1]).endswith("assistant\na b \n<|im_end|>\n")
+@pytest.mark.parametrize("end", ["\n", ""])
+@pytest.mark.parametrize("trims", [True, False])
+def test_a_reward_model_of_another_origin_reads_its_template_to_the_letter(end, trims):
+    template = CHATML.replace("|>\n{% endfor", f"|>{end}{{% endfor")
+    tokenizer = make_tokenizer(template.replace("m.content", "m.content | trim") if trims else template)
+    messages = chat("hello", "a", "b", "Drink water. ", system="Be brief.")
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert tokenizer.decode(whole).endswith("<|im_end|>" + end)
+    assert data_args().encode_templated(tokenizer, messages, True) == whole
+    unfinished = tokenizer.decode(data_args().encode_templated(tokenizer, messages, False))
+    assert unfinished.endswith("\nDrink water." if trims else "\nDrink water. ")
+    start = data_args().encode(tokenizer, messages)["source_tokens"]
+    assert data_args(target=3).encode_templated(tokenizer, messages, True) == whole[: start + 3]
+    assert data_args(source=4).encode_templated(tokenizer, messages, True) == whole[start - 4 :]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from transformers import (
 import merge_peft_adapter
 from arguments.base import facts_of, fingerprint, record_base
 from arguments.command_line import Fault
+from arguments.reward import is_own
 from arguments.streamed import opened
 from merge_peft_adapter import compare, exchange
 
@@ -292,6 +293,8 @@ def test_an_adapter_that_cannot_tell_its_base_is_merged_with_a_warning(told, tin
         record_base(adapter, facts_of(base))
     ended = in_process(*merge(copied, adapter, tmp_path / "merged")).ok()
     assert (f"names {base} as its base, and has no base.json" in ended.stderr) != told
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["trained_here"] is told
+    assert is_own(tmp_path / "merged") is told
 
 
 def test_what_cannot_be_merged_is_said_before_anything_is_written(tiny, tmp_path):

@@ -508,7 +508,7 @@ def test_update_by_hand(flags, policy, value, of_logp, of_values, tmp_path):
     answers = {"at": [0, 1, 2], "logp": [-1.0] * 3, "values": [1.0] * 3}
     answers |= {"advantages": [3.0, -6, -3], "returns": [2.0, 4, 0]}
     answers = [
-        {"prompt": [7], "ids": [7] * (end - start), "behind": []}
+        {"prompt": [7], "ids": [7] * (end - start)}
         | {name: torch.tensor(all[start:end]) for name, all in answers.items()}
         for start, end in ((0, 1), (1, 3))
     ]
@@ -552,13 +552,13 @@ def test_noise_does_not_suit_rl(tmp_path):
 
 def test_collate():
     answers = [
-        {"prompt": [1, 2], "ids": [3], "behind": [8], "score": 0.5, "logp": torch.tensor([-0.1])},
-        {"prompt": [4], "ids": [5, 6, 7], "behind": [], "score": 1.5, "logp": torch.tensor([-0.2, -0.3, -0.4])},
+        {"prompt": [1, 2], "ids": [3], "score": 0.5, "logp": torch.tensor([-0.1])},
+        {"prompt": [4], "ids": [5, 6, 7], "score": 1.5, "logp": torch.tensor([-0.2, -0.3, -0.4])},
     ]
     batch = {name: tensor.tolist() for name, tensor in collate(answers, 9, "cpu").items()}
     assert batch.pop("logp") == [pytest.approx([-0.1, 0, 0]), pytest.approx([-0.2, -0.3, -0.4])]
     assert batch == {
-        "ids": [[1, 2, 3, 8], [4, 5, 6, 7]],
+        "ids": [[1, 2, 3, 9], [4, 5, 6, 7]],
         "tokens": [[3, 0, 0], [5, 6, 7]],
         "answer_mask": [[1, 0, 0], [1, 1, 1]],
         "columns": [[1, 2, 2], [0, 1, 2]],  # where each token is predicted; padding points inside

@@ -68,8 +68,7 @@ def written_answers(trainer, texts: tuple[str, ...]) -> list[dict]:
     """Answers as if the trainer had sampled `texts` to its first prompts."""
     ids = [trainer.processing_class(text, add_special_tokens=False)["input_ids"] for text in texts]
     prompts = [trainer.train_dataset[i]["input_ids"] for i in range(len(texts))]
-    answers = zip(prompts, ids, texts, strict=True)
-    return [{"prompt": p, "ids": i, "behind": [], "text": t} for p, i, t in answers]
+    return [{"prompt": p, "ids": i, "text": t} for p, i, t in zip(prompts, ids, texts, strict=True)]
 
 
 def test_roles_of_ppo(tiny, records, tmp_path, monkeypatch):
@@ -155,35 +154,47 @@ def check_roles(trainer, llama: str, adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("pad", ["its own", "eos"])
-def test_a_finished_answer_is_scored_as_by_any_library(pad, tiny, records, tmp_path, monkeypatch):
-    """By the adapter on the policy's base and by a reward model beside it: at the last token of what the template
-    makes of the conversation, where transformers reads the score."""
+def test_where_a_score_is_read(pad, tiny, records, tmp_path, monkeypatch):
+    """Of stage 3's reward models at the answer's end token, beside the policy as on its base; of others where any
+    library reads it, at the last token of what the template makes of the conversation."""
     in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm", "--max_steps", 20)).ok()
     flags = ("--reward_model_name_or_path", tmp_path / "rm", "--precision", "fp32", "--use_cpu")
     flags += ("--max_target_length", 64)
     trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
     tokenizer, rows = trainer.processing_class, list(trainer.train_dataset)[:3]
-    tokenizer.pad_token = {"its own": tokenizer.pad_token, "eos": tokenizer.eos_token}[pad]
-    monkeypatch.setattr(trainer, "generate", lambda *_: [answer["ids"] for answer in made])
     made = written_answers(trainer, ("Rest.", "Drink water and rest.", "发热时看医生。"))
     for answer in made:
         answer["ids"].append(tokenizer.eos_token_id)
-    answers = trainer.judge(trainer.sample("policy", rows, ["0", "1", "2"]), rows)
-    assert all(answer["finished"] for answer in answers)
+    monkeypatch.setattr(trainer, "generate", lambda *_: [answer["ids"] for answer in made])
+    shared = trainer.judge(trainer.sample("policy", rows, ["0", "1", "2"]), rows)
+    assert all(answer["finished"] for answer in shared)
 
+    tokenizer.pad_token = {"its own": tokenizer.pad_token, "eos": tokenizer.eos_token}[pad]
     base = AutoModelForSequenceClassification.from_pretrained(tiny("llama"), num_labels=1, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, tmp_path / "rm").eval()
     model.config.pad_token_id = tokenizer.pad_token_id
-    turns = [row["prompt"] + rl_training.assistant_turn(answer) for row, answer in zip(rows, answers, strict=True)]
+    turns = [row["prompt"] + rl_training.assistant_turn(answer) for row, answer in zip(rows, shared, strict=True)]
     texts = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in turns]
     assert all(tokenizer.decode(ids).endswith(f"{tokenizer.eos_token}\n") for ids in texts)
     with torch.no_grad():
-        expected = [model(torch.tensor([ids])).logits.item() for ids in texts]
-        for own in (True, False):
-            judge = RewardModel(model, tokenizer, trainer.data_args, own)
-            assert judge(turns).tolist() == pytest.approx(expected, abs=1e-5)
-    assert [answer["score"] for answer in answers] == pytest.approx(expected, abs=1e-5)
-    assert len({round(score, 4) for score in expected}) == 3, "this test needs scores that differ"
+        elsewhere = [model(torch.tensor([ids])).logits.item() for ids in texts]
+        assert RewardModel(model, tokenizer, trainer.data_args)(turns).tolist() == pytest.approx(elsewhere, abs=1e-5)
+        if pad == "its own":
+            own = RewardModel(model, tokenizer, trainer.data_args, own=True)(turns).tolist()
+            assert own == pytest.approx([answer["score"] for answer in shared], abs=1e-5)
+            assert max(abs(a - b) for a, b in zip(own, elsewhere, strict=True)) > 0.01, "this test needs two places"
+    assert len({round(score, 4) for score in elsewhere}) == 3, "this test needs scores that differ"
+
+
+def test_an_adapter_of_another_library_is_read_beside_the_policy(tiny, records, tmp_path, monkeypatch, capsys):
+    """On the policy's own base, too: PPO's rows stop at an answer's end."""
+    in_process(*stage("rm", tiny("llama"), records, tmp_path / "rm")).ok()
+    flags = ("--reward_model_name_or_path", tmp_path / "rm", "--precision", "fp32", "--use_cpu")
+    for file in ("base.json", "run.json"):
+        (tmp_path / "rm" / file).unlink()
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    assert "was not trained by stage 3: loaded beside the policy" in capsys.readouterr().err
+    assert trainer.model.reward_head is None and not trainer.reward_model.own
 
 
 def test_first_rollout_is_the_reference(tiny, records, tmp_path):
