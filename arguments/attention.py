@@ -7,7 +7,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import library
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
+from transformers.integrations import sdpa_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from arguments.precision import native_bf16
 
@@ -155,20 +156,9 @@ def takes_blocks(module, query, key, attention_mask, is_causal=None, dropout=0.0
     return attention_mask.dtype == torch.bool and attention_mask.shape[1:] == (1, rows, columns)
 
 
-def lacks_flash(query) -> bool:
-    """Whether it is on a GPU before Ampere, such as a T4, for which PyTorch has no flash attention."""
-    return query.device.type == "cuda" and not native_bf16(gpu=True)
-
-
 def blockwise_attention(module, query, key, value, attention_mask, scaling=None, **settings):
-    """transformers' attention interface: in blocks if the call allows it, else by sdpa_attention_forward.
-
-    Without a mask that one leaves grouped heads to flash attention. Where there is none, PyTorch 2.13 would compute
-    the whole table of scores: its memory-efficient kernel wants as many heads of keys as of queries.
-    """
+    """transformers' attention interface: in blocks if the call allows it, else by sdpa_attention_forward."""
     if not takes_blocks(module, query, key, attention_mask, **settings):
-        if use_gqa_in_sdpa(attention_mask, key, value) and lacks_flash(query):
-            key, value = (repeat_kv(states, query.shape[1] // states.shape[1]) for states in (key, value))
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, attention_mask, scale), None
@@ -178,5 +168,11 @@ def attend_in_blocks() -> None:
     """Register blockwise_attention as "sdpa" from now on.
 
     Under that name, since models and libraries decide by it which masks they make and what they leave to a kernel.
+
+    Without a mask transformers 5.23 leaves grouped heads to flash attention. GPUs before Ampere, such as a T4, have
+    none, and PyTorch 2.13's other kernel wants as many heads of keys as of queries: it would compute the whole table
+    of scores. So the heads are repeated there, as with a mask, or, for a single query, packed.
     """
     AttentionInterface.register("sdpa", blockwise_attention)
+    if torch.cuda.is_available() and not native_bf16(gpu=True):
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False

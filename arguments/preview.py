@@ -63,8 +63,8 @@ def trained_share(dataset: Dataset, lengths: np.ndarray) -> str:
 
 
 def histogram(lengths: np.ndarray) -> str:
-    """Records by length, ten bins."""
-    counts, edges = np.histogram(lengths, bins=10)
+    """Records by length, at most ten bins."""
+    counts, edges = np.histogram(lengths, bins=min(10, int(np.ptp(lengths)) + 1))
     edges = np.ceil(edges).astype(int)
     width = len(f"{edges[-1]}")
     lines = [

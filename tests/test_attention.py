@@ -10,11 +10,12 @@ from torch import library
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import arguments.attention
-from arguments.attention import ROWS, attend, bf16_units, blockwise_attention
+from arguments.attention import ROWS, attend, attend_in_blocks, bf16_units, blockwise_attention
 from arguments.model import ModelArguments
 
 MASKED = sorted(set(FAMILIES) - {"bloom"})  # ALiBi is a mask of numbers, in a model with attention of its own
@@ -153,14 +154,17 @@ def test_what_the_blocks_are_not_for_is_left_to_pytorch(settings, blocks, monkey
     assert bool(taken) == blocks
 
 
-@pytest.mark.parametrize(("old", "heads"), [(True, 4), (False, 2)])
-def test_a_gpu_without_flash_attention_gets_a_key_for_each_query(old, heads, monkeypatch):
+@pytest.mark.parametrize(("capability", "heads"), [((7, 5), 4), ((8, 0), 2)])
+def test_a_gpu_without_flash_attention_gets_a_key_for_each_query(capability, heads, monkeypatch, attention_of):
     """PyTorch's other kernel that keeps no table of scores takes no groups."""
-    kernel, seen = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)  # put back afterwards
     query, key, value, _ = (states[..., :16].contiguous() for states in tensors(8, 4, 2, torch.float32))
     inputs = SimpleNamespace(is_causal=True, num_key_value_groups=2), query, key, value, None
     expected, _ = sdpa_attention_forward(*inputs)
-    monkeypatch.setattr(arguments.attention, "lacks_flash", lambda query: old)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    attend_in_blocks()
+    kernel, seen = torch.nn.functional.scaled_dot_product_attention, []
     monkeypatch.setattr(
         torch.nn.functional,
         "scaled_dot_product_attention",
