@@ -230,7 +230,10 @@ class RewardModel(nn.Module):
         if self.tokenizer.chat_template:
             encode = self.encode_own if self.own else partial(self.lengths.encode_templated, self.tokenizer)
             ended = zip(conversations, finished or [True] * len(conversations), strict=True)
-            rows = [known_ids(self.tokenizer, encode(messages, ends)) for messages, ends in ended]
+            try:
+                rows = [known_ids(self.tokenizer, encode(messages, ends)) for messages, ends in ended]
+            except UserError as error:  # not the policy's template or tokenizer
+                raise UserError(f"the reward model: {error}") from error
             batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
         else:
             prompts = ["\n".join(m["content"] for m in messages[:-1]) for messages in conversations]

@@ -1093,7 +1093,10 @@ def test_a_reward_model_without_embeddings_for_its_tokens(tiny):
     tokenizer.add_tokens([f"<new{number}>" for number in range(1 + model.config.vocab_size - len(tokenizer))])
     judge = RewardModel(model, tokenizer, LengthArguments())
     last = f"<new{model.config.vocab_size - len(AutoTokenizer.from_pretrained(tiny('llama')))}>"
-    with pytest.raises(UserError, match=f"the token '{last}' has the id {model.config.vocab_size}, but the model has"):
+    with pytest.raises(
+        UserError,
+        match=f"the reward model: the token '{last}' has the id {model.config.vocab_size}, but the model has",
+    ):
         judge([[{"role": "user", "content": "a"}, {"role": "assistant", "content": last}]])
 
 
