@@ -4,6 +4,9 @@ Documents are strings. A conversation is a list of {"role", "content"} messages.
 {"prompt": messages, "chosen": str, "rejected": str}.
 """
 
+from difflib import get_close_matches
+from functools import cache
+
 from arguments.files import INVISIBLE, BadRecord, is_blank
 
 ROLES = {
@@ -111,8 +114,23 @@ def turns_of(record: dict) -> list:
     return with_system(record, turns) if isinstance(turns, list) else turns
 
 
+@cache
+def nearest(key: str, names: tuple[str, ...]) -> str | None:
+    """The name that a key is perhaps meant to be, and is not."""
+    return None if key in names else next(iter(get_close_matches(key, names, n=1, cutoff=0.8)), None)
+
+
+def refuse_misspelt(record: dict, *names: str) -> None:
+    """Refuse a record with a key that is nearly one of `names`, which are optional: it would be left out silently."""
+    for key, value in record.items():
+        name = nearest(str(key), names)
+        if name and value and name not in record:
+            raise BadRecord(f"the key {key!r} is not read. Is it {name!r}? Rename it, or take it out")
+
+
 def with_history(record: dict, question: str) -> list[dict]:
     """System prompt, history [[question, answer], ...] and `question` as messages."""
+    refuse_misspelt(record, "history", "system", "system_prompt")
     turns, history = with_system(record, []), record.get("history") or []
     if isinstance(history, str) and not history.strip(INVISIBLE + "[]"):  # a .csv's cell
         history = []
@@ -151,6 +169,7 @@ def to_prompt(record) -> list[dict]:
             turns = turns[:-1]
         messages = to_messages(turns, closed=False)
     elif "instruction" in record:
+        refuse_misspelt(record, "input")
         question = "\n".join(filter(None, (clean(record["instruction"]), clean(record.get("input")))))
         messages = with_history(record, question)
     elif isinstance(record.get("prompt"), list):
