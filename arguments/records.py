@@ -117,7 +117,7 @@ def turns_of(record: dict) -> list:
 @cache
 def nearest(key: str, names: tuple[str, ...]) -> str | None:
     """The name that a key is perhaps meant to be, and is not."""
-    return None if key in names else next(iter(get_close_matches(key, names, n=1, cutoff=0.8)), None)
+    return None if key in names else next(iter(get_close_matches(key.lower(), names, n=1, cutoff=0.85)), None)
 
 
 def refuse_misspelt(record: dict, *names: str) -> None:
