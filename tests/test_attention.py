@@ -116,6 +116,13 @@ def call(mask=None, dtype=torch.bfloat16, length=8, rows=None, causal=True, **se
     return blockwise_attention(module, query[:, :, -(rows or length) :], key, value, mask, **settings)[0]
 
 
+def test_a_scale_of_the_models_own_is_taken():
+    query, key, value, _ = tensors(8, 4, 2, torch.bfloat16)
+    for scale in (0.3, None):
+        expected = attend(query, key, value, None, scale or query.shape[-1] ** -0.5)
+        assert torch.equal(call(scaling=scale), expected)
+
+
 def past(length: int) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
 

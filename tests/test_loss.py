@@ -135,6 +135,8 @@ def test_held_out_loss_is_the_mean_over_all_tokens(family, accepts, tiny, tmp_pa
     logits = model(ids).logits[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
     assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-5) and found["eval_tokens"] == 16
+    again = trainer.evaluate()
+    assert (again["eval_loss"], again["eval_tokens"]) == (found["eval_loss"], 16), "what an earlier one summed counts"
 
 
 def test_autocasts_logits_are_not_copied(tiny, monkeypatch):

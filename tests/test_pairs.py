@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from arguments.pairs import collate_pairs, keeps_answers_apart, may_share, places, score_pairs, with_length
+from reward_modeling import accuracies, longer_wins
 
 # A prompt 5, 6 and what comes behind it; then answers of which one begins with the other
 PAIRS = [
@@ -156,3 +157,11 @@ def test_the_centering_term_is_in_the_held_out_loss(tiny, records, tmp_path):
         losses.append(results(tmp_path / str(coefficient))["eval_loss_before"])
     none, once, twice = losses
     assert once > none and twice - none == pytest.approx(2 * (once - none), rel=1e-4)
+
+
+def test_ties_count_half():
+    margins = torch.tensor([2.0, 0.0, -1.0, 0.0])
+    expected = {"accuracy": 0.5, "margin": 0.25, "accuracy_unsafe": 0.75, "accuracy_wrong": 0.25}
+    assert accuracies(margins, ["unsafe", "unsafe", "wrong", "wrong"]) == pytest.approx(expected)
+    assert accuracies(margins, ["", "", "", ""]) == pytest.approx({"accuracy": 0.5, "margin": 0.25})
+    assert longer_wins([3, 2, 1, 5], [2, 2, 4, 1]) == 0.625
