@@ -568,6 +568,12 @@ def left(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def test_a_checkpoint_saved_twice_is_whole(tmp_path):
+    """By its step and by an evaluation that found it the best: the first seal is none of its files."""
+    save_checkpoints(tmp_path, 10, 10)
+    assert run_arguments(tmp_path).checkpoint("base") == str(tmp_path / "checkpoint-10")
+
+
 def test_checkpoint_is_the_newest_by_number(tmp_path, logged):
     assert run_arguments(tmp_path / "nowhere").checkpoint("base") is None
     assert run_arguments(tmp_path).checkpoint("base") is None
