@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import library
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
@@ -202,14 +203,14 @@ def casting(op, to: torch.dtype | None):
     return cast
 
 
-def register() -> list[torch.library.Library]:
+def register() -> list[library.Library]:
     """Make the device; it lasts as long as what is returned."""
     _setup_privateuseone_for_python_backend(NAME, Backend())
     torch.autograd.set_multithreading_enabled(False)  # its thread for such a device would not know this one's state
-    kernels, autocast = torch.library.Library("_", "IMPL"), torch.library.Library("_", "IMPL")
+    kernels, autocast = library.Library("_", "IMPL"), library.Library("_", "IMPL")
     kernels.fallback(kernel, "PrivateUse1")
-    autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    operations = torch.library.Library("aten", "IMPL")
+    autocast.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")
+    operations = library.Library("aten", "IMPL")
     for names, to in ((HALF, None), (FULL, torch.float32)):
         for packet in (getattr(torch.ops.aten, name) for name in names):
             for overload in packet.overloads():
