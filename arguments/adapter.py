@@ -144,12 +144,13 @@ class AdapterArguments:
     def _check_task(self, wanted: TaskType) -> None:
         """See that peft_path is an adapter of the task that is trained: one of another goes on as that other one."""
         folder = adapter_folder(self.peft_path)
-        if folder and wanted == TaskType.SEQ_CLS and adapter_config(folder).task_type is None:
-            raise UserError(  # peft would train the score head and not save it
+        found = adapter_config(folder).task_type if folder else wanted
+        if found is None and wanted == TaskType.SEQ_CLS:  # peft would train the score head and not save it
+            raise UserError(
                 f"--peft_path {self.peft_path} does not say what it is for: if it scores answers, set "
                 f'"task_type": "SEQ_CLS" in {folder}/adapter_config.json; else leave it out'
             )
-        if folder and (found := adapter_config(folder).task_type) not in (None, wanted):
+        if found not in (None, wanted):
             raise UserError(f"--peft_path {self.peft_path} is a {found} adapter, and this stage trains {wanted.value}")
 
 

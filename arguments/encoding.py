@@ -159,10 +159,8 @@ def encode_whole(tokenizer, messages: list[dict], finished: bool) -> tuple[list[
     messages = [*shown(tokenizer, messages[:-1]), messages[-1]]
     text = render(tokenizer, messages)
     before, _, ending = render(tokenizer, [*messages[:-1], messages[-1] | {"content": MARKER}]).partition(MARKER)
-    ids, start = (
-        tokenizer(part, add_special_tokens=False)["input_ids"]
-        for part in (text if finished else text.removesuffix(ending), before)
-    )
+    texts = [text if finished else text.removesuffix(ending), before]
+    ids, start = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return ids, len(start)
 
 

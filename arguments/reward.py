@@ -10,6 +10,7 @@ from loguru import logger
 from peft import TaskType, load_peft_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from arguments.adapter import with_saved_adapter
 from arguments.atomic import read_json
@@ -115,7 +116,7 @@ class RewardSourceArguments:
         if adapter:
             adapter_head(adapter)
             model = with_saved_adapter(model, adapter, "default", trainable=False)
-        return RewardModel(model, tokenizer, lengths, is_own(adapter or Path(path)))
+        return RewardModel(model, tokenizer, lengths, is_own(adapter or path, model_args.cache_dir))
 
     def _check_head(self, config) -> None:
         """See that a whole model scores: its config names a classifier of one label."""
@@ -151,15 +152,22 @@ class RewardSourceArguments:
         return dict(zip(names, values, strict=True))
 
 
-def is_own(folder: Path) -> bool:
-    """Whether stage 3 trained the reward model in a folder: an adapter, a whole model, or a merged one.
+def is_own(source: str | Path, cache_dir: str | None = None) -> bool:
+    """Whether stage 3 trained a reward model: an adapter, a whole model, or one merged here, also if from the hub.
 
     It reads the score at the answer's end token. Elsewhere it is read behind all that the template makes of a
     conversation, in ChatML a line break later. Trained so in 30 steps on the sample (one seed), 93% of the held-out
     pairs were right, not 100%, and PPO learned not to end answers, as those without an end scored higher.
     """
-    merged = read_json(folder / "merge.json") or {"trained_here": False}
-    return any((folder / name).exists() for name in (BASE_FILE, "run.json")) or merged.get("trained_here", True)
+
+    def file(name):  # without an error where there is none, or no connection
+        kinds = "missing_entries", "connection_errors", "gated_repo"
+        quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+        return cached_file(str(source), name, cache_dir=cache_dir, **quiet)
+
+    if merged := file("merge.json"):
+        return (read_json(Path(merged)) or {}).get("trained_here", True)
+    return bool(file(BASE_FILE) or file("run.json"))
 
 
 def adapter_head(adapter: Path) -> dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ def present(outputs: Path, stage: str) -> bool:
     return whole and (outputs / stage / "all_results.json").exists()
 
 
-def made_by(outputs: Path, stage: str) -> str | None:
+def result_of(outputs: Path, stage: str) -> str | None:
     """Hash of the adapter or model that a stage made; None for those that leave figures only."""
     return digest(outputs / stage) if (outputs / stage).is_dir() else None
 
@@ -109,7 +109,7 @@ def start(outputs: Path, stage: str, inputs: list[str], flags: list[str]) -> str
     changed = [name for (name, now), then in zip(made.items(), before, strict=False) if now != then]
     changed += ["the flags"] * (flags != last["flags"])
     if known and not changed and last["event"] == "finish" and present(outputs, stage):
-        if last.get("made") not in (None, made_by(outputs, stage)):
+        if last.get("result") not in (None, result_of(outputs, stage)):
             print(
                 f"error: {outputs / stage} holds what another command has made since the pipeline did: move it and "
                 f"{stage}-merged elsewhere, or set OUTPUTS",
@@ -148,7 +148,7 @@ def finish(outputs: Path, stage: str) -> None:
     figures = json.loads(results.read_text()) if results.exists() else {}
     seconds = round(time.time() - last["time"], 1)
     last |= {"event": "finish", "time": time.time(), "seconds": seconds, "figures": figures}
-    last["made"] = made_by(outputs, stage)
+    last["result"] = result_of(outputs, stage)
     append_lines(outputs / "ledger.jsonl", [last])
 
 

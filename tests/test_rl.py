@@ -44,7 +44,7 @@ from arguments.command_line import UserError
 from arguments.data import DataArguments
 from arguments.encoding import LengthArguments
 from arguments.model import ModelArguments
-from arguments.reward import RewardModel, RewardSourceArguments, pad_alike
+from arguments.reward import RewardModel, RewardSourceArguments, is_own, pad_alike
 from arguments.reward_functions import function_scores, load_functions
 from arguments.roles import VALUE, disable_dropout
 from arguments.sampling import until_eos
@@ -184,6 +184,29 @@ def test_where_a_score_is_read(pad, tiny, records, tmp_path, monkeypatch):
             assert own == pytest.approx([answer["score"] for answer in shared], abs=1e-5)
             assert max(abs(a - b) for a, b in zip(own, elsewhere, strict=True)) > 0.01, "this test needs two places"
     assert len({round(score, 4) for score in elsewhere}) == 3, "this test needs scores that differ"
+
+
+@pytest.mark.parametrize(
+    ("files", "own"),
+    [
+        ({}, False),
+        ({"base.json": "{}"}, True),
+        ({"run.json": "{}"}, True),
+        ({"merge.json": '{"trained_here": true}'}, True),
+        ({"merge.json": "{}"}, True),  # of an older version
+        ({"merge.json": '{"trained_here": false}', "run.json": "{}"}, False),
+    ],
+)
+def test_who_trained_a_reward_model(files, own, tmp_path):
+    """By what lies beside it: in a folder, or in the hub's cache."""
+    snapshot = tmp_path / "models--me--judge" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--me--judge" / "refs").mkdir()
+    (tmp_path / "models--me--judge" / "refs" / "main").write_text("1")
+    for name, text in files.items():
+        (snapshot / name).write_text(text)
+    assert is_own(snapshot) is own and is_own("me/judge", str(tmp_path)) is own
+    assert not is_own("me/nobody", str(tmp_path))
 
 
 def test_an_adapter_of_another_library_is_read_beside_the_policy(tiny, records, tmp_path, monkeypatch, capsys):
