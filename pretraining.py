@@ -11,6 +11,7 @@ Writes  the adapter, tokenizer, metrics (held-out perplexity) and curves into ou
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from datasets import Dataset, IterableDataset
 from peft import TaskType
@@ -52,6 +53,13 @@ class PretrainingArguments(RunArguments, TrainingArguments):
         if self.streaming and self.max_steps < 1:
             raise UserError("--streaming has no known end: set --max_steps")
         super().__post_init__()
+
+
+def encode_document(row: dict, tokenizer, keep_linebreaks: bool) -> dict[str, list[int]]:
+    text = row["text"] if keep_linebreaks else " ".join(row["text"].split())
+    ids = tokenizer(text)["input_ids"]  # with the bos that LLaMA, Gemma and others want before a text
+    ids = ids if ids[-1:] == [tokenizer.eos_token_id] else ids + [tokenizer.eos_token_id]
+    return {"input_ids": known_ids(tokenizer, ids)}
 
 
 def pack(documents: Iterable[dict], pad_token_id: int, block_size: int, isolate: bool) -> Iterator[dict]:
@@ -97,13 +105,7 @@ def build_blocks(
     rows: Dataset, tokenizer, data_args: DataArguments, args: PretrainingArguments, seed: int | None = None
 ):
     """The blocks of all documents, shuffled by `seed`, as a Dataset (or, streaming, an IterableDataset)."""
-
-    def encode(row):
-        text = row["text"] if args.keep_linebreaks else " ".join(row["text"].split())
-        ids = tokenizer(text)["input_ids"]  # with the bos that LLaMA, Gemma and others want before a text
-        ids = ids if ids[-1:] == [tokenizer.eos_token_id] else ids + [tokenizer.eos_token_id]
-        return {"input_ids": known_ids(tokenizer, ids)}
-
+    encode = partial(encode_document, tokenizer=tokenizer, keep_linebreaks=args.keep_linebreaks)
     settings = {
         "pad_token_id": tokenizer.pad_token_id,
         "block_size": args.block_size,

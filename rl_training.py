@@ -280,6 +280,11 @@ def assistant_turn(answer: dict) -> list[dict]:
     return [{"role": "assistant", "content": answer["text"]}]
 
 
+def as_rows(rows: list[dict]) -> dict[str, list[dict]]:
+    """A batch as it is; the trainer makes tensors of its answers. By name, for loader processes that are spawned."""
+    return {"rows": rows}
+
+
 class PPOTrainer(LogLine, EndsOnce, Trainer):
     """transformers.Trainer whose training steps take mini-batches from a rollout that it samples itself.
 
@@ -690,7 +695,7 @@ def main():
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        data_collator=lambda rows: {"rows": rows},
+        data_collator=as_rows,
         data_args=data_args,
         reward_args=reward_args,
         guard_args=guard_args,

@@ -95,10 +95,10 @@ read_flags() {
 # merge_stage base adapter merged "$@": does nothing where all weights were trained and there is no adapter, nor where
 # the stage's flags only looked. Machine 0 merges.
 merge_stage() {
-  local base=$1 adapter=$2 merged=$3 code=()
+  local base=$1 adapter=$2 merged=$3 code=False
   shift 3
   case " $* " in *" --plan"* | *" --preview"* | *" --help "* | *" -h "*) return ;; esac
-  [ "$(flag_value --trust_remote_code False "$@")" = False ] || code=(--trust_remote_code)
+  [ "$(flag_value --trust_remote_code False "$@")" = False ] || code=True
   if [ "${NODE_RANK:-0}" -gt 0 ]; then
     [ ! -f "$adapter/adapter_config.json" ] || echo "waiting for machine 0 to merge into $merged"
     until [ "$merged/merge.json" -nt "$adapter/all_results.json" ] || [ ! -f "$adapter/adapter_config.json" ]; do
@@ -108,7 +108,7 @@ merge_stage() {
     done
   elif [ -f "$adapter/adapter_config.json" ]; then
     rm -f "$adapter/merge_failed"
-    supervise "$PYTHON" merge_peft_adapter.py --base_model_name_or_path "$base" --peft_model_path "$adapter" --output_dir "$merged" "${code[@]}" || {
+    supervise "$PYTHON" merge_peft_adapter.py --base_model_name_or_path "$base" --peft_model_path "$adapter" --trust_remote_code "$code" --output_dir "$merged" || {
       ended=$?
       [ "${NNODES:-1}" -eq 1 ] || touch "$adapter/merge_failed"  # for those that wait
       exit "$ended"

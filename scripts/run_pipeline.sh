@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 : "${ROLLOUTS:=}"                            # of RL, 32 answers each; empty: what run_rl.sh says
 : "${PYTHON:=}"                              # an existing environment's python: nothing is installed then
 
-FRESH="" FLAGS=()
+FRESH="" FLAGS=()  # ${FLAGS[@]+...} below: for bash 3.2, macOS's, an empty array is an unset variable
 for flag in "$@"; do
   case $flag in
     --fresh) FRESH=yes ;;
@@ -43,20 +43,19 @@ for given in "$PT_DATA" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GENERAL"; do
   [ -e "$given" ] || { echo "error: there is no $given: expected a folder of records, see Your own data in README.md" >&2; exit 2; }
 done
 [ -d "$QUIZ" ] || { echo "error: QUIZ=$QUIZ is a file: name the folder it lies in" >&2; exit 2; }
+outputs=$(cd "$OUTPUTS" 2>/dev/null && pwd -P) || outputs="no such folder"
 for given in "$MODEL" "$PT_DATA" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GENERAL"; do
-  case $(realpath -m "$given")/ in
-    "$(realpath -m "$OUTPUTS")"/*)
+  folder=$given
+  [ -d "$given" ] || folder=$(dirname "$given")
+  case $(cd "$folder" 2>/dev/null && pwd -P)/ in  # macOS has no realpath -m
+    "$outputs"/*)
       echo "error: $given lies in $OUTPUTS, whose stages are deleted when they start over: set OUTPUTS to another folder" >&2
       exit 2
       ;;
   esac
 done
 
-if [ -z "$PYTHON" ]; then
-  PYTHON=.venv/bin/python
-  "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv .venv
-  "$PYTHON" -m pip install --quiet -r requirements.txt
-fi
+source scripts/venv.sh -r requirements.txt  # PYTHON
 export MODEL PYTHON
 source scripts/env.sh  # supervise
 
@@ -65,7 +64,7 @@ if [ "$MODEL" = models/SmolLM2-135M-Instruct ]; then
 fi
 sample="models/SmolLM2-135M-Instruct data/finetune data/reward data/prompts data/quiz data/general"
 if [ "$MODEL $SFT_DATA $RM_DATA $RL_DATA $QUIZ $GENERAL" != "$sample" ]; then
-  "$PYTHON" scripts/check_inputs.py "$MODEL" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GENERAL" "${FLAGS[@]}"
+  "$PYTHON" scripts/check_inputs.py "$MODEL" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GENERAL" ${FLAGS[@]+"${FLAGS[@]}"}
 fi
 : "${NODE_RANK:=0}"  # of several machines the first one clears, keeps the ledger and reports
 if [ -n "$FRESH" ] && [ "$NODE_RANK" = 0 ]; then
@@ -88,11 +87,11 @@ stage() {
     set -- "$@" ${ROLLOUTS:+--max_steps "$ROLLOUTS"}
   fi
   if [ -z "$FRESH" ] || [ "$NODE_RANK" = 0 ]; then
-    state=$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$name" "${inputs[@]}" -- "$@" "${FLAGS[@]}")
+    state=$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$name" "${inputs[@]}" -- "$@" ${FLAGS[@]+"${FLAGS[@]}"})
   fi
   [ "$state" = ended ] && echo "$name: done already" && return
   TRAIN=$data VALIDATION="" MODEL=$model OUTPUT=$output MERGED=$output-merged \
-    supervise bash "scripts/run_$name.sh" "$@" "${FLAGS[@]}"
+    supervise bash "scripts/run_$name.sh" "$@" ${FLAGS[@]+"${FLAGS[@]}"}
   "$PYTHON" scripts/ledger.py finish "$OUTPUTS" "$name"
 }
 # result name: the model that a stage made, merged or trained whole.

@@ -4,11 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 : "${PYTHON:=}"  # an existing environment's python: nothing is installed then
-if [ -z "$PYTHON" ]; then
-  PYTHON=.venv/bin/python
-  "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv .venv
-  "$PYTHON" -m pip install --quiet -r requirements.txt -r tests/requirements.txt
-fi
+source scripts/venv.sh -r requirements.txt -r tests/requirements.txt  # PYTHON
 bin=$(dirname "$PYTHON")
 "$bin/ruff" check .
 "$bin/shellcheck" scripts/*.sh benchmarks/*.sh .ci/run

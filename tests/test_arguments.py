@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -25,6 +26,8 @@ from transformers import (
 )
 
 import pretraining
+import reward_modeling
+import rl_training
 import supervised_finetuning
 from arguments.adapter import AdapterArguments
 from arguments.base import adapter_folder, check_base, difference, facts_of, fingerprint, record_base
@@ -531,14 +534,27 @@ def test_documents_too_come_in_the_order_of_the_data_seed(more, tiny, records, t
     assert found[0] == found[1] != found[2]  # an adapter begins as nothing, whatever the seed
 
 
-@pytest.mark.parametrize(("name", "script"), [("pt", pretraining), ("sft", supervised_finetuning)])
-def test_workers_can_be_spawned(name, script, tiny, records, tmp_path, monkeypatch):
-    def make(**kwargs):
-        raise StopIteration(pickle.loads(pickle.dumps(kwargs["data_collator"])))
+@pytest.mark.parametrize(
+    ("name", "script", "more"),
+    [
+        ("pt", pretraining, ()),
+        ("pt", pretraining, ("--streaming", "--max_steps", 1)),
+        ("sft", supervised_finetuning, ()),
+        ("rm", reward_modeling, ()),
+        ("rl", rl_training, ("--reward_functions", "rewards.py:none")),
+    ],
+)
+def test_workers_can_be_spawned(name, script, more, tiny, records, tmp_path, monkeypatch):
+    """As macOS does: what a DataLoader hands to its processes is pickled."""
 
-    (trainer,) = [one for one in vars(script) if one.endswith("Trainer") and one != "Trainer"]
+    def make(**kwargs):
+        raise StopIteration(pickle.loads(pickle.dumps([kwargs["data_collator"], kwargs["train_dataset"]])))
+
+    (trainer,) = [one for one in vars(script) if one.endswith("Trainer") and one not in ("Trainer", "RewardTrainer")]
     monkeypatch.setattr(script, trainer, make)
-    monkeypatch.setattr(sys, "argv", list(map(str, stage(name, tiny("llama"), records, tmp_path / "out"))))
+    monkeypatch.chdir(tmp_path)
+    Path("rewards.py").write_text("def none(completions, **columns): return [0.0] * len(completions)")
+    monkeypatch.setattr(sys, "argv", list(map(str, stage(name, tiny("llama"), records, tmp_path / "out", *more))))
     with pytest.raises(StopIteration):
         script.main()
 

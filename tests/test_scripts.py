@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -532,6 +533,42 @@ def test_the_attention_that_is_asked_for(tiny, records, tmp_path):
     assert ended.code == 2 and "magic" in ended.errors[0]
 
 
+def test_python_is_found_or_said_to_be_too_old(tmp_path):
+    """Ubuntu 22.04's python3 is 3.10, whatever else is installed; and so is the .venv that it made."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    path, environment = tmp_path / "bin", tmp_path / ".venv" / "bin"
+    path.mkdir(), environment.mkdir(parents=True)
+    for name in ("bash", "dirname"):
+        (path / name).symlink_to(shutil.which(name))
+
+    def put(file: Path, script: str) -> None:
+        file.write_text("#!/bin/bash\n" + script)
+        file.chmod(0o755)
+
+    def ended() -> subprocess.CompletedProcess:
+        command = [path / "bash", "scripts/run_tests.sh"]
+        return subprocess.run(command, cwd=tmp_path, env={"PATH": str(path)}, capture_output=True, text=True)
+
+    old = 'case $1 in -c) exit 1 ;; --version) echo "Python 3.10.12" ;; esac'  # has pip, and is not new enough
+    put(path / "python3", old)
+    assert ended().returncode == 2 and ended().stderr.startswith("error: found no python3 of 3.11")
+    put(path / "python3.12", 'case "$*" in -c*) ;; *) echo made "$@"; exit 7 ;; esac')
+    assert (ended().returncode, ended().stdout) == (7, "made -m venv .venv\n")
+    put(environment / "python", old)
+    assert ended().returncode == 2 and ended().stderr.startswith("error: .venv has Python 3.10.12, expected 3.11")
+
+
+def test_scripts_are_for_the_bash_of_macos_too():
+    """3.2, where an empty array is an unset variable, with BSD's tools; no newer features."""
+    newer = r"realpath -|readlink -f|sed -i|stat -c|nproc|mapfile|(declare|local) -[An]|\$\{\w+[,^]|wait -n|&>>"
+    for script in (ROOT / "scripts").glob("*.sh"):
+        code = re.sub(r"(?m)(^|\s)#.*|--nproc\S+", "", script.read_text())
+        assert not re.findall(newer, code), script
+        empty = set(re.findall(r"(\w+)=\(\)", code))
+        bare = re.findall(r'(?<!\+)"\$\{(\w+)\[@\]\}"', code)
+        assert not empty.intersection(bare), script
+
+
 # --- what the run scripts hand on: a python that tells how it was called, and leaves an adapter
 
 TELLS = """#!/bin/bash
@@ -620,7 +657,7 @@ def test_a_run_script_follows_its_flags_and_variables(told, tmp_path):
     code, calls, _ = told("scripts/run_sft.sh", "--output_dir", output, "--trust_remote_code", TRAIN="mine/chat")
     assert code == 0
     assert "--train_file_dir mine/chat --validation_file_dir mine/chat" in calls["supervised_finetuning.py"]
-    assert f"--output_dir {output}-merged --trust_remote_code" in calls["merge_peft_adapter.py"]
+    assert f"--trust_remote_code True --output_dir {output}-merged" in calls["merge_peft_adapter.py"]
     (tmp_path / "both" / "validation").mkdir(parents=True)
     for inside, train in (("", "both"), ("train", "both/train")):
         (tmp_path / "both" / inside).mkdir(exist_ok=True)
