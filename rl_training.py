@@ -320,11 +320,18 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         return prompt_order(len(self.train_dataset), per_rollout, self.args.rollouts, repeats, self.args.seed)
 
     def create_optimizer(self, model=None):
-        args, (policy, critic) = self.args, self.model.trained()
+        """Adam as the Trainer has it, which decays no norms and biases, with a learning rate for the critic."""
+        args, decaying = self.args, set(self.get_decay_parameter_names(self.model))
+        decays = {id(parameter) for name, parameter in self.model.named_parameters() if name in decaying}
         rates = args.learning_rate, args.critic_learning_rate or 2 * args.learning_rate
+        groups = [
+            {"params": chosen, "lr": rate, "weight_decay": weight_decay}
+            for params, rate in zip(self.model.trained(), rates, strict=True)
+            for weight_decay, wanted in ((args.weight_decay, True), (0.0, False))
+            if (chosen := [parameter for parameter in params if (id(parameter) in decays) == wanted])
+        ]
         kind, settings = self.get_optimizer_cls_and_kwargs(args, self.model)
-        groups = [{"params": params, "lr": rate} for params, rate in zip((policy, critic), rates, strict=True)]
-        self.optimizer = kind(groups, **settings | {"weight_decay": args.weight_decay})
+        self.optimizer = kind(groups, **settings)
         return self.optimizer
 
     # rollout
@@ -463,7 +470,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         unfinished = torch.tensor([not answer["finished"] for answer in self.rollout])
         scores = scores - args.reward_baseline
         if args.use_score_scaling and not self.score_scale:
-            self.score_scale = scores.std(correction=0).item()
+            equal = scores.min() == scores.max()  # rounding gives such a spread of its own, which would blow them up
+            self.score_scale = 0.0 if equal else scores.std(correction=0).item()
             self.score_center = scores.mean().item() / (self.score_scale or 1.0)
         scores = scores / (self.score_scale or 1.0)
         lowest, highest = self.score_center - args.reward_clip, self.score_center + args.reward_clip
@@ -536,8 +544,10 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             for parameter in self.with_gradients():
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
         policy, value, moved = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self.stats.append(
+            {"value_loss": value} | ({} if self.policy_stopped else {"policy_loss": policy, "step_kl": moved})
+        )
         self.policy_stopped |= args.early_stopping and moved > 1.5 * args.target_kl
-        self.stats.append({"policy_loss": policy, "value_loss": value, "step_kl": moved})
         return torch.tensor(policy + args.value_coef * value, device=args.device)
 
     def with_gradients(self) -> list[nn.Parameter]:

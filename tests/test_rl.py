@@ -101,6 +101,18 @@ def test_any_optimizer_gets_both_rates(tiny, records, tmp_path, monkeypatch):
     assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [0.25, 0.125]
 
 
+def test_norms_and_biases_do_not_decay(tiny, records, tmp_path, monkeypatch):
+    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--use_peft", "False", "--weight_decay", 0.125)
+    (tmp_path / "rewards.py").write_text(FUNCTIONS)
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("bloom"), records, tmp_path / "rl", *flags))
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    decay = {names[id(one)]: g["weight_decay"] for g in trainer.create_optimizer().param_groups for one in g["params"]}
+    assert len(decay) == sum(map(len, trainer.model.trained()))
+    plain = {name for name, rate in decay.items() if not rate}
+    assert plain == {name for name in decay if "layernorm" in name or "ln_f" in name or name.endswith("bias")} != set()
+    assert set(decay.values()) == {0.125, 0.0}
+
+
 def test_seconds_of_updates_are_a_rollouts(tiny, records, tmp_path, monkeypatch):
     (tmp_path / "rewards.py").write_text(FUNCTIONS)
     flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--ppo_epochs", 3, "--report_to", "none")
@@ -872,9 +884,16 @@ def test_advantages_of_a_rollout(changed, tiny, records, tmp_path, monkeypatch):
 def test_a_scale_is_measured_once(tiny, records, tmp_path, monkeypatch):
     """The first rollout's spread divides the scores of all; where it has none, the next one's that has."""
     (tmp_path / "rewards.py").write_text(FUNCTIONS)
-    flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:spread", "--use_score_scaling")
+    flags = (
+        "--reward_functions",
+        f"{tmp_path / 'rewards.py'}:spread",
+        "--use_score_scaling",
+        "--reward_baseline",
+        0.3,
+    )
     trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
-    rows, scales = [trainer.train_dataset[i] for i in range(4)], []
+    rows, scales = [trainer.train_dataset[i % 4] for i in range(12)], []
+    assert torch.full((12,), -0.3).std() > 0  # by rounding alone
     for number, factor in enumerate((0.0, 1.0, 100.0)):
         trainer.reward_weights = {"spread": factor}
         trainer.collect(rows, number)
@@ -917,6 +936,7 @@ def test_early_stopping(tiny, records, tmp_path):
     moved = 2 * history(two, "step_kl")[0]  # the mean of both epochs; 0 in the first
     assert moved > 0 and not same(lora(two), lora(four))
     stopped = run("stopped", 4, "--early_stopping", "--target_kl", moved / 1.6)
+    assert history(stopped, "step_kl") == history(two, "step_kl")  # of the epochs in which the policy learned
     assert same(lora(stopped), lora(two))
     heads = [load_file(output / "value" / "head.safetensors") for output in (two, four, stopped)]
     assert same(heads[2], heads[1]) and not same(heads[2], heads[0])
