@@ -7,7 +7,7 @@ new_enough() { "$1" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 1
 if [ -z "$PYTHON" ]; then
   PYTHON=.venv/bin/python
   if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
-    for python in python3 python3.13 python3.12 python3.11 ""; do  # Ubuntu 22.04 calls 3.10 python3
+    for python in python3 python3.14 python3.13 python3.12 python3.11 ""; do  # Ubuntu 22.04 calls 3.10 python3
       ! new_enough "$python" || break
     done
     [ -n "$python" ] || {

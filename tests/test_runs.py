@@ -259,7 +259,7 @@ def test_our_results_are_written_in_one_step(tmp_path, monkeypatch):
 
 def test_the_peak_is_not_that_of_the_process_that_started_ours():
     """Linux's ru_maxrss would begin with it."""
-    held = b"1" * 2**30
+    held = b"1" * 2**31
     command = "from arguments.telemetry import peak_memory; print(peak_memory()['peak_rss_gib'])"
     said = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert 0.1 < float(said) < 0.9 * len(held) / 2**30
