@@ -470,8 +470,9 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         unfinished = torch.tensor([not answer["finished"] for answer in self.rollout])
         scores = scores - args.reward_baseline
         if args.use_score_scaling and not self.score_scale:
-            equal = scores.min() == scores.max()  # rounding gives such a spread of its own, which would blow them up
-            self.score_scale = 0.0 if equal else scores.std(correction=0).item()
+            spread = scores.std(correction=0).item()
+            equal = spread < 1e-6 * scores.abs().max()  # but for rounding, which this would blow up
+            self.score_scale = 0.0 if equal else spread
             self.score_center = scores.mean().item() / (self.score_scale or 1.0)
         scores = scores / (self.score_scale or 1.0)
         lowest, highest = self.score_center - args.reward_clip, self.score_center + args.reward_clip
