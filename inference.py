@@ -36,6 +36,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, TextStreamer, set_seed
 
 from arguments.adapter import with_saved_adapter
+from arguments.answers import mean, win_rate
 from arguments.atomic import append_lines, hold_file
 from arguments.base import adapter_config, adapter_folder, check_base, fingerprint, tokenizer_folder
 from arguments.checkpoints import digest
@@ -78,7 +79,7 @@ class InferenceArguments:
         default_factory=list, metadata={"help": "Models that all answer the data_file, or side by side with --web."}
     )
     web: bool = field(default=False, metadata={"help": "Chat in the browser, on this machine only (needs gradio)."})
-    port: int = field(default=7860, metadata={"help": "Of --web."})
+    port: int = field(default=7860, metadata={"help": "Port of --web."})
     votes_file: str = field(default="votes.jsonl", metadata={"help": "Where the votes of --web go, as pairs for RM."})
     reward_model: str | None = field(default=None, metadata={"help": "With --compare: it scores each answer."})
     max_source_length: int = field(default=1024, metadata={"help": "Tokens kept of a conversation."})
@@ -90,7 +91,7 @@ class InferenceArguments:
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Of the weights; default, and auto: what suits the hardware.",
+            "help": "Dtype of the weights. Default, also auto: what suits the hardware.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -100,7 +101,7 @@ class InferenceArguments:
     force: bool = field(default=False, metadata={"help": "Use an adapter though its base has changed."})
     only_cpu: bool = field(default=False, metadata={"help": "Use no GPU."})
     gpus: str | None = field(default=None, metadata={"help": "Which GPUs, as CUDA_VISIBLE_DEVICES; e.g. 0 or 0,1."})
-    seed: int = field(default=42, metadata={"help": "Of sampling."})
+    seed: int = field(default=42, metadata={"help": "Seed of sampling."})
     model_type: str | None = field(default=None, metadata={"help": "Accepted from older scripts; the config decides."})
     resize_emb: bool = field(
         default=False, metadata={"help": "Accepted from older scripts; embeddings have the rows that the model holds."}
@@ -256,17 +257,17 @@ class Answerer:
 
     def answer_all(self, conversations: list[list[dict]]) -> Iterator[tuple[str, bool]]:
         """`answer` of all in order; of 4 batches at a time, those of similar length together."""
-        size, some = min(self.args.batch_size, len(conversations) or 1), conversations[:64]
-        if size > 1 and not takes_padding(self.model, self.tokenizer, [self.ids(messages) for messages in some]):
+        size = min(self.args.batch_size, len(conversations) or 1)
+        if size > 1 and not takes_padding(self.model, self.tokenizer, [self.ids(m) for m in conversations[:64]]):
             size = 1
         with tqdm(total=len(conversations), desc="Answering") as bar:
             for start in range(0, len(conversations), 4 * size):
-                some, found = conversations[start : start + 4 * size], {}
-                by_length = sorted(range(len(some)), key=lambda i: len(self.ids(some[i])))
-                for batch in (by_length[i : i + size] for i in range(0, len(some), size)):
-                    found |= zip(batch, self.answer([some[i] for i in batch]), strict=True)
+                group, answers = conversations[start : start + 4 * size], {}
+                by_length = sorted(range(len(group)), key=lambda i: len(self.ids(group[i])))
+                for batch in (by_length[i : i + size] for i in range(0, len(group), size)):
+                    answers |= zip(batch, self.answer([group[i] for i in batch]), strict=True)
                     bar.update(len(batch))
-                yield from (found[i] for i in range(len(some)))
+                yield from (answers[i] for i in range(len(group)))
 
 
 def chat(answerer: Answerer, system: str | None) -> None:
@@ -290,7 +291,7 @@ def chat(answerer: Answerer, system: str | None) -> None:
         if question == "/clear":
             messages = list(before)
         elif question.startswith("/") and " " not in question:
-            print(f"{question} is no command: there are /clear and /exit.")
+            print(f"{question} is not a command: there are /clear and /exit.")
         elif question:
             print("Model: ", end="", flush=True)
             messages.append({"role": "user", "content": question})
@@ -371,7 +372,7 @@ def check_port(port: int) -> None:
         try:
             tried.bind(("127.0.0.1", port))
         except OSError as error:
-            raise UserError(f"--port {port} cannot be had ({error.strerror}): name another") from error
+            raise UserError(f"--port {port} is not available ({error.strerror}): name another") from error
 
 
 def load_questions(args: InferenceArguments) -> list[list[dict]]:
@@ -437,9 +438,8 @@ def compare(args: InferenceArguments) -> None:
     for name, found in answers.items():
         line = f"{name}: {sum(len(text) for text, _ in found) / len(found):.0f} characters an answer"
         if scores:
-            pairs = list(zip(scores[name], scores[first], strict=True))
-            wins = sum((own > other) + 0.5 * (own == other) for own, other in pairs) / len(pairs)
-            line += f", mean reward {sum(scores[name]) / len(found):.3f}, wins against {first}: {wins:.2f}"
+            wins = win_rate(scores[name], scores[first])
+            line += f", mean reward {mean(scores[name]):.3f}, wins against {first}: {wins:.2f}"
         print(line)
     print(f"{len(questions)} questions, answers in {args.predictions_file}")
 

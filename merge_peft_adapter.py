@@ -137,7 +137,7 @@ def check(args: MergeArguments, config: PeftConfig, adapter: Path) -> None:
     try:
         found = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"--base_model_name_or_path {base} is no model: {first_line(error)}") from error
+        raise UserError(f"--base_model_name_or_path {base} is not a model: {first_line(error)}") from error
     if getattr(found, "quantization_config", None):
         raise UserError(f"{base} is quantised and cannot hold what a merge makes of it: name what it was made from")
 
@@ -181,7 +181,7 @@ def load(args: MergeArguments, config: PeftConfig, folder: Path, dtype: torch.dt
     except (OSError, ValueError, SafetensorError) as error:
         if explained(error):  # the disk is at fault, not the model
             raise
-        raise UserError(f"--base_model_name_or_path {name} is no model: {first_line(error)}") from error
+        raise UserError(f"--base_model_name_or_path {name} is not a model: {first_line(error)}") from error
 
 
 def stored_dtype(args: MergeArguments) -> str:

@@ -82,12 +82,14 @@ def pack(documents: Iterable[dict], pad_token_id: int, block_size: int, isolate:
 
 
 def block(ids: list[int], positions: list[int], pad_token_id: int, length: int, isolate: bool) -> dict[str, list[int]]:
+    """A block of `length` tokens with labels, and its attention mask or, with `isolate`, its position_ids."""
     missing = length - len(ids)
     found = {"input_ids": ids + [pad_token_id] * missing, "labels": ids + [-100] * missing}
     if not isolate:
         return found | {"attention_mask": [1] * len(ids) + [0] * missing}
     first = next((i for i, position in enumerate(positions) if position == 0), len(positions))
-    positions = [*range(first), *positions[first:]]  # what goes on from the block before begins anew
+    # tokens before `first` continue a document of the previous block, which this one does not see: positions restart
+    positions = [*range(first), *positions[first:]]
     labels = [-100 if position == 0 else label for label, position in zip(ids, positions, strict=True)]
     return found | {"labels": labels + [-100] * missing, "position_ids": positions + [0] * missing}
 
@@ -149,7 +151,7 @@ def main():
 
     model = model_args.load_model(AutoModelForCausalLM)
     if training_args.isolate_documents and not keeps_apart(model):
-        raise UserError(f"--isolate_documents: {model.config.model_type} does not go by position_ids: leave it out")
+        raise UserError(f"--isolate_documents: {model.config.model_type} does not use position_ids: leave it out")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)
     training_args.avoid_casts(model)
     training_args.compile_layers(model)

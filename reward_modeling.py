@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from arguments.adapter import AdapterArguments, cast_trained
+from arguments.answers import win_rate
 from arguments.atomic import append_lines
 from arguments.command_line import UserError, expect, parse_arguments, run_stage
 from arguments.data import DataArguments
@@ -97,11 +98,6 @@ def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset
     return data_args.tokenize(rows, encode, tokenizer, keep=("kind",))
 
 
-def longer_wins(chosen: list[int], rejected: list[int]) -> float:
-    """Accuracy of always preferring the longer answer: what a reward model must beat. Ties count half."""
-    return sum((a > b) + 0.5 * (a == b) for a, b in zip(chosen, rejected, strict=True)) / len(chosen)
-
-
 def accuracies(margins: torch.Tensor, kinds: list[str]) -> dict[str, float]:
     """Share of pairs whose chosen answer scores higher, of all and of each named kind; ties count half."""
     right = (margins > 0).float() + 0.5 * (margins == 0).float()
@@ -146,6 +142,7 @@ class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
         if "spans" in inputs:
             inner = self.accelerator.unwrap_model(model)
             scored = partial(score_pairs, model, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
+        # trl scores the pairs and keeps its metrics; its loss, a mean over this batch alone, is replaced below
         loss, outputs = super().compute_loss(scored, inputs, return_outputs=True)
         pairs = torch.stack(outputs.logits.float().flatten().chunk(2), dim=1)  # [pairs, chosen and rejected]
         if model.training:
@@ -157,19 +154,25 @@ class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
     def log(self, logs: dict[str, float], *args, **kwargs):
         if "eval_loss" in logs:
             scores, kinds = torch.cat(self.scores), self.eval_dataset["kind"][:]
-            margins = scores[:, 0] - scores[:, 1]
-            found = accuracies(margins, kinds) | {"loss": self.losses(scores).mean().item()}
-            if self.is_world_process_zero():
-                line = {"step": self.state.global_step, "margins": margins.tolist(), "kinds": kinds}
-                append_lines(Path(self.args.output_dir) / "margins.jsonl", [line])
-            for name in ("accuracy", "margin", "num_tokens"):  # trl would put back its means, and what it has counted
-                self._metrics["eval"].pop(name)  # of the training tokens since this process began
-            logs |= {f"eval_{name}": value for name, value in found.items()}
-            for unit, name in (("tokens", "longer_wins"), ("characters", "longer_wins_characters")):
-                lengths = (self.eval_dataset[f"{answer}_{unit}"][:] for answer in ("chosen", "rejected"))
-                logs[f"eval_{name}"] = longer_wins(*lengths)
-            logs["eval_pairs"] = len(self.eval_dataset)
+            logs |= {f"eval_{name}": value for name, value in self.held_out_figures(scores, kinds).items()}
+            self.write_margins(scores, kinds)
+            for name in ("accuracy", "margin", "num_tokens"):  # trl would log its own over ours: means of batch means,
+                self._metrics["eval"].pop(name)  # and the number of training tokens
         super().log(logs, *args, **kwargs)
+
+    def held_out_figures(self, scores: torch.Tensor, kinds: list[str]) -> dict[str, float]:
+        """Loss, accuracies and margin of scores [pairs, chosen and rejected], and how often the longer answer wins."""
+        figures = accuracies(scores[:, 0] - scores[:, 1], kinds) | {"loss": self.losses(scores).mean().item()}
+        for unit, name in (("tokens", "longer_wins"), ("characters", "longer_wins_characters")):
+            figures[name] = win_rate(*(self.eval_dataset[f"{side}_{unit}"][:] for side in ("chosen", "rejected")))
+        return figures | {"pairs": len(scores)}
+
+    def write_margins(self, scores: torch.Tensor, kinds: list[str]) -> None:
+        """Add this evaluation to margins.jsonl, which scripts/page.py plots."""
+        if self.is_world_process_zero():
+            margins = (scores[:, 0] - scores[:, 1]).tolist()
+            line = {"step": self.state.global_step, "margins": margins, "kinds": kinds}
+            append_lines(Path(self.args.output_dir) / "margins.jsonl", [line])
 
 
 def main():

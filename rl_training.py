@@ -34,9 +34,9 @@ from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from arguments.adapter import AdapterArguments
-from arguments.answers import describe, mean, mean_kl, means
+from arguments.answers import describe, mean_kl, means, win_rate
 from arguments.atomic import append_lines
-from arguments.command_line import UserError, expect, parse_arguments, run_stage
+from arguments.command_line import UserError, expect, given, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.guards import GuardArguments
 from arguments.model import ModelArguments
@@ -49,6 +49,13 @@ from arguments.run import BY_METRIC, RunArguments
 from arguments.sampling import chunks, sample_answers, takes_padding, uniforms
 from arguments.stops import EndsOnce
 from arguments.telemetry import LogLine
+
+UNUSED = {  # transformers' flags whose work other ones do in RL
+    "gradient_accumulation_steps": "--mini_batch_size is the optimizer step, --micro_batch_size what memory holds",
+    "per_device_train_batch_size": "--batch_size counts the prompts of a rollout",
+    "per_device_eval_batch_size": "--micro_batch_size is what memory holds",
+    "num_train_epochs": "--max_steps counts rollouts, --ppo_epochs the passes over each",
+}
 
 
 @dataclass
@@ -66,7 +73,7 @@ class PPOArguments(RunArguments, TrainingArguments):
     mini_batch_size: int | None = field(default=None, metadata={"help": "Answers in an optimizer step. Default: all."})
     micro_batch_size: int = field(default=4, metadata={"help": "Answers in memory at once; does not change results."})
     ppo_epochs: int = field(default=4, metadata={"help": "Passes over a rollout."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Of the policy."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the policy."})
     critic: str = field(
         default="head",
         metadata={
@@ -76,7 +83,7 @@ class PPOArguments(RunArguments, TrainingArguments):
         },
     )
     critic_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the value function; default: twice."}
+        default=None, metadata={"help": "Learning rate of the value function. Default: twice the policy's."}
     )
     critic_warmup: int = field(
         default=0, metadata={"help": "Rollouts at the start that train the value function only."}
@@ -84,8 +91,12 @@ class PPOArguments(RunArguments, TrainingArguments):
     adam_epsilon: float = field(default=1e-5, metadata={"help": "1e-5 as in the original PPO."})
     save_steps: float = field(default=50, metadata={"help": "Checkpoint every that many rollouts."})
     logging_steps: float = field(default=1, metadata={"help": "Log every that many rollouts."})
-    init_kl_coef: float = field(default=0.05, metadata={"help": "Price of drifting from the reference, per nat."})
-    adap_kl_ctrl: bool = field(default=False, metadata={"help": "Move that price so that the KL meets kl_target."})
+    init_kl_coef: float = field(
+        default=0.05, metadata={"help": "KL penalty: reward subtracted per nat of drift from the reference."}
+    )
+    adap_kl_ctrl: bool = field(
+        default=False, metadata={"help": "Adapt the KL penalty so that the KL meets kl_target."}
+    )
     kl_target: float = field(
         default=6.0, metadata={"help": "KL per answer (nats) that the adaptive controller wants."}
     )
@@ -93,7 +104,7 @@ class PPOArguments(RunArguments, TrainingArguments):
     kl_estimator: str = field(
         default="k1",
         metadata={
-            "help": "Of the KL that is logged; price, adaptive controller and guards always take k1.",
+            "help": "Estimator of the logged KL; penalty, adaptive controller and guards always use k1.",
             "choices": ["k1", "k2", "k3"],
         },
     )
@@ -119,8 +130,8 @@ class PPOArguments(RunArguments, TrainingArguments):
     missing_eos_penalty: float = field(
         default=1.0, metadata={"help": "Subtracted from the score of an unfinished answer."}
     )
-    min_target_length: int = field(default=1, metadata={"help": "Tokens an answer has at least, before its end."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the log-probabilities."})
+    min_target_length: int = field(default=1, metadata={"help": "Fewest tokens of an answer before its end token."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of the log-probabilities."})
     vllm_server: str | None = field(
         default=None,
         metadata={"help": "Address of a vLLM server of the base, which then samples. Needs LoRA; see docs/rl.md."},
@@ -137,38 +148,31 @@ class PPOArguments(RunArguments, TrainingArguments):
         counts = "max_steps", "batch_size", "mini_batch_size", "micro_batch_size", "ppo_epochs"
         expect(self, "at least 1", lambda x: x >= 1, *counts)
         self._check_ranges()
+        self._refuse_in_rl()
+        for flag in given(self, UNUSED):
+            logger.warning(f"--{flag} has no effect in RL: {UNUSED[flag]}")
+        if self.batch_size % self.mini_batch_size:
+            raise UserError(
+                f"--batch_size {self.batch_size} is not a multiple of --mini_batch_size {self.mini_batch_size}"
+            )
+        if self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in BY_METRIC:
+            self.metric_for_best_model = self.metric_for_best_model or "reward"  # transformers' is the loss
+        self.rollouts = self.max_steps
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = self.batch_size, 1
+        self.remove_unused_columns = False
+        for flag in ("max_steps", "save_steps", "logging_steps", "eval_steps"):  # transformers counts optimizer steps
+            if getattr(self, flag):
+                setattr(self, flag, self.whole_rollouts(getattr(self, flag)) * self.steps_per_rollout)
+        super().__post_init__()
+        if self.compile_settings:
+            logger.warning("--torch_compile has no effect in RL: its roles change the adapters of one model")
+
+    def _refuse_in_rl(self):
         if self.deepspeed or self.fsdp:
             raise UserError(
                 "--deepspeed and --fsdp: PPO's four roles share one model here, which is not made to be sharded; "
                 "--load_in_4bit makes it smaller"
             )
-        if self.batch_size % self.mini_batch_size:
-            raise UserError(
-                f"--batch_size {self.batch_size} is no multiple of --mini_batch_size {self.mini_batch_size}"
-            )
-        if self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in BY_METRIC:
-            self.metric_for_best_model = self.metric_for_best_model or "reward"  # transformers' is the loss
-        self.rollouts = self.max_steps
-        given, self.per_device_train_batch_size = self.per_device_train_batch_size, self.batch_size
-        for flag in ("max_steps", "save_steps", "logging_steps", "eval_steps"):  # transformers counts optimizer steps
-            if getattr(self, flag):
-                setattr(self, flag, self.whole_rollouts(getattr(self, flag)) * self.steps_per_rollout)
-        super().__post_init__()
-        if self.gradient_accumulation_steps != 1:
-            logger.warning(
-                "--gradient_accumulation_steps has no effect in RL: mini_batch_size is the optimizer step, "
-                "micro_batch_size what is in memory at once"
-            )
-        self.gradient_accumulation_steps, self.remove_unused_columns = 1, False
-        if self.per_device_eval_batch_size != 8 or self.num_train_epochs != 3 or given != 8:  # transformers' defaults
-            logger.warning(
-                "--per_device_train_batch_size, --per_device_eval_batch_size and --num_train_epochs have no effect in "
-                "RL: --batch_size and --micro_batch_size, and --max_steps in rollouts, say it"
-            )
-        if self.compile_settings:
-            logger.warning("--torch_compile has no effect in RL: its roles change the adapters of one model")
-
-    def _check_ranges(self):
         if self.optim.startswith(("galore", "apollo", "lomo", "adalomo")):
             raise UserError(
                 "--optim: GaLore, APOLLO and LOMO choose their parameters, and RL has two sets: take another"
@@ -178,6 +182,8 @@ class PPOArguments(RunArguments, TrainingArguments):
                 "--neftune_noise_alpha: with noise in the embeddings PPO's ratio would not be that of two policies: "
                 "leave it out"
             )
+
+    def _check_ranges(self):
         positive = "clip_range", "value_clip_range", "kl_target", "kl_horizon", "reward_clip", "target_kl"
         expect(self, "a number above 0", lambda x: x > 0, *positive, "critic_learning_rate")
         expect(self, "a finite number above 0", lambda x: 0 < x < math.inf, "temperature")
@@ -206,6 +212,15 @@ class PPOArguments(RunArguments, TrainingArguments):
     @property
     def steps_per_rollout(self) -> int:
         return self.ppo_epochs * (self.batch_size // self.mini_batch_size)
+
+
+def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
+    """Rows {"prompt": messages, "record", "input_ids", "source_tokens"}."""
+
+    def encode(row):
+        return data_args.encode_prompt(tokenizer, row["prompt"])
+
+    return data_args.tokenize(rows, encode, tokenizer, keep=("prompt", "record"))
 
 
 # PPO's arithmetic: pure functions of tensors [batch, time]; mask is 1 on response tokens
@@ -305,7 +320,11 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         self.reward_functions, self.reward_weights = reward_args.functions, reward_args.weights()
         self.kl_coef, self.history = self.args.init_kl_coef, []
         self.score_scale, self.score_center = 0.0, 0.0  # a scale of 0 is not known yet
-        self.rollout, self.stats, self.good, self.policy_stopped, self.stopped = [], [], [], False, False
+        self.rollout: list[dict] = []  # the answers that are being learned from
+        self.stats: list[dict] = []  # figures since the last log
+        self.good: list[torch.Tensor] = []  # trained weights of the last rollout without an alarm
+        self.policy_stopped = False  # for the rest of this rollout: --early_stopping, --critic_warmup
+        self.stopped = False  # by a guard, for good
         self.reference_scores: list[float] = []
         self.function_metrics: list[dict[str, float]] = []  # what reward functions log
         self.eos_ids = data_args.eos_ids(self.model.policy, self.processing_class)
@@ -468,21 +487,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         batch = collate(without_states, self.processing_class.pad_token_id, "cpu")
         mask, scores = batch["answer_mask"], torch.tensor([answer["score"] for answer in self.rollout])
         unfinished = torch.tensor([not answer["finished"] for answer in self.rollout])
-        scores = scores - args.reward_baseline
-        if args.use_score_scaling and not self.score_scale:
-            spread = scores.std(correction=0).item()
-            equal = spread < 1e-6 * scores.abs().max()  # but for rounding, which this would blow up
-            self.score_scale = 0.0 if equal else spread
-            self.score_center = scores.mean().item() / (self.score_scale or 1.0)
-        scores = scores / (self.score_scale or 1.0)
-        lowest, highest = self.score_center - args.reward_clip, self.score_center + args.reward_clip
-        if (beyond := ((scores < lowest) | (scores > highest)).float().mean()) > 0.5:
-            logger.warning(
-                f"{beyond:.0%} of the scores lie outside of {lowest:.3g} to {highest:.3g} (--reward_clip) and count "
-                "as these: see --reward_baseline"
-            )
-        scores = scores.clamp(lowest, highest)
-        scores = scores - args.missing_eos_penalty * unfinished
+        scores = self.scaled_and_clipped(scores - args.reward_baseline) - args.missing_eos_penalty * unfinished
         rewards = token_rewards(batch["logp"], batch["ref_logp"], scores, mask, self.kl_coef)
         advantages, returns = advantages_and_returns(rewards, batch["values"], mask, args.gamma, args.gae_lambda)
         advantages = whiten(advantages, mask) if args.whiten_advantages else advantages
@@ -498,6 +503,23 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         if args.adap_kl_ctrl:
             kl = self.history[-1]["kl"]
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, args.kl_target, len(self.rollout), args.kl_horizon)
+
+    def scaled_and_clipped(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [answers] as PPO learns from them. The first rollout that has a spread sets scale and center."""
+        args = self.args
+        if args.use_score_scaling and not self.score_scale:
+            spread = scores.std(correction=0).item()
+            equal = spread < 1e-6 * scores.abs().max()  # but for rounding, which this would blow up
+            self.score_scale = 0.0 if equal else spread
+            self.score_center = scores.mean().item() / (self.score_scale or 1.0)
+        scores = scores / (self.score_scale or 1.0)
+        lowest, highest = self.score_center - args.reward_clip, self.score_center + args.reward_clip
+        if (beyond := ((scores < lowest) | (scores > highest)).float().mean()) > 0.5:
+            logger.warning(
+                f"{beyond:.0%} of the scores lie outside of {lowest:.3g} to {highest:.3g} (--reward_clip) and are "
+                "clipped to it: see --reward_baseline"
+            )
+        return scores.clamp(lowest, highest)
 
     # update
 
@@ -528,6 +550,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
     def update(self, answers: list[dict]) -> torch.Tensor:
         """Gradients of one mini-batch. Losses are means over the tokens of all its answers, on all ranks."""
         args, sums = self.args, torch.zeros(3, device=self.args.device)
+        policy, value, moved = sums  # its parts, in place
         tokens = sum(len(answer["ids"]) for answer in answers)
         for _, batch in self.micro_batches(answers[args.process_index :: args.world_size]):
             mask = batch["answer_mask"]
@@ -535,19 +558,19 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
                 logp, _ = self.model.token_logp("policy", batch, args.temperature)
                 loss = policy_loss(logp, batch["logp"], batch["advantages"], mask, args.clip_range) / tokens
                 self.accelerator.backward(loss)
-                sums[0] += loss.detach()
-                sums[2] += ((batch["logp"] - logp.detach()) * mask).sum() / tokens
+                policy += loss.detach()
+                moved += ((batch["logp"] - logp.detach()) * mask).sum() / tokens
             values = self.model.token_values(batch)
             loss = value_loss(values, batch["values"], batch["returns"], mask, args.value_clip_range) / tokens
             self.accelerator.backward(args.value_coef * loss)
-            sums[1] += loss.detach()
+            value += loss.detach()
         if args.world_size > 1:  # shares of a global mean add up; DDP's own mean over ranks is not used
             for parameter in self.with_gradients():
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
         policy, value, moved = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self.stats.append(
-            {"value_loss": value} | ({} if self.policy_stopped else {"policy_loss": policy, "step_kl": moved})
-        )
+        self.stats.append({"value_loss": value})
+        if not self.policy_stopped:
+            self.stats[-1] |= {"policy_loss": policy, "step_kl": moved}
         self.policy_stopped |= args.early_stopping and moved > 1.5 * args.target_kl
         return torch.tensor(policy + args.value_coef * value, device=args.device)
 
@@ -592,9 +615,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             moved = any(not torch.equal(answer["logp"], answer["ref_logp"]) for answer in answers)
             reference = self.answer_all("reference", rows) if moved else answers
             self.reference_scores = [answer["score"] for answer in reference]
-            self.take_function_metrics()
-        pairs = list(zip((answer["score"] for answer in answers), self.reference_scores, strict=True))
-        wins = mean((policy > other) + 0.5 * (policy == other) for policy, other in pairs)
+            self.take_function_metrics()  # what the functions logged of the reference is not wanted
+        wins = win_rate([answer["score"] for answer in answers], self.reference_scores)
         found |= describe(answers, self.reward_weights) | {"win_rate": wins, "prompts": len(rows)}
         found["kl"] = mean_kl(answers, self.args.kl_estimator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -659,15 +681,6 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             return
         logger.info(f"Taking the policy of {self.state.best_model_checkpoint}, best by {self.state.best_metric:.4f}")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
-    """Rows {"prompt": messages, "record", "input_ids", "source_tokens"}."""
-
-    def encode(row):
-        return data_args.encode_prompt(tokenizer, row["prompt"])
-
-    return data_args.tokenize(rows, encode, tokenizer, keep=("prompt", "record"))
 
 
 def main():

@@ -140,7 +140,7 @@ def main():
         with training_args.main_process_first(desc="packing"):  # the others find its file
             train_dataset = pack(train_dataset, training_args.packing_length)
     elif training_args.packing:
-        logger.warning(f"{model.config.model_type} does not go by position_ids: batches of like length, not packing")
+        logger.warning(f"{model.config.model_type} does not use position_ids: batches of like length, not packing")
     model = adapter_args.apply(model, TaskType.CAUSAL_LM)
     training_args.avoid_casts(model)
     training_args.compile_layers(model)

@@ -1,6 +1,6 @@
 """Figures of sampled answers (reward, KL, length, repetition); rl_training.PPOTrainer says what an answer holds."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -9,6 +9,11 @@ def mean(values: Iterable[float]) -> float:
     """Their mean; NaN for both infinities together, at which statistics.fmean raises an error."""
     values = list(values)
     return sum(values) / len(values)
+
+
+def win_rate(own: Sequence[float], others: Sequence[float]) -> float:
+    """Share of pairs whose first number is the larger one; ties count half."""
+    return mean((a > b) + 0.5 * (a == b) for a, b in zip(own, others, strict=True))
 
 
 def means(rows: list[dict[str, float]]) -> dict[str, float]:

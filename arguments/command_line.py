@@ -13,6 +13,7 @@ import time
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -198,7 +199,7 @@ def one_line(error: Exception) -> str:
 
 
 def not_found(name: str, error: Exception) -> str:
-    """Why a model or tokenizer could not be loaded; transformers takes what is no folder for a name on the hub."""
+    """Why a model or tokenizer could not be loaded; transformers takes what is not a folder for a name on the hub."""
     if Path(name).exists():
         return first_line(error)
     if isinstance(error.__cause__, HFValidationError):
@@ -221,8 +222,10 @@ def without_secrets(argv: list[str]) -> list[str]:
 def modern_flags(argv: list[str]) -> list[str]:
     """Translate the flags that transformers 5 dropped, with one warning line each."""
     translated, skipping = [], False
-    for word in argv:
+    for word, following in pairwise([*argv, ""]):
         name, equals, value = word.partition("=")
+        if name == "--warmup_ratio" and re.fullmatch(r"[1-9]\d*(\.\d*)?", value or following):
+            raise UserError(f"{name} is {value or following}, expected a share of the steps, below 1")
         if name in RENAMED_FLAGS:
             modern = RENAMED_FLAGS[name]
             logger.warning(f"{name} is the old name of {modern}" if modern else f"{name} has no effect any more")

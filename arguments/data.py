@@ -201,14 +201,14 @@ class DataArguments(LengthArguments):
         read = [self._read(folder, "train", form) for folder, _ in sources]
         weights = np.repeat([weight for _, weight in sources], [len(rows) for rows in read])
         rows = joined(read)
-        held = [self._read(folder, "validation", form) for folder, _ in held_sources]
-        held_rows = joined(held) if held else None
+        held_rows = joined([self._read(folder, "validation", form) for folder, _ in held_sources]) if apart else None
         if output_dir and not (self.preview or self.plan):
             self._bad_file = Path(output_dir) / "bad_records.jsonl"
             if PartialState().is_main_process:
                 self._bad_file.unlink(missing_ok=True)  # an earlier run's
-        self._handle_bad(bad_rows(rows) + (bad_rows(held_rows) if held_rows else []))
-        self.facts = {"read": len(rows), "bad": len(bad_rows(rows)), "duplicates": 0, "held_out_too": 0}
+        bad = bad_rows(rows)
+        self._handle_bad(bad + (bad_rows(held_rows) if held_rows else []))
+        self.facts = {"read": len(rows), "bad": len(bad), "duplicates": 0, "held_out_too": 0}
 
         train, keys = np.flatnonzero(~is_bad(rows)), column(rows, "key")
         held = np.flatnonzero(~is_bad(held_rows)) if held_rows else np.array([], dtype=int)
@@ -330,7 +330,9 @@ class DataArguments(LengthArguments):
             return rows_of(form, file_rows, source, contents, fresh=self.overwrite_cache)
         except ValueError:  # datasets raises it when there are no rows at all
             if next(file_rows(form, **source), None) is None:
-                raise UserError(f"{folder} holds no records: its {len(paths)} file(s) are empty") from None
+                raise UserError(
+                    f"{folder} holds no records: its {len(paths)} file(s) are empty, or a .csv of column names alone"
+                ) from None
             raise
 
 

@@ -74,10 +74,10 @@ class LengthArguments:
         return {"input_ids": ids, "source_tokens": source_tokens, "source_kept": len(ids)}
 
     def _within(self, encode: Callable, messages: list[dict]) -> tuple[tuple, tuple]:
-        """`encode` of the whole conversation, and of what is left of it without the fewest oldest exchanges.
+        """`encode` of the whole conversation, and of it after dropping as few of its oldest exchanges as needed.
 
-        What encode returns ends with the number of tokens before the answer, which max_source_length limits. The
-        system text and the last question stay.
+        The last item that encode returns is the number of tokens before the answer, which max_source_length limits.
+        The system text and the last question stay, even if they alone exceed it.
         """
         system = messages[:1] if messages[0]["role"] == "system" else []
         later = [i for i, message in enumerate(messages) if message["role"] == "user"][1:]

@@ -38,7 +38,11 @@ csv.field_size_limit(sys.maxsize)
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used: what was found and what was expected."""
+    """A record that cannot be used: what was found and what was expected, and its text where it was not read."""
+
+    def __init__(self, reason: str, raw: str = ""):
+        super().__init__(reason)
+        self.raw = raw
 
 
 def find_files(folder: str) -> list[Path]:
@@ -104,8 +108,8 @@ def read_text(path: Path, by_line: bool) -> Iterator[tuple[int, object]]:
             yield from read_csv(file)
         elif name.endswith(".txt"):
             yield from read_documents(file, by_line)
-        elif starts_array(path, encoding):
-            yield from read_json_array(file.read())
+        elif spreads_over_lines(path, encoding):
+            yield from read_json(file.read())
         else:
             yield from read_json_lines(file)
 
@@ -188,9 +192,11 @@ def fault_in(decoder, chunk: bytes, final: bool = False) -> tuple[int, bytes] | 
     return None
 
 
-def starts_array(path: Path, encoding: str) -> bool:
+def spreads_over_lines(path: Path, encoding: str) -> bool:
+    """Whether the file begins an array, or a record of more than its first line."""
     with io.TextIOWrapper(open_bytes(path), encoding=encoding) as file:
-        return next((line for line in file if line.strip(INVISIBLE)), "").lstrip(INVISIBLE).startswith("[")
+        first = next((found for line in file if (found := line.strip(INVISIBLE))), "")
+    return first.startswith("[") or first == "{"
 
 
 def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
@@ -274,16 +280,20 @@ def read_json_lines(lines: Iterable[str]) -> Iterator[tuple[int, object]]:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:  # json.JSONDecodeError, a huge number, deep nesting
-                yield number, BadRecord(f"not JSON ({error}): {line[:60]}")
+                yield number, BadRecord(f"not JSON ({error}): {line[:60]}", line)
 
 
-def read_json_array(text: str) -> Iterator[tuple[int, object]]:
-    """(line it starts on, record) of each record of a JSON array."""
-    decoder, position, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+def read_json(text: str) -> Iterator[tuple[int, object]]:
+    """(line it starts on, record) of each record of a JSON array, or of records that follow one another."""
+    decoder, position, line, counted = json.JSONDecoder(), BETWEEN_RECORDS.match(text).end(), 1, 0
+    array = text.startswith("[", position)
+    position += array
     while True:
         position = BETWEEN_RECORDS.match(text, position).end()
         line, counted = line + text.count("\n", counted, position), position
-        if text[position : position + 1] == "]":
+        if position == len(text) and not array:
+            return
+        if array and text.startswith("]", position):
             break
         try:
             record, position = decoder.raw_decode(text, position)

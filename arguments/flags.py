@@ -1,4 +1,4 @@
-"""Flags of transformers that mean nothing here, or only beside another one, and metrics that can tell the best."""
+"""Checks of transformers' flags: without effect, best-checkpoint metric, accelerator settings, optimizer."""
 
 import copy
 import json
@@ -56,13 +56,13 @@ def json_of(args, flag: str, hint: str) -> dict:
     """The object that a flag's value is, in JSON, or that the file holds which it names."""
     asked = str(getattr(args, flag))
     if not asked.startswith("{") and not Path(asked).is_file():
-        raise UserError(f"--{flag} {asked} is no file: {hint}")
+        raise UserError(f"--{flag} {asked} is not a file: {hint}")
     try:
         found = json.loads(asked if asked.startswith("{") else Path(asked).read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"--{flag} {asked} is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise UserError(f"--{flag} {asked} is no JSON object: {hint}")
+        raise UserError(f"--{flag} {asked} is not a JSON object: {hint}")
     return found
 
 

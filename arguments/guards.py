@@ -29,18 +29,19 @@ class GuardArguments:
             "choices": ["stop", "warn", "off"],
         },
     )
-    guard_kl: float = field(default=30.0, metadata={"help": "Most KL to the reference, in nats per answer."})
+    guard_kl: float = field(default=30.0, metadata={"help": "Highest KL to the reference, in nats per answer."})
     guard_repetition: float = field(
-        default=0.3, metadata={"help": "Least share of different token bigrams among an answer's, on average."}
+        default=0.3, metadata={"help": "Lowest mean distinct_2: the share of an answer's token bigrams that differ."}
     )
     guard_eos: float = field(
-        default=0.25, metadata={"help": "Least share of answers that end, relative to that of the first rollouts."}
+        default=0.25,
+        metadata={"help": "Lowest share of answers that end, as a fraction of that in the first rollouts."},
     )
     guard_length: float = field(
-        default=2.0, metadata={"help": "Most that the mean length may grow or shrink, as a factor."}
+        default=2.0, metadata={"help": "Largest factor by which the mean length may grow or shrink."}
     )
     guard_correlation: float = field(
-        default=0.8, metadata={"help": "Most correlation of reward and length, of either sign."}
+        default=0.8, metadata={"help": "Highest correlation of reward and length, positive or negative."}
     )
 
     def __post_init__(self):

@@ -97,7 +97,7 @@ class ModelArguments:
         except (OSError, ValueError) as error:
             hint = " It holds an adapter: merge it first with merge_peft_adapter.py." if adapter.exists() else ""
             why = not_found(self.model_name_or_path, error)
-            raise UserError(f"{self.model_name_or_path} is no model: {why}{hint}") from error
+            raise UserError(f"{self.model_name_or_path} is not a model: {why}{hint}") from error
 
     def check(self, longest: int, trains_all: bool, output_dir: str) -> None:
         """Check, before anything is loaded, that this model can be trained on rows of `longest` tokens.
@@ -116,7 +116,7 @@ class ModelArguments:
         positions = self.positions()
         if positions and longest > positions:
             raise UserError(
-                f"{self.model_name_or_path} knows {positions} positions, and rows may have {longest} tokens: lower "
+                f"{self.model_name_or_path} has {positions} positions, and rows may have {longest} tokens: lower "
                 "--block_size, or --max_source_length and --max_target_length"
             )
 
@@ -148,7 +148,7 @@ class ModelArguments:
         room = (self.positions() or wanted + answer) - answer
         if room < 1:
             raise UserError(
-                f"{self.model_name_or_path} knows {self.positions()} positions: --max_new_tokens {answer} leaves none "
+                f"{self.model_name_or_path} has {self.positions()} positions: --max_new_tokens {answer} leaves none "
                 "for a question"
             )
         return min(wanted, room)

@@ -4,6 +4,7 @@ Documents are strings. A conversation is a list of {"role", "content"} messages.
 {"prompt": messages, "chosen": str, "rejected": str}.
 """
 
+import re
 from difflib import get_close_matches
 from functools import cache
 
@@ -20,6 +21,7 @@ ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+SPEAKERS = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # before each turn of a conversation that is one text
 CALL = "which no template here would show: write the call as its content"
 THOUGHTS = "which is not trained: put the thoughts before its content, as <think>...</think>, or take the key out"
 # Keys of a turn besides its text that would change what is learned, and what to do about them.
@@ -210,7 +212,7 @@ def to_pair(record) -> dict:
     """Any pair form as {"prompt": messages, "chosen": str, "rejected": str}."""
     form = "{question, response_chosen, response_rejected} or {prompt or conversations, chosen, rejected}"
     record = need(record, form)
-    answers = {k: record.get(k, record.get(f"response_{k}")) for k in ("chosen", "rejected")}
+    answers = {k: spoken_turns(record.get(k, record.get(f"response_{k}"))) for k in ("chosen", "rejected")}
     pair = {"prompt": pair_prompt(record, answers, form)} | {k: last_answer(answer) for k, answer in answers.items()}
     if not all(pair.values()):
         raise BadRecord(f"{next(k for k, v in pair.items() if not v)} is empty; expected {form}")
@@ -239,6 +241,14 @@ def pair_prompt(record: dict, answers: dict, form: str) -> list[dict]:
             'both as lists of turns, [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
         )
     raise BadRecord(f"expected {form}, found keys {', '.join(record)}")
+
+
+def spoken_turns(answer):
+    """The turns of a conversation that is one text, as in Anthropic's hh-rlhf; any other answer as it is."""
+    parts = SPEAKERS.split(answer) if isinstance(answer, str) else []
+    if len(parts) < 5 or parts[0].strip() or parts[1] != "Human":
+        return answer
+    return [{"role": role.lower(), "content": text} for role, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def check_turns_before(name: str, answer, prompt: list[dict]) -> None:

@@ -31,7 +31,10 @@ class Load:
 
 
 class Rehearsal(TokenLoss):
-    """A model without storage with its optimizer, and the peaks of the phases that are run on it, in bytes by role."""
+    """A model without storage with its optimizer, and the peaks of the phases that are run on it, in bytes by role.
+
+    No Trainer: of TokenLoss only compute_loss is used, which reads self.accelerator alone.
+    """
 
     copies = 1  # of the trained weights in a checkpoint
 

@@ -215,11 +215,11 @@ class RewardModel(nn.Module):
         source = min(lengths.max_source_length, positions - lengths.max_target_length)
         if tokenizer.chat_template and source < 1:
             raise UserError(
-                f"the reward model knows {positions} positions, too few for an answer of {lengths.max_target_length} "
+                f"the reward model has {positions} positions, too few for an answer of {lengths.max_target_length} "
                 "tokens: limit the answers, or take another reward model"
             )
         if tokenizer.chat_template and source < lengths.max_source_length:
-            logger.warning(f"The reward model knows {positions} positions: it reads {source} tokens of a question")
+            logger.warning(f"The reward model has {positions} positions: it reads {source} tokens of a question")
         self.lengths = replace(lengths, max_source_length=max(source, 1), max_target_length=positions - source)
         tokenizer.padding_side = "right"
         self.requires_grad_(False).eval()

@@ -260,9 +260,12 @@ def build_actor_critic(
     if shared:
         logger.info(f"Reward model {adapter} is an adapter on the policy's base: one base model in memory")
     elif reward_args.reward_model_name_or_path:
-        why = f"is an adapter on {base_name}" if adapter else "is a whole model"
-        why = "was not trained by stage 3" if of_base else why
-        why = "shares no base with a policy that trains all weights" if not adapter_args.use_peft else why
+        if not adapter_args.use_peft:
+            why = "shares no base with a policy that trains all weights"
+        elif of_base:
+            why = "was not trained by stage 3"
+        else:
+            why = f"is an adapter on {base_name}" if adapter else "is a whole model"
         logger.info(f"Reward model {reward_args.reward_model_name_or_path} {why}: loaded beside the policy")
         reward_model = reward_args.load_model(data_args, model_args)
 

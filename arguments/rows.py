@@ -80,7 +80,7 @@ def to_row(form: str, place: str, record) -> dict:
         if "\\ud" in same:
             refuse_surrogates(row)
     except BadRecord as error:
-        raw = "" if isinstance(record, BadRecord) else json.dumps(record, ensure_ascii=False, default=str)
+        raw = record.raw if isinstance(record, BadRecord) else json.dumps(record, ensure_ascii=False, default=str)
         empty = {name: [] if kind is MESSAGES else "" for name, kind in columns.items()}
         of_bad = {"key": 0, "question": 0, "bad": storable(str(error)), "raw": storable(raw)}
         return empty | {"place": storable(place)} | of_bad

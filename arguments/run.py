@@ -66,8 +66,8 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 class RunArguments(PrecisionArguments, CompileArguments):
     """Mixed into a stage's TrainingArguments: other defaults, precision by hardware, resume, loss curves."""
 
-    metrics = {}  # by which a checkpoint may be the best, as glob patterns: whether more is better. Empty: any
-    needs = NEEDS
+    metrics = {}  # {pattern of a held-out metric that may tell the best checkpoint: is more better?}; empty: any name
+    needs = NEEDS  # {flag: the other flag without which it has no effect}
 
     output_dir: str = field(
         default="", metadata={"help": "Where adapter, tokenizer, metrics and curves go. Required."}
@@ -103,20 +103,8 @@ class RunArguments(PrecisionArguments, CompileArguments):
         self.fresh |= asked.lower() == "false"
         self._check_output()
         if self._names_checkpoint() and not Path(asked).is_dir() and not saved_by(self):  # it may be deleted since
-            raise UserError(f"--resume_from_checkpoint {asked} is no folder: name a checkpoint-N of an earlier run")
-        if not (self.do_train or self.do_eval):
-            raise UserError("--do_train False and --do_eval False leave nothing to do")
-        if self.label_smoothing_factor or not self.average_tokens_across_devices:
-            raise UserError("--label_smoothing_factor and --average_tokens_across_devices False: not supported here")
-        if self.dataloader_drop_last:
-            raise UserError(
-                "--dataloader_drop_last would leave held-out records out of the metrics, and train nothing where one "
-                "batch holds all: leave it out"
-            )
-        if self.label_names not in (None, ["labels"]):
-            raise UserError("--label_names: records have one kind of label here, and it needs no name: leave it out")
-        if self.use_liger_kernel and not is_liger_kernel_available():
-            raise UserError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
+            raise UserError(f"--resume_from_checkpoint {asked} is not a folder: name a checkpoint-N of an earlier run")
+        self._refuse_unsupported()
         expect(self, "at least 1, or -1 for --num_train_epochs", lambda x: x >= 1 or x == -1, "max_steps")
         expect(self, "a number above 0", lambda x: x > 0, *POSITIVE)
         for flag, (least, most) in RANGES.items():
@@ -150,16 +138,37 @@ class RunArguments(PrecisionArguments, CompileArguments):
         if (self.deepspeed or self.fsdp) and alone and not torch.cuda.is_available():
             # accelerate would silently use plain DDP
             raise UserError("--deepspeed and --fsdp shard over GPUs, and there is none here: leave them out")
-        if self.n_gpu > 1:  # transformers would wrap the model in DataParallel: slow, and not what is tested
-            logger.warning(
-                f"{self.n_gpu} GPUs and one process: the first works alone, unless --device_map spreads the model. "
-                f"scripts/run_*.sh start one process on each, as does torchrun --nproc_per_node {self.n_gpu}"
+        self._take_one_gpu()
+
+    def _refuse_unsupported(self) -> None:
+        """Flags of transformers that would give wrong figures here, or fail only when training starts."""
+        if not (self.do_train or self.do_eval):
+            raise UserError("--do_train False and --do_eval False leave nothing to do")
+        if self.label_smoothing_factor or not self.average_tokens_across_devices:
+            raise UserError("--label_smoothing_factor and --average_tokens_across_devices False: not supported here")
+        if self.dataloader_drop_last:
+            raise UserError(
+                "--dataloader_drop_last would leave held-out records out of the metrics, and train nothing where one "
+                "batch holds all: leave it out"
             )
-            self._n_gpu = 1
-            if self.fp16 and self.optim == OptimizerNames.ADAMW_TORCH_FUSED:
-                # where gradients on two GPUs overflow, as in a first step, torch 2.13's scaler tells the fused one 2,
-                # and it skips a step for 1 alone: all weights would be NaN
-                self.optim = OptimizerNames.ADAMW_TORCH
+        if self.label_names not in (None, ["labels"]):
+            raise UserError("--label_names: records have one kind of label here, and it needs no name: leave it out")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise UserError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
+
+    def _take_one_gpu(self) -> None:
+        """Of several GPUs: transformers would wrap the model in DataParallel, which is slow and not tested."""
+        if self.n_gpu <= 1:
+            return
+        logger.warning(
+            f"{self.n_gpu} GPUs and one process: the first works alone, unless --device_map spreads the model. "
+            f"scripts/run_*.sh start one process on each, as does torchrun --nproc_per_node {self.n_gpu}"
+        )
+        self._n_gpu = 1
+        if self.fp16 and self.optim == OptimizerNames.ADAMW_TORCH_FUSED:
+            # where gradients on two GPUs overflow, as in a first step, torch 2.13's scaler tells the fused one 2,
+            # and it skips a step for 1 alone: all weights would be NaN
+            self.optim = OptimizerNames.ADAMW_TORCH
 
     def _check_deepspeed(self) -> None:
         if not self.deepspeed:

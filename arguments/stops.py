@@ -83,9 +83,12 @@ class EndsOnce:
         self.control.should_training_stop = True
 
     def save_metrics(self, split: str, metrics: dict, **kwargs):
-        idle = getattr(self, "stopped", False)  # a guard stops in a step that moves nothing
-        if split == "train" and self.state.global_step - self._initial_global_step <= idle:
-            metrics = read_json(Path(self.args.output_dir) / "train_results.json") or metrics
+        if split == "train":
+            steps = self.state.global_step - self._initial_global_step
+            if getattr(self, "stopped", False):  # by a guard of RL, in a step that moves nothing
+                steps -= 1
+            if steps <= 0:
+                metrics = read_json(Path(self.args.output_dir) / "train_results.json") or metrics
         super().save_metrics(split, metrics, **kwargs)
 
 

@@ -33,8 +33,8 @@ def is_linear(layer: nn.Linear) -> bool:
     return torch.is_tensor(result)
 
 
-def place(name: str) -> str:
-    """The last two parts of a module's name, which its likes in the other layers share."""
+def suffix(name: str) -> str:
+    """The last two parts of a module's name: the same in every layer of the model, as self_attn.q_proj."""
     return ".".join(name.split(".")[-2:])
 
 
@@ -45,13 +45,13 @@ def complete(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
     leaves out the layers so called in dense blocks and shared experts. They are then targeted by their weights.
     """
     linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-    config.exclude_modules = sorted({place(name) for name, part in linear.items() if not is_linear(part)}) or None
+    config.exclude_modules = sorted({suffix(name) for name, part in linear.items() if not is_linear(part)}) or None
     trunk = {id(part) for part in model.base_model.modules()} - {id(model.get_output_embeddings())}
     plain = [name for name, part in linear.items() if type(part) is nn.Linear and id(part) in trunk]
     asked = [name for name in plain if config.target_modules == ALL or check_target_module_exists(config, name)]
     convert_peft_config_for_transformers(config, model, None)
     if config.target_modules != ALL:
-        lost = {f"{place(name)}.weight" for name in asked if not check_target_module_exists(config, name)}
+        lost = {f"{suffix(name)}.weight" for name in asked if not check_target_module_exists(config, name)}
         config.target_parameters = {*(config.target_parameters or ()), *lost} or None
     return config
 

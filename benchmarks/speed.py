@@ -176,9 +176,9 @@ def run(stage: str, contestant: str, args, rows: list[dict], folder: Path) -> tu
     elif contestant == "MedicalGPT":
         environment |= {"PYTHONPATH": str(args.medicalgpt.resolve())}
         command = medicalgpt_command(stage, args, data, output)
-    if contestant == "LLaMA-Factory":
+    else:
         command = factory_command(stage, args, data, output)
-    elif args.lora_dropout is not None:
+    if args.lora_dropout is not None and contestant != "LLaMA-Factory":  # whose settings file has it
         command += ["--lora_dropout", args.lora_dropout]
     whole, memory, printed = measure(command, environment)
     return training_seconds(output, printed), whole, memory

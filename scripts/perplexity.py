@@ -37,7 +37,7 @@ def load_judged(path: str) -> tuple:
 
 
 def folder_and_models() -> tuple[str, list[str]]:
-    """The words of a command line like the one above, seen to be a folder and models before the first is loaded."""
+    """The folder and the models of the command line; a wrong name fails now, not after the models before it."""
     folder, *models = sys.argv[1:] or [""]
     if not models:
         raise UserError(f"expected a folder and models: python {sys.argv[0]} FOLDER MODEL ...")

@@ -10,6 +10,7 @@ lm-evaluation-harness's acc_bytes.
 
 import json
 import sys
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 
@@ -31,21 +32,24 @@ PROMPTS = {"en": "Question: {}\nAnswer: ", "zh": "问题：{}\n答案："}
 def choice(model, tokenizer, prompt: str, options: list[str]) -> int:
     """Index of the option that the model finds most likely after the prompt, which it reads once."""
     rows = [tokenizer(prompt + option)["input_ids"] for option in options]
-    start = tokenizer(prompt)["input_ids"]  # its last token may be another one where an option follows
-    shared = min(len(start), *(len(row) - 1 for row in rows))
-    shared = next((i for i in range(shared) if any(row[i] != start[i] for row in rows)), shared)
+    shared = shared_prefix([tokenizer(prompt)["input_ids"], *(row[:-1] for row in rows)])
+    # all shared tokens but the last, whose logits say how likely an option's first token is
     read = torch.tensor([rows[0][: shared - 1]], device=model.device)
     cache = getattr(model(read, use_cache=True, logits_to_keep=1), "past_key_values", None)
+    cached = shared - 1 if cache is not None else 0  # Mamba has no such cache: it reads the prompt with each option
     if cache is not None:
         cache.batch_repeat_interleave(len(rows))
-    known = shared - 1 if cache is not None else 0  # Mamba has no such cache: it reads the prompt with each option
-    rest = [torch.tensor(row[known:]) for row in rows]
+    rest = [torch.tensor(row[cached:]) for row in rows]
     ids = pad_sequence(rest, batch_first=True).to(model.device)  # nothing reads the padding
-    given = {} if cache is None else {"past_key_values": cache}
-    logp = model(ids[:, :-1], **given).logits.float().log_softmax(-1)
+    logp = model(ids[:, :-1], **({} if cache is None else {"past_key_values": cache})).logits.float().log_softmax(-1)
     logp = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    totals = [row[shared - 1 - known : len(tokens) - 1].sum() for row, tokens in zip(logp, rest, strict=True)]
+    totals = [row[shared - 1 - cached : len(tokens) - 1].sum() for row, tokens in zip(logp, rest, strict=True)]
     return int(torch.tensor([t / len(o.encode()) for t, o in zip(totals, options, strict=True)]).argmax())
+
+
+def shared_prefix(rows: list[list[int]]) -> int:
+    """How many tokens all rows begin with: a prompt's last token may be another one where an option follows it."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
 
 
 def accuracy(path: str, quiz: dict[str, list[dict]]) -> dict:

@@ -189,7 +189,7 @@ def test_missing_required_flags(required, missing):
         (
             PPOArguments,
             ["--output_dir", "o", "--mini_batch_size", "3"],
-            "--batch_size 8 is no multiple of --mini_batch_size 3",
+            "--batch_size 8 is not a multiple of --mini_batch_size 3",
         ),
         (
             PPOArguments,
@@ -708,7 +708,7 @@ def test_no_fused_optimizer_where_a_model_may_be_spread_in_fp16(tmp_path, monkey
 @pytest.mark.parametrize("name", ["checkpoint-11", "checkpoint-9/x"])
 def test_checkpoint_asked_for_is_a_folder(tmp_path, name):
     touch(tmp_path, "checkpoint-9/x")
-    with pytest.raises(UserError, match=f"--resume_from_checkpoint .*{name} is no folder"):
+    with pytest.raises(UserError, match=f"--resume_from_checkpoint .*{name} is not a folder"):
         run_arguments(tmp_path, resume_from_checkpoint=str(tmp_path / name), fresh=True).checkpoint("base")
     assert left(tmp_path) == ["checkpoint-9/x"]
 

@@ -200,12 +200,13 @@ EVERY_STAGE = [
     (("--save_strategy", "best"), "--metric_for_best_model"),
     (("--label_names", "foo"), "--label_names"),
     (("--data_seed", -1), "--data_seed"),
+    (("--warmup_ratio", 1), "--warmup_ratio is 1, expected a share of the steps"),
     (("--accelerator_config", '{{"split_batches": true}}'), "split_batches"),
     (("--accelerator_config", '{{"dispatch_batches": true}}'), "dispatch_batches"),
     (("--dataloader_persistent_workers",), "--dataloader_num_workers"),
     (("--dataloader_multiprocessing_context", "spawn"), "--dataloader_num_workers"),
     (("--accelerator_config", '{{"foo": 1}}'), "--accelerator_config: foo is unknown, expected dispatch_batches,"),
-    (("--accelerator_config", "{house}/missing.json"), "--accelerator_config {house}/missing.json is no file"),
+    (("--accelerator_config", "{house}/missing.json"), "--accelerator_config {house}/missing.json is not a file"),
     (
         ("--accelerator_config", '{{"gradient_accumulation_kwargs": {{"num_steps": 4}}}}'),
         "--gradient_accumulation_steps",
@@ -358,7 +359,7 @@ INFERENCE = [
     (("--compare", "{llama}", "--reward_model", "{house}/rm of another rank", *QUESTIONS), "rank cannot be loaded"),
     (("--compare", "{llama}", "--reward_model", "{house}/half adapter", *QUESTIONS), "error: --reward_model {house}"),
     (("--base_model", "{llama}", "--dtype", "float8", *QUESTIONS), "choose from"),
-    (("--base_model", "{llama}", "--max_new_tokens", 1024, *QUESTIONS), "knows 1024 positions"),
+    (("--base_model", "{llama}", "--max_new_tokens", 1024, *QUESTIONS), "has 1024 positions"),
     (
         ("--compare", "{llama}", *QUESTIONS, "--predictions_file", "{house}/questions.txt"),
         "holds something else than compared answers",

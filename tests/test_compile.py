@@ -101,7 +101,10 @@ def test_it_learns_as_without(tiny, records, tmp_path):
         assert "in one row" in in_process(*stage("rm", tiny("llama"), records, output, *flags)).ok().stderr
     plain, compiled = tmp_path / "0", tmp_path / "1"
     assert history(compiled, "loss") == pytest.approx(history(plain, "loss"), abs=1e-4)
-    assert load_file(compiled / ADAPTER).keys() == load_file(plain / ADAPTER).keys()
+    found, expected = load_file(compiled / ADAPTER), load_file(plain / ADAPTER)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["pt", "sft", "rm"])

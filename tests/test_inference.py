@@ -290,7 +290,7 @@ def test_a_chat_has_history_that_can_be_cleared(trained, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("What is flu?\nAnd why?\n/quit\n/clear\nWhat is flu?\n/exit\n"))
     shown = ask("--base_model", trained / "merged", "--interactive", "--system", "Be brief.").ok().stdout
     first, second, third = [part.strip() for part in shown.split("Model: ")[1:]]
-    assert first.split("You:")[0] == third.split("You:")[0] and "/quit is no command" in second
+    assert first.split("You:")[0] == third.split("You:")[0] and "/quit is not a command" in second
 
 
 def test_a_question_in_another_encoding_is_asked_for_again(trained, monkeypatch):
@@ -321,7 +321,7 @@ def test_a_question_in_another_encoding_is_asked_for_again(trained, monkeypatch)
         (("--base_model", "a", "--web", "--port", 65536), "--port is 65536, expected 1 to 65535"),
         (("--compare", "a", "b"), "--compare needs --data_file"),
         (("--compare", "a", "b", "--lora_model", "c", "--web"), "--lora_model goes with --base_model"),
-        (("--base_model", "nowhere"), "nowhere is no model"),
+        (("--base_model", "nowhere"), "nowhere is not a model"),
         (("--base_model", "a", "--max_new_tokens", 0), "--max_new_tokens is 0"),
         (("--base_model", "a", "--max_eval_samples", 0), "--max_eval_samples is 0"),
         (("--base_model", "a", "--seed", -1), "--seed is -1, expected 0 to 4294967295"),
@@ -342,7 +342,7 @@ def test_errors(flags, message):
         (("--base_model", "{llama}"), "q.txt/x.jsonl", "q.txt/x.jsonl cannot be written"),
         (("--base_model", "{llama}"), "", "cannot be written"),
         (("--compare", "{llama}"), "q.txt/x.jsonl", "q.txt/x.jsonl cannot be written"),
-        (("--compare", "{llama}", "nowhere"), "new/x.jsonl", "nowhere is no model"),
+        (("--compare", "{llama}", "nowhere"), "new/x.jsonl", "nowhere is not a model"),
     ],
 )
 def test_what_would_fail_behind_the_answers_fails_before_them(names, where, message, tiny, tmp_path):

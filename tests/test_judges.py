@@ -131,7 +131,7 @@ def test_what_is_judged_is_looked_at_first(script, tiny, tmp_path):
     cases = {
         "expected a folder and models": (),
         "expected a folder and models: ": (tmp_path / "data",),
-        "nowhere is no model": (tmp_path / "data", tiny("llama"), "nowhere"),
+        "nowhere is not a model": (tmp_path / "data", tiny("llama"), "nowhere"),
         "no tokenizer in": (tmp_path / "data", bare),
         "missing": (tmp_path / "missing", tiny("llama")),
     }

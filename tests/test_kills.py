@@ -133,7 +133,7 @@ def gives(folder: Path, expected: torch.Tensor) -> bool:
     """Whether from_pretrained(folder) is the model of these logits."""
     try:
         return torch.allclose(logits(AutoModelForCausalLM.from_pretrained(folder)), expected, atol=1e-4, rtol=1e-4)
-    except (OSError, ValueError):  # it is no model at all
+    except (OSError, ValueError):  # it is not a model at all
         return False
 
 

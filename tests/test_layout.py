@@ -9,11 +9,18 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("pretraining", "supervised_finetuning", "reward_modeling", "rl_training")
 
 
+# What every stage's main does before it trains, in this order
+STEPS = ("parse_arguments(", "set_seed(", "model_args.check(", "resolve_dtype(", "load_tokenizer()", "data_args.load_")
+STEPS += ("train_dataset = build_", "eval_dataset = build_", "data_args.preview", "training_args.plan", "model = ")
+STEPS += ("avoid_casts(", "trainer = ", "callbacks=training_args.callbacks()")
+
+
 def test_the_spine_is_the_same_in_every_stage():
-    tails = {(ROOT / f"{stage}.py").read_text().split("    if training_args.do_train:")[1] for stage in STAGES}
-    heads = {(ROOT / f"{stage}.py").read_text().split("def main():")[1].count("set_seed(") for stage in STAGES}
-    assert len(tails) == 1
-    assert heads == {1}
+    mains = {stage: (ROOT / f"{stage}.py").read_text().split("def main():")[1] for stage in STAGES}
+    assert len({main.split("    if training_args.do_train:")[1] for main in mains.values()}) == 1
+    for stage, main in mains.items():
+        places = [main.find(step) for step in STEPS]
+        assert -1 not in places and places == sorted(places), f"{stage}: {dict(zip(STEPS, places, strict=True))}"
 
 
 @pytest.mark.parametrize("script", [*STAGES, "merge_peft_adapter", "inference"])

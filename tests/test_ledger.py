@@ -193,7 +193,7 @@ def test_digest_knows_names_and_what_lies_below(tmp_path):
     third = digest(tmp_path)
     assert len({first, second, third}) == 3
     (tmp_path / "config.json").write_text("{}")
-    assert digest(tmp_path) not in (first, second, third), "without weights it is no model"
+    assert digest(tmp_path) not in (first, second, third), "without weights it is not a model"
     (tmp_path / "model.safetensors").write_text("x")
     with_log = digest(tmp_path)
     (tmp_path / "runs" / "log").write_text("changed")

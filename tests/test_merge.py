@@ -314,7 +314,7 @@ def test_what_cannot_be_merged_is_said_before_anything_is_written(tiny, tmp_path
     out = tmp_path / "out"
     cases = {
         "does not say which base": ["--peft_model_path", nameless, "--output_dir", out],
-        "is no model": merge(tmp_path / "gone", bare, out)[1:],
+        "is not a model": merge(tmp_path / "gone", bare, out)[1:],
         "is quantised": merge(quantised, adapter, out)[1:],
         "leave --gguf out": [*merge(base, reward, out)[1:], "--gguf", converter.parent],
         "base model's own folder": merge(quantised, adapter, quantised)[1:],

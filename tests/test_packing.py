@@ -81,11 +81,11 @@ def test_a_model_that_zero3_has_split_cannot_be_asked(tiny, monkeypatch):
 
 def test_bloom_is_not_packed_but_batched_by_length(tiny, records, tmp_path):
     packed = in_process(*stage("sft", tiny("bloom"), records, tmp_path / "packed", "--packing")).ok()
-    assert "bloom does not go by position_ids: batches of like length, not packing" in packed.stderr
+    assert "bloom does not use position_ids: batches of like length, not packing" in packed.stderr
     in_process(*stage("sft", tiny("bloom"), records, tmp_path / "plain")).ok()
     assert results(tmp_path / "packed")["eval_loss"] == results(tmp_path / "plain")["eval_loss"]
     refused = in_process(*stage("pt", tiny("bloom"), records, tmp_path / "pt", "--isolate_documents"))
-    assert refused.code == 2 and "--isolate_documents: bloom does not go by position_ids" in refused.stderr
+    assert refused.code == 2 and "--isolate_documents: bloom does not use position_ids" in refused.stderr
 
 
 def test_packing_through_the_script(tiny, records, tmp_path):

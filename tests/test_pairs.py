@@ -11,8 +11,9 @@ from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
+from arguments.answers import win_rate
 from arguments.pairs import collate_pairs, keeps_answers_apart, may_share, places, score_pairs, with_length
-from reward_modeling import accuracies, longer_wins
+from reward_modeling import accuracies
 
 # A prompt 5, 6 and what comes behind it; then answers of which one begins with the other
 PAIRS = [
@@ -164,4 +165,4 @@ def test_ties_count_half():
     expected = {"accuracy": 0.5, "margin": 0.25, "accuracy_unsafe": 0.75, "accuracy_wrong": 0.25}
     assert accuracies(margins, ["unsafe", "unsafe", "wrong", "wrong"]) == pytest.approx(expected)
     assert accuracies(margins, ["", "", "", ""]) == pytest.approx({"accuracy": 0.5, "margin": 0.25})
-    assert longer_wins([3, 2, 1, 5], [2, 2, 4, 1]) == 0.625
+    assert win_rate([3, 2, 1, 5], [2, 2, 4, 1]) == 0.625

@@ -169,6 +169,13 @@ PAIRS = {
         {"prompt": "q", "instruction": "other", "chosen": "good", "rejected": "bad"},
         chat(("user", "q")),
     ),
+    "whole conversations as text, of hh-rlhf": (
+        {
+            "chosen": "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant: good",
+            "rejected": "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant: bad",
+        },
+        Q1A1Q2,
+    ),
     "lists that share their start": (
         {"chosen": Q1A1Q2 + chat(("assistant", "good")), "rejected": Q1A1Q2 + chat(("assistant", "bad"))},
         Q1A1Q2,
@@ -591,7 +598,7 @@ def test_bad_records_are_skipped_on_request_and_listed(tmp_path):
     listed = [json.loads(line) for line in (output / "bad_records.jsonl").read_text().splitlines()]
     assert [row["place"] for row in listed] == [f"{data}/a.jsonl:{line}" for line in (2, 3, 5)]
     assert listed[1] == {"place": f"{data}/a.jsonl:3", "reason": "the text is empty", "record": '{"text": ""}'}
-    assert "oops" in listed[2]["reason"] and listed[2]["record"] == ""
+    assert "oops" in listed[2]["reason"] and listed[2]["record"] == "{oops"
 
 
 def write_texts(path, *texts):
@@ -780,13 +787,24 @@ def test_skipping_a_bad_line_keeps_the_rest_of_the_file(tmp_path, text):
     assert load_texts(tmp_path, bad_records="skip") == ["one", "three"]
 
 
+def test_records_may_spread_over_lines(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('\n{\n "text": "one"\n}\n{\n "text": "two"\n}, {"text": "three"}\n')
+    assert list(read_file(path)) == [
+        (f"{path}:{line}", {"text": text}) for line, text in ((2, "one"), (5, "two"), (7, "three"))
+    ]
+    path.write_text('{\n "text": "one"\n}\n{\n "text": "two\n')
+    *whole, (place, error) = read_file(path)
+    assert len(whole) == 1 and place == f"{path}:5" and str(error).startswith("not JSON")
+
+
 def test_a_line_that_cannot_be_read_is_found_in_its_place(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{oops\n{"text": "three"}\n')
     places, found = zip(*read_file(path), strict=True)
     assert places == (f"{path}:1", f"{path}:2", f"{path}:3")
     assert isinstance(found[1], BadRecord)
-    assert re.fullmatch(r"not JSON \(.*column 2.*\): \{oops", str(found[1]))
+    assert re.fullmatch(r"not JSON \(.*column 2.*\): \{oops", str(found[1])) and found[1].raw == "{oops"
     assert (found[0], found[2]) == ({"text": "one"}, {"text": "three"})
 
 

@@ -1161,7 +1161,7 @@ def test_a_reward_model_of_few_positions_reads_less_of_a_question(tiny, capsys):
     model.config.pad_token_id = tokenizer.pad_token_id
     judge = RewardModel(model, tokenizer, LengthArguments(max_source_length=1000, max_target_length=100))
     assert (judge.lengths.max_source_length, judge.lengths.max_target_length) == (924, 100)
-    assert "The reward model knows 1024 positions: it reads 924 tokens of a question" in capsys.readouterr().out
+    assert "The reward model has 1024 positions: it reads 924 tokens of a question" in capsys.readouterr().out
     turns = [{"role": "user", "content": "heart " * 1500}, {"role": "assistant", "content": "blood " * 300}]
     assert judge([turns]).isfinite().all()
     bloom = AutoModelForSequenceClassification.from_pretrained(tiny("bloom"), num_labels=1)  # knows no limit

@@ -419,7 +419,7 @@ def test_two_ranks(tiny, records, tmp_path):
 def test_an_error_that_all_ranks_meet_is_said_once(records, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
     ended = in_subprocess(*torchrun, *stage("sft", tmp_path / "missing", records, tmp_path / "out"))
-    assert ended.code == 1 and len(ended.errors) == 1 and f"{tmp_path / 'missing'} is no model" in ended.errors[0]
+    assert ended.code == 1 and len(ended.errors) == 1 and f"{tmp_path / 'missing'} is not a model" in ended.errors[0]
 
 
 # --- two machines, here as two launches on one

@@ -122,7 +122,7 @@ def test_in_bf16_too(name, config, flags, sharded, tiny, records, tmp_path):
         ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}', (), "there is none here"),
         ('{"zero_optimization": {"stage": 2}}', ("--bf16=False", "--precision", "fp32"), "there is none here"),
         ('{"bf16": ', (), "is not JSON"),
-        ("[]", (), "is no JSON object: scripts"),
+        ("[]", (), "is not a JSON object: scripts"),
     ],
 )
 def test_a_deepspeed_file_that_would_compute_in_another_precision(settings, flags, message, tiny, records, tmp_path):

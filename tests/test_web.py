@@ -76,7 +76,7 @@ def test_a_port_that_is_taken_is_said_before_models_load(models, monkeypatch):
         other.listen()
         port = other.getsockname()[1]
         ended = in_process("inference.py", "--base_model", models[0], "--web", "--port", port)
-    assert ended.code == 2 and f"--port {port} cannot be had" in ended.errors[0] and "Loaded" not in ended.stderr
+    assert ended.code == 2 and f"--port {port} is not available" in ended.errors[0] and "Loaded" not in ended.stderr
 
 
 @pytest.fixture
