@@ -71,7 +71,9 @@ class PPOArguments(RunArguments, TrainingArguments):
     )
     batch_size: int = field(default=8, metadata={"help": "Prompts in a rollout, per process."})
     mini_batch_size: int | None = field(default=None, metadata={"help": "Answers in an optimizer step. Default: all."})
-    micro_batch_size: int = field(default=4, metadata={"help": "Answers in memory at once; does not change results."})
+    micro_batch_size: int = field(
+        default=4, metadata={"help": "Answers in memory at once; changes results by rounding alone."}
+    )
     ppo_epochs: int = field(default=4, metadata={"help": "Passes over a rollout."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the policy."})
     critic: str = field(

@@ -37,10 +37,6 @@ if [[ "${LD_PRELOAD:-}" != *malloc* ]] && [ -z "$(LD_PRELOAD=libtcmalloc_minimal
   export LD_PRELOAD="libtcmalloc_minimal.so.4${LD_PRELOAD:+:$LD_PRELOAD}"
   export TCMALLOC_RELEASE_RATE=0 TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD=1000000000000  # keep freed memory; no reports
 fi
-# A thread that waits for another spins 300,000 times before it sleeps, in vain where a program beside has taken that
-# one's core: steps then took 10 to 42 s instead of 2.4 on a 2-core machine, and 9.5 with 1,000 turns, which is libgomp's
-# own choice for busy machines. Alone, training is as fast with both; sampling in RL a tenth slower with 1,000.
-export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 HF_UPDATE_DOWNLOAD_COUNTS=0
 
 # supervise command...: run it, and hand on to it the SIGTERM that this script gets, as docker stop and batch systems send
