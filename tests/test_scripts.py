@@ -556,6 +556,9 @@ def test_python_is_found_or_said_to_be_too_old(tmp_path):
     assert (ended().returncode, ended().stdout) == (7, "made -m venv .venv\n")
     put(environment / "python", old)
     assert ended().returncode == 2 and ended().stderr.startswith("error: .venv has Python 3.10.12, expected 3.11")
+    without_venv = 'case "$*" in *ensurepip*) exit 1 ;; *install*) echo "$@"; exit 7 ;; esac'  # as virtualenv makes it
+    put(environment / "python", without_venv)
+    assert ended().returncode == 7 and ended().stdout.startswith("-m pip install --quiet -r requirements.txt")
 
 
 def test_scripts_are_for_the_bash_of_macos_too():
