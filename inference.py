@@ -39,7 +39,7 @@ from arguments.adapter import with_saved_adapter
 from arguments.answers import mean, win_rate
 from arguments.atomic import append_lines, hold_file
 from arguments.base import adapter_config, adapter_folder, check_base, fingerprint, tokenizer_folder
-from arguments.checkpoints import digest
+from arguments.checkpoints import size_and_hash
 from arguments.command_line import UserError, expect, given, one_line, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.encoding import LengthArguments, known_ids
@@ -392,7 +392,7 @@ def answered_with(args: InferenceArguments) -> dict:
     found = {name: getattr(args, name) for name in given(args, SETTINGS)}
     args.model_args(args.base_model).load_config()  # says that there is no model, which its files could not
     adapter = adapter_folder(args.lora_model) if args.lora_model else None
-    own = [digest(path) for path in sorted(adapter.glob("adapter_model.*"))] if adapter else []
+    own = [size_and_hash(path) for path in sorted(adapter.glob("adapter_model.*"))] if adapter else []
     if known := fingerprint(args.base_model):  # a model of the hub has none until it is here
         weights = json.dumps([known["shapes"], known["weights"], own])
         found["weights"] = hashlib.sha256(weights.encode()).hexdigest()[:16]

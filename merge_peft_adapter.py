@@ -55,7 +55,7 @@ from arguments.base import (
     tokenizer_folder,
     weight_files,
 )
-from arguments.checkpoints import digest
+from arguments.checkpoints import size_and_hash
 from arguments.command_line import Fault, UserError, explained, first_line, one_line, parse_arguments, run_stage
 from arguments.streamed import MergedWeights, adapted, grown_vocabulary, opened, running, save_merged, untie
 
@@ -281,7 +281,7 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     tensors = {"merged": len(merged.errors), "largest_error": max(merged.errors.values(), default=0.0)}
     return {
         "base": known,
-        "adapter": {"name": str(adapter), "sha256": digest(next(adapter.glob("adapter_model.*")))[1]},
+        "adapter": {"name": str(adapter), "sha256": size_and_hash(next(adapter.glob("adapter_model.*")))[1]},
         "trained_here": bool(recorded_base(adapter)),  # if not, a reward model is read in another way
         "dtype": stored,
         "untied": apart,

@@ -23,7 +23,7 @@ from trl import RewardConfig, RewardTrainer
 
 from arguments.adapter import AdapterArguments, cast_trained
 from arguments.answers import win_rate
-from arguments.atomic import append_lines
+from arguments.atomic import append_step
 from arguments.command_line import UserError, expect, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.loss import own_rows
@@ -172,7 +172,7 @@ class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
         if self.is_world_process_zero():
             margins = (scores[:, 0] - scores[:, 1]).tolist()
             line = {"step": self.state.global_step, "margins": margins, "kinds": kinds}
-            append_lines(Path(self.args.output_dir) / "margins.jsonl", [line])
+            append_step(Path(self.args.output_dir) / "margins.jsonl", [line])
 
 
 def main():

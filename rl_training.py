@@ -35,8 +35,8 @@ from transformers.integrations import TensorBoardCallback
 
 from arguments.adapter import AdapterArguments
 from arguments.answers import describe, mean_kl, means, win_rate
-from arguments.atomic import append_lines
-from arguments.command_line import UserError, expect, given, parse_arguments, run_stage
+from arguments.atomic import append_step
+from arguments.command_line import Fault, UserError, expect, given, parse_arguments, run_stage
 from arguments.data import DataArguments
 from arguments.guards import GuardArguments
 from arguments.model import ModelArguments
@@ -160,6 +160,7 @@ class PPOArguments(RunArguments, TrainingArguments):
         if self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in BY_METRIC:
             self.metric_for_best_model = self.metric_for_best_model or "reward"  # transformers' is the loss
         self.rollouts = self.max_steps
+        self._check_saves_of_the_best()
         self.per_device_train_batch_size, self.gradient_accumulation_steps = self.batch_size, 1
         self.remove_unused_columns = False
         for flag in ("max_steps", "save_steps", "logging_steps", "eval_steps"):  # transformers counts optimizer steps
@@ -195,6 +196,16 @@ class PPOArguments(RunArguments, TrainingArguments):
         expect(self, "a number from 0 to 1", lambda x: 0 <= x <= 1, "gamma", "gae_lambda")
         if self.critic_warmup >= self.max_steps:
             logger.warning(f"--critic_warmup {self.critic_warmup} covers all rollouts: the policy is not trained")
+
+    def _check_saves_of_the_best(self):
+        """Before transformers does, which counts optimizer steps."""
+        if not (self.load_best_model_at_end and self.save_strategy == "steps" and self.eval_steps):
+            return
+        if self.whole_rollouts(self.save_steps) % self.whole_rollouts(self.eval_steps):
+            raise UserError(
+                f"--save_steps {self.save_steps:g} is not a multiple of --eval_steps {self.eval_steps:g}, and "
+                "--load_best_model_at_end needs an evaluation at each save"
+            )
 
     def finish(self, trainer, data_args) -> None:
         super().finish(trainer, data_args)
@@ -535,6 +546,9 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             alarms = self.guards.alarms(self.history, len(self.rollout))
             if self.guards.stop_for(alarms, self.state.global_step, args.output_dir):
                 return self.stop()
+            if not all(answer["advantages"].isfinite().all() for answer in self.rollout):
+                reason = alarms.get("not_finite", "a value of the critic is not finite")
+                raise Fault(f"{reason}: nothing of rollout {number + 1} was learned; the last checkpoint is whole")
             self.good = [parameter.detach().clone() for parameter in sum(self.model.trained(), [])]
         size = args.mini_batch_size * args.world_size
         epoch, part = divmod(step, len(self.rollout) // size)
@@ -573,6 +587,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         self.stats.append({"value_loss": value})
         if not self.policy_stopped:
             self.stats[-1] |= {"policy_loss": policy, "step_kl": moved}
+        if args.early_stopping:
+            self.stats[-1]["policy_stopped"] = float(self.policy_stopped)
         self.policy_stopped |= args.early_stopping and moved > 1.5 * args.target_kl
         return torch.tensor(policy + args.value_coef * value, device=args.device)
 
@@ -643,8 +659,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             line = {"step": step, "prompt": row["prompt"], "answer": answer["text"], "score": answer["score"]}
             lines.append(answer.get("extra", {}) | line | {"reference_score": reference})
             logger.info(f"{row['prompt'][-1]['content']!r} -> {answer['text']!r} (score {answer['score']:.2f})")
-        append_lines(folder / "scores.jsonl", [{"step": step, "scores": [answer["score"] for answer in answers]}])
-        append_lines(folder / "samples.jsonl", lines)
+        append_step(folder / "scores.jsonl", [{"step": step, "scores": [answer["score"] for answer in answers]}])
+        append_step(folder / "samples.jsonl", lines)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
                 for i, (row, answer, _) in enumerate(shown):

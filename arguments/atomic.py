@@ -36,6 +36,17 @@ def append_lines(path: Path, rows: Iterable[dict]) -> None:
         file.write(added)
 
 
+def append_step(path: Path, rows: list[dict]) -> None:
+    """Add the rows of one evaluation, {"step", ...}, behind those of earlier steps, which alone are kept.
+
+    Rows of this step or a later one are of a run that was killed after they were written, or of weights that were not
+    kept.
+    """
+    earlier = [row for row in read_lines(path) if row["step"] < rows[0]["step"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, as_lines([*earlier, *rows]).decode())
+
+
 def as_lines(rows: Iterable[dict]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
 

@@ -42,7 +42,7 @@ class CheckpointSeal(TrainerCallback):
             record_base(folder, args.base_facts)  # if all weights are trained, nothing else names their base
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             seal = {"stage": type(args).__name__, **made_with(args), **facts(args)}
-            seal["files"] = {str(p.relative_to(folder)): digest(p) for p in files}
+            seal["files"] = {str(p.relative_to(folder)): size_and_hash(p) for p in files}
             write_atomically(folder / SEAL, json.dumps(seal, indent=1))
             thin_out(folder, args.checkpoints_kept, state.best_model_checkpoint)
 
@@ -68,7 +68,7 @@ def numbered(folder: Path) -> list[Path]:
     return sorted((path for path, name in found.items() if name), key=lambda path: int(found[path][1]))
 
 
-def digest(path: Path) -> list:
+def size_and_hash(path: Path) -> list:
     """Size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
@@ -101,7 +101,7 @@ def checkpoint_fault(folder: Path, hashes: bool = True) -> str | None:
         return "an older version saved it"
 
     def same(path: Path, size: int, sha256: str) -> bool:
-        return path.is_file() and path.stat().st_size == size and (not hashes or digest(path)[1] == sha256)
+        return path.is_file() and path.stat().st_size == size and (not hashes or size_and_hash(path)[1] == sha256)
 
     broken = [name for name, known in files.items() if not same(folder / name, *known)]
     return f"changed since it was saved: {', '.join(broken)}" if broken else None

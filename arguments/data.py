@@ -24,9 +24,9 @@ from arguments.preview import preview
 from arguments.rows import (
     FORMS,
     column,
-    digest,
+    content_hash,
     file_rows,
-    fingerprint,
+    hash_of,
     hub_rows,
     is_bad,
     rows_of,
@@ -151,7 +151,7 @@ class DataArguments(LengthArguments):
         code = [inspect.getsource(inspect.getmodule(made_by)) for made_by in (encode, encode_turns, DataArguments)]
         lengths = self.max_source_length, self.max_target_length
         kind = tokenizer_key(tokenizer), embedding_rows(tokenizer)
-        key = fingerprint(rows._fingerprint, code, kind, lengths, sorted(settings.items()))
+        key = hash_of(rows._fingerprint, code, kind, lengths, sorted(settings.items()))
         encoded = self._mapped(rows, judged(encode, rows, tokenizer), keep, key)
         refused = [rows[int(i)] | {"bad": encoded[int(i)]["bad"]} for i in np.flatnonzero(is_bad(encoded))]
         self._handle_bad([row | {"raw": json.dumps(row, ensure_ascii=False)} for row in refused])
@@ -325,7 +325,7 @@ class DataArguments(LengthArguments):
             named = ", ".join(str(path) for path in others[:5]) + (" ..." if len(others) > 5 else "")
             logger.warning(f"{len(others)} files are not read, for their names end in no known way: {named}")
         source = {"paths": [str(path) for path in paths]}
-        contents = [(str(path), digest(path)) for path in paths]
+        contents = [(str(path), content_hash(path)) for path in paths]
         try:
             return rows_of(form, file_rows, source, contents, fresh=self.overwrite_cache)
         except ValueError:  # datasets raises it when there are no rows at all
@@ -358,7 +358,7 @@ def joined(parts: list[Dataset]) -> Dataset:
     datasets makes it of the parts' features too, which differ between rows just made and the same from the cache.
     """
     rows = concatenate_datasets(parts)
-    rows._fingerprint = fingerprint([part._fingerprint for part in parts])
+    rows._fingerprint = hash_of([part._fingerprint for part in parts])
     return rows
 
 

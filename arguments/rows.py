@@ -50,7 +50,7 @@ def cached(generator: Callable, kwargs: dict, columns: Features | None, *key, fr
     The cache key is `key` and the code that reads and makes them; kwargs do not count.
     """
     code = [inspect.getsource(module) for module in (files, records, inspect.getmodule(generator))]
-    name = fingerprint(generator.__name__, code, *key)
+    name = hash_of(generator.__name__, code, *key)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "rows" / name
     with PartialState().local_main_process_first():
         if fresh and PartialState().is_local_main_process:
@@ -117,11 +117,11 @@ def is_bad(rows: Dataset) -> np.ndarray:
     return column(rows, "bad") != ""
 
 
-def fingerprint(*parts) -> str:
+def hash_of(*parts) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def digest(path: Path) -> str:
+def content_hash(path: Path) -> str:
     """Hash of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
@@ -131,7 +131,7 @@ def tokenizer_key(tokenizer) -> str:
     """Hash of all that a tokenizer saves: vocabulary, settings, chat template."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return fingerprint([digest(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()])
+        return hash_of([content_hash(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()])
 
 
 def id_columns(rows: Dataset) -> list[str]:

@@ -193,6 +193,11 @@ def test_missing_required_flags(required, missing):
         ),
         (
             PPOArguments,
+            ["--output_dir", "o", "--load_best_model_at_end", "--eval_steps", "2", "--save_steps", "3"],
+            "--save_steps 3 is not a multiple of --eval_steps 2",
+        ),
+        (
+            PPOArguments,
             ["--output_dir", "o", "--ppo_epochs", "0"],
             "--ppo_epochs is 0, expected at least 1",
         ),

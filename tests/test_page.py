@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 from conftest import in_process, stage, write_lines
 
-from arguments.atomic import append_lines, read_lines
+from arguments.atomic import append_lines, append_step, read_lines
 from scripts.ledger import finish, start
 from scripts.page import describe, write_page
 from scripts.report import unseen_prompts
@@ -125,6 +125,14 @@ def test_lines_are_added_behind_the_last_whole_one(tmp_path):
         assert read_lines(path) == kept
         append_lines(path, [{"c": "\u4f60"}])
         assert read_lines(path) == [*kept, {"c": "\u4f60"}] and path.read_bytes().endswith(b"\n")
+
+
+def test_an_evaluation_takes_the_place_of_those_of_its_step_and_later(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    for step, kept in ((0, [0]), (2, [0, 2]), (4, [0, 2, 4]), (4, [0, 2, 4]), (2, [0, 2])):
+        append_step(path, [{"step": step, "text": "\u4f60"}, {"step": step, "score": float("inf")}])
+        assert [row["step"] for row in read_lines(path)[::2]] == kept
+        assert read_lines(path)[-2:] == [{"step": step, "text": "\u4f60"}, {"step": step, "score": float("inf")}]
 
 
 def test_only_whole_lines_are_read(tmp_path):

@@ -657,6 +657,16 @@ def test_best_policy_at_the_end(tiny, records, tmp_path):
     assert not same(lora(output), lora(output / "checkpoint-8"))
     assert results(output)["eval_reward"] == rewards[best]
 
+    def scores():
+        found = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
+        return {row["step"]: statistics.fmean(row["scores"]) for row in found}, len(found)
+
+    of_each = {2: rewards[0], 4: rewards[1], 6: rewards[2], 8: rewards[best]}  # the last of what was kept
+    assert scores() == (pytest.approx(of_each), 4)
+    shutil.rmtree(output / "checkpoint-8")  # as if killed after the evaluation behind it
+    in_process(*stage("rl", tiny("llama"), records, output, *flags)).ok()
+    assert scores() == (pytest.approx(of_each), 4) and len(samples(output)) == 4 * 4
+
 
 def test_gradient_that_is_not_finite(tiny, records, tmp_path, monkeypatch):
     """In the second rollout: the policy that sampled it is put back, and the run ends."""
@@ -742,6 +752,12 @@ def test_guard_stops_with_the_last_good_policy(tiny, records, tmp_path, monkeypa
     assert [(line["guard"], line["stopped"], line["step"]) for line in fired] == [("not_finite", True, 0)]
     weights = load_file(tmp_path / "rl" / ADAPTER)
     assert all(torch.equal(w, torch.zeros_like(w)) for name, w in weights.items() if "lora_B" in name)
+
+    assert "a reward or log-probability is not finite: {'reward': nan" in ended.stderr
+    for guards in ("warn", "off"):
+        ended = in_process(*stage("rl", tiny("llama"), records, tmp_path / guards, *flags, "--guards", guards))
+        assert ended.code == 1 and "not finite: {'reward': nan" in ended.errors[0], "there is nothing to learn from"
+        assert "nothing of rollout 1 was learned" in ended.errors[0] and not (tmp_path / guards / ADAPTER).exists()
 
     monkeypatch.setattr("arguments.answers.mean_kl", lambda answers, _: mean_kl(answers, "k3"))  # never below 0
     flags = ("--reward_functions", f"{tmp_path / 'rewards.py'}:shorter", "--max_steps", 3, "--guard_kl", 1e-9)
@@ -938,6 +954,7 @@ def test_early_stopping(tiny, records, tmp_path):
     stopped = run("stopped", 4, "--early_stopping", "--target_kl", moved / 1.6)
     assert history(stopped, "step_kl") == history(two, "step_kl")  # of the epochs in which the policy learned
     assert same(lora(stopped), lora(two))
+    assert history(stopped, "policy_stopped") == [0.5], "the share of the updates"
     heads = [load_file(output / "value" / "head.safetensors") for output in (two, four, stopped)]
     assert same(heads[2], heads[1]) and not same(heads[2], heads[0])
     assert not same(lora(run("late", 4, "--early_stopping", "--target_kl", moved / 1.4)), lora(two))

@@ -211,14 +211,14 @@ def test_a_rank_that_has_gone_is_said_in_one_line():
 
 def test_the_last_whole_checkpoint_stays_until_the_next_one_is(tiny, records, tmp_path, monkeypatch):
     """With one checkpoint to keep, and a disk that is full when the second one is sealed."""
-    thorough = arguments.checkpoints.digest
+    thorough = arguments.checkpoints.size_and_hash
 
     def digest(path):
         if path.parent.name == "checkpoint-2":
             raise OSError(28, "No space left on device")
         return thorough(path)
 
-    monkeypatch.setattr(arguments.checkpoints, "digest", digest)
+    monkeypatch.setattr(arguments.checkpoints, "size_and_hash", digest)
     command = stage("sft", tiny("llama"), records, tmp_path / "out", "--save_steps", 1, "--save_total_limit", 1)
     assert in_process(*command).code == 1
     assert checkpoint_fault(tmp_path / "out" / "checkpoint-1") is None
