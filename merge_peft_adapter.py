@@ -57,6 +57,7 @@ from arguments.base import (
 )
 from arguments.checkpoints import size_and_hash
 from arguments.command_line import Fault, UserError, explained, first_line, one_line, parse_arguments, run_stage
+from arguments.reward import pad_alike
 from arguments.streamed import MergedWeights, adapted, grown_vocabulary, opened, running, save_merged, untie
 
 PROBES = (
@@ -244,6 +245,8 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
     if rows := grown_vocabulary(base, adapter):
         grown = {"vocab_size": rows, "ignore_mismatched_sizes": True}
         base, index = load(args, config, scratch / "base", torch.float32, **grown)
+    if config.task_type == "SEQ_CLS":  # reads a score just before the padding, so it needs a token for that
+        pad_alike(base.config.get_text_config(), tokenizer, first="tokenizer")
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     try:
         model, weights = adapted(base, index, adapter)

@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from arguments.adapter import with_saved_adapter
 from arguments.atomic import read_json
-from arguments.base import BASE_FILE, adapter_config, adapter_folder
+from arguments.base import BASE_FILE, adapter_config, adapter_folder, tokenizer_folder
 from arguments.command_line import UserError, not_found
 from arguments.encoding import LengthArguments, known_ids
 from arguments.model import ModelArguments, keep_unpacked, pad_candidate
@@ -101,7 +101,8 @@ class RewardSourceArguments:
                     source, config=config, output_loading_info=True, **weights, **kwargs
                 )
                 missing = loading["missing_keys"]
-            tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+            beside = tokenizer_folder(adapter) if adapter else path
+            tokenizer = AutoTokenizer.from_pretrained(beside or source, **kwargs)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             base = f" is an adapter on {source}" if adapter else ""
             raise UserError(f"--reward_model_name_or_path {path}{base}: {not_found(path, error)}") from error

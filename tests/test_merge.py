@@ -23,6 +23,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -250,6 +251,18 @@ def test_a_reward_model_keeps_its_head(dtype, atol, tiny, tmp_path):
     with torch.no_grad():
         expected = PeftModel.from_pretrained(plain, adapter).eval()(IDS).logits
         torch.testing.assert_close(found.eval()(IDS).logits, expected, atol=atol, rtol=1e-4)
+
+
+def test_a_reward_adapter_without_a_tokenizer_on_a_base_without_a_pad_token(tiny, tmp_path):
+    """As peft alone saves it: the base's tokenizer is taken, and what it pads with is chosen as in training."""
+    base, sequence = tiny("mistral"), AutoModelForSequenceClassification
+    assert AutoConfig.from_pretrained(base).pad_token_id is AutoTokenizer.from_pretrained(base).pad_token_id is None
+    adapter = save_adapter(base, tmp_path / "adapter", sequence, task_type="SEQ_CLS")
+    for file in adapter.glob("token*"):
+        file.unlink()
+    in_process(*merge(base, adapter, tmp_path / "merged")).ok()
+    config, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoConfig, AutoTokenizer))
+    assert tokenizer.pad_token == "<unk>" and config.pad_token_id == tokenizer.pad_token_id
 
 
 def test_scores_that_lie_close_together_are_held_against_their_size():

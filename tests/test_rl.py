@@ -230,6 +230,12 @@ def test_an_adapter_of_another_library_is_read_beside_the_policy(tiny, records, 
     trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
     assert "was not trained by stage 3: loaded beside the policy" in capsys.readouterr().err
     assert trainer.model.reward_head is None and not trainer.reward_model.own
+    for file in [*(tmp_path / "rm").glob("token*"), *(tmp_path / "rm").glob("*.jinja")]:
+        file.unlink()  # peft alone saves none
+    trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
+    bases = AutoTokenizer.from_pretrained(tiny("llama"))
+    assert trainer.reward_model.tokenizer.get_vocab() == bases.get_vocab()
+    assert trainer.reward_model.tokenizer.chat_template == bases.chat_template
 
 
 def test_first_rollout_is_the_reference(tiny, records, tmp_path):

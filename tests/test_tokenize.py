@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import trl
 from conftest import QUESTIONS, in_process, stage, write_lines
 from tiny_models import CHATML
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, TrainingArguments
 
 from arguments.command_line import UserError
 from arguments.data import DataArguments
+from arguments.model import ModelArguments
 from reward_modeling import build_dataset as build_pairs
 from supervised_finetuning import build_dataset, pack
 
@@ -224,3 +226,26 @@ def test_long_pairs_are_cut_not_dropped(tiny, tmp_path):
     assert first["source_tokens"] > 300 and len(first["chosen_ids"]) == 40 + first["chosen_tokens"]
     assert second["chosen_tokens"] > 90 and len(second["chosen_ids"]) == second["source_tokens"] + 20
     assert second["chosen_ids"] != second["rejected_ids"]
+
+
+def test_a_tokenizer_model_alone(tiny, records, tmp_path):
+    """Bases of 2023 came without a tokenizer.json: sentencepiece reads theirs, and the tokens are its own."""
+    text = "\n".join(path.read_text("utf-8") for path in (records / "pt").iterdir())
+    (tmp_path / "text.txt").write_text(text, "utf-8")
+    like_llama = {"model_type": "bpe", "byte_fallback": True, "split_digits": True, "character_coverage": 1.0}
+    like_llama |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
+    prefix, files = str(tmp_path / "tokenizer"), {"input": str(tmp_path / "text.txt")}
+    sentencepiece.SentencePieceTrainer.train(
+        **files, model_prefix=prefix, vocab_size=390, **like_llama, hard_vocab_limit=False
+    )
+    base = shutil.copytree(tiny("llama"), tmp_path / "base")
+    for file in [*base.glob("token*"), *base.glob("*.jinja")]:
+        file.unlink()
+    shutil.copy(tmp_path / "tokenizer.model", base)
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    tokenizer = ModelArguments(model_name_or_path=str(base)).load_tokenizer()
+    own = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    for line in ("高血压患者平时要注意什么？", "Blood  carries 12 mg\nof oxygen", "🤒"):
+        assert tokenizer(line)["input_ids"] == [own.bos_id(), *own.encode(line)]
+    ended = in_process(*stage("sft", base, records, tmp_path / "sft", "--preview", 1)).ok()
+    assert "plain User/Assistant" in ended.stderr
