@@ -45,6 +45,27 @@ RENAMED_FLAGS = {
     "--save_safetensors": None,
     "--fp16_opt_level": None,
 }
+LENGTHS = "give --max_source_length and --max_target_length, in PT --block_size"
+TEMPLATE = "prompts use the tokenizer's own chat template, which --tokenizer_name_or_path may bring"
+# Flags that later or other scripts know, whose names tell difflib nothing, and what to do here.
+FLAGS_ELSEWHERE = {
+    "--template_name": TEMPLATE,
+    "--template": TEMPLATE,
+    "--model_max_length": LENGTHS,
+    "--max_seq_length": LENGTHS,
+    "--cutoff_len": LENGTHS,
+    "--qlora": "give --load_in_4bit",
+    "--use_lora": "give --use_peft",
+    "--finetuning_type": "give --use_peft",
+    "--lora_target": "give --target_modules",
+    "--flash_attn": "give --attn_implementation flash_attention_2, or leave it out",
+    "--dataset": "give --train_file_dir, or --dataset_name",
+    "--model_name": "give --model_name_or_path",
+    "--model": "give --model_name_or_path",
+    "--batch_size": "give --per_device_train_batch_size",
+    "--epochs": "give --num_train_epochs",
+    "--lr": "give --learning_rate",
+}
 DISK = re.compile(  # what errors of a full or unwritable disk say
     r"No space left|File too large|Read-only file system|Permission denied|Disk quota|PytorchStreamWriter|"
     r"unexpected pos \d",
@@ -258,9 +279,10 @@ def parse_arguments(*groups: type, argv: list[str] | None = None) -> list:
     namespace, unknown = parser.parse_known_args(modern_flags(sys.argv[1:] if argv is None else argv))
     if unknown:
         flags = {option for action in parser._actions for option in action.option_strings} | set(RENAMED_FLAGS)
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        flag = unknown[0].partition("=")[0].replace("-", "_").replace("__", "--", 1)
+        near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]}?" if near else f"python {parser.prog} --help lists the flags"
-        raise UserError(f"unknown argument {unknown[0]}: {hint}")
+        raise UserError(f"unknown argument {unknown[0]}: {FLAGS_ELSEWHERE.get(flag, hint)}")
     try:
         return [
             group(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(group) if f.init})

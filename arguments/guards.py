@@ -87,10 +87,8 @@ class GuardArguments:
             return False
         stopping = [guard for guard in found if guard in STOPPING and self.guards == "stop"]
         for guard in [guard for guard in found if guard not in self.fired]:
-            ends = guard in stopping
-            logger.warning(
-                f"Guard {guard}: {found[guard]}; " + ("stopping, last good policy kept" if ends else "going on")
-            )
+            ends, then = guard in stopping, "" if stopping else "; going on"
+            logger.warning(f"Guard {guard}: {found[guard]}" + ("; stopping, last good policy kept" if ends else then))
             if os.environ.get("RANK", "0") == "0":
                 row = {"step": step, "guard": guard, "reason": found[guard], "stopped": ends}
                 path = Path(output_dir) / "guards.jsonl"

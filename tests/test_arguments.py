@@ -85,6 +85,12 @@ def parse(argv, groups=GROUPS):
         ("--train_file_dirr", "did you mean --train_file_dir"),
         ("--evaluation_strategyy", "did you mean --evaluation_strategy"),
         ("--warmup_ration", "did you mean --warmup_ratio"),
+        (
+            "--template-name=vicuna",
+            "prompts use the tokenizer's own chat template",
+        ),
+        ("--qlora", "give --load_in_4bit"),
+        ("--padding_side", "--help lists the flags"),  # not "did you mean --packing"
         ("--zzzzzzzz", "--help lists the flags"),
         ("stray", "--help lists the flags"),
     ],
@@ -196,6 +202,7 @@ def test_missing_required_flags(required, missing):
             ["--output_dir", "o", "--load_best_model_at_end", "--eval_steps", "2", "--save_steps", "3"],
             "--save_steps 3 is not a multiple of --eval_steps 2",
         ),
+        (PPOArguments, ["--output_dir", "o", "--metric_for_best_model", "loss"], "RL evaluates no loss"),
         (
             PPOArguments,
             ["--output_dir", "o", "--ppo_epochs", "0"],
