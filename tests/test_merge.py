@@ -260,7 +260,8 @@ def test_a_reward_adapter_without_a_tokenizer_on_a_base_without_a_pad_token(tiny
     adapter = save_adapter(base, tmp_path / "adapter", sequence, task_type="SEQ_CLS")
     for file in adapter.glob("token*"):
         file.unlink()
-    in_process(*merge(base, adapter, tmp_path / "merged")).ok()
+    by_other_names = ("--base_model", base, "--lora_model", adapter, "--output_dir", tmp_path / "merged")
+    in_process("merge_peft_adapter.py", *by_other_names).ok()
     config, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoConfig, AutoTokenizer))
     assert tokenizer.pad_token == "<unk>" and config.pad_token_id == tokenizer.pad_token_id
 
