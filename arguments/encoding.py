@@ -292,7 +292,7 @@ def known_ids(tokenizer, ids: list[int]) -> list[int]:
     if largest >= rows:
         raise UserError(
             f"the token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, but the model has {rows} "
-            "embeddings: name the model's own tokenizer, take the token out of the text, or grow the model (docs/faq.md)"
+            "embeddings: name the model's own tokenizer, take that out of the text, or grow the model (docs/faq.md)"
         )
     return ids
 

@@ -100,6 +100,11 @@ class RunArguments(PrecisionArguments, CompileArguments):
         if not self.output_dir:
             raise UserError("--output_dir is missing: name the folder for this stage's adapter and metrics")
         asked = str(self.resume_from_checkpoint or "")
+        if self.fresh and asked.lower() == "true":
+            raise UserError(
+                "--resume_from_checkpoint True goes on from the newest checkpoint, --fresh (--overwrite_output_dir) "
+                "deletes them all: leave one of them out"
+            )
         self.fresh |= asked.lower() == "false"
         self._check_output()
         if self._names_checkpoint() and not Path(asked).is_dir() and not saved_by(self):  # it may be deleted since

@@ -202,6 +202,11 @@ def test_missing_required_flags(required, missing):
             ["--output_dir", "o", "--load_best_model_at_end", "--eval_steps", "2", "--save_steps", "3"],
             "--save_steps 3 is not a multiple of --eval_steps 2",
         ),
+        (
+            PretrainingArguments,
+            ["--output_dir", "o", "--resume_from_checkpoint", "True", "--overwrite_output_dir"],
+            "deletes them all: leave one",
+        ),
         (PPOArguments, ["--output_dir", "o", "--metric_for_best_model", "loss"], "RL evaluates no loss"),
         (
             PPOArguments,
