@@ -1,11 +1,13 @@
 """Which rewards: a reward model, Python functions, and their weights."""
 
 import math
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from loguru import logger
 from peft import TaskType, load_peft_weights
 from torch import nn
@@ -97,9 +99,10 @@ class RewardSourceArguments:
                 code = {"trust_remote_code": model_args.trust_remote_code}
                 model = AutoModelForSequenceClassification.from_config(config, dtype=weights["dtype"], **code)
             else:
-                model, loading = AutoModelForSequenceClassification.from_pretrained(
-                    source, config=config, output_loading_info=True, **weights, **kwargs
-                )
+                with without_load_report() if adapter else nullcontext():
+                    model, loading = AutoModelForSequenceClassification.from_pretrained(
+                        source, config=config, output_loading_info=True, **weights, **kwargs
+                    )
                 missing = loading["missing_keys"]
             beside = tokenizer_folder(adapter) if adapter else path
             tokenizer = AutoTokenizer.from_pretrained(beside or source, **kwargs)
@@ -151,6 +154,17 @@ class RewardSourceArguments:
                 f"--reward_weights holds {len(values)} numbers for {len(names)} sources: {', '.join(names)}"
             )
         return dict(zip(names, values, strict=True))
+
+
+@contextmanager
+def without_load_report():
+    """Inside, transformers does not tell that a base has no score head: the adapter brings it."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def is_own(source: str | Path, cache_dir: str | None = None) -> bool:

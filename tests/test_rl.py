@@ -1,6 +1,8 @@
 """Stage 4 as a whole: what each role computes, where rewards come from, what must not change a run, and kills."""
 
+import io
 import json
+import logging
 import shutil
 import statistics
 import sys
@@ -232,10 +234,13 @@ def test_an_adapter_of_another_library_is_read_beside_the_policy(tiny, records, 
     assert trainer.model.reward_head is None and not trainer.reward_model.own
     for file in [*(tmp_path / "rm").glob("token*"), *(tmp_path / "rm").glob("*.jinja")]:
         file.unlink()  # peft alone saves none
+    told = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [logging.StreamHandler(told)])
     trainer = make_trainer(monkeypatch, *stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
     bases = AutoTokenizer.from_pretrained(tiny("llama"))
     assert trainer.reward_model.tokenizer.get_vocab() == bases.get_vocab()
     assert trainer.reward_model.tokenizer.chat_template == bases.chat_template
+    assert "score.weight" not in told.getvalue(), "the base has no head, but the adapter brings it"
 
 
 def test_first_rollout_is_the_reference(tiny, records, tmp_path):
