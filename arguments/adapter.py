@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import nn
@@ -22,7 +22,6 @@ from arguments.model import count_parameters
 from arguments.shapes import only_shapes
 from arguments.targets import ALL, complete, warn_of_frozen
 
-MISSING = "Found missing adapter keys"  # as peft warns
 LORA_FLAGS = {  # and their names in an adapter's config
     "target_modules": "target_modules",
     "lora_rank": "r",
@@ -158,29 +157,34 @@ def with_saved_adapter(model: nn.Module, folder: Path, name: str, trainable: boo
     """`model` with the adapter of a folder under `name`, beside those it has; for --plan, one of the same shapes.
 
     Raises:
-        UserError: when the folder lacks some of its tensors or names them otherwise: peft would make new ones.
+        UserError: when the folder lacks some of its tensors or names them otherwise: peft would make new ones; when it
+            holds some of layers that the model does not have: peft would leave them out.
         RuntimeError, ValueError: when it does not fit the model in another way.
     """
-    missing = []
     if only_shapes():
         config = adapter_config(folder)
         config.inference_mode = not trainable
         if not isinstance(model, PeftModel):
             return get_peft_model(model, config, name)
         model.add_adapter(name, config)
-    elif isinstance(model, PeftModel):
-        missing = model.load_adapter(folder, name, is_trainable=trainable).missing_keys
+        return model
+    if isinstance(model, PeftModel):
+        model.load_adapter(folder, name, is_trainable=trainable)
     else:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", MISSING)
-            try:
-                model = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
-            except UserWarning as warning:
-                missing = re.findall("'(.+?)'", str(warning).partition(MISSING)[2])
-    if missing:
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            model = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
+    # once more, as the call above does not tell what fitted
+    loaded = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), name)
+    if missing := [key for key in loaded.missing_keys if "lora_" in key and f".{name}" in key]:
         raise UserError(
             f"{folder} does not fit this base: it lacks {missing[0]} and {len(missing) - 1} more, or names them "
             "otherwise. Name the base it was trained on, or save it again from the model as peft made it"
+        )
+    if surplus := [key for key in loaded.unexpected_keys if "lora_" in key]:
+        raise UserError(
+            f"{folder} does not fit this base: it holds {surplus[0]} and {len(surplus) - 1} more, for which the base "
+            "has no layer. Name the one it was trained on"
         )
     return model
 

@@ -264,8 +264,19 @@ class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class _Parser(HfArgumentParser):
+    """Of argument groups, of which later ones may give a flag of earlier ones another default."""
+
+    def __init__(self, groups: tuple[type, ...], **kwargs):
+        usage = {"usage": "%(prog)s [flags]", "formatter_class": _Help}
+        super().__init__(groups, allow_abbrev=False, conflict_handler="resolve", **usage, **kwargs)
+
     def error(self, message: str):
         raise UserError(f"{message} (see python {self.prog} --help)")
+
+
+def known_flags(*groups: type) -> set[str]:
+    """The flags of argument groups, each with _ and with -."""
+    return {option for action in _Parser(groups)._actions for option in action.option_strings}
 
 
 def parse_arguments(*groups: type, argv: list[str] | None = None) -> list:
@@ -274,11 +285,10 @@ def parse_arguments(*groups: type, argv: list[str] | None = None) -> list:
     Raises:
         UserError: for an unknown flag (naming the nearest known one), or a value a group refuses.
     """
-    about = {"usage": "%(prog)s [flags]", "description": sys.modules["__main__"].__doc__, "formatter_class": _Help}
-    parser = _Parser(groups, allow_abbrev=False, conflict_handler="resolve", **about)
+    parser = _Parser(groups, description=sys.modules["__main__"].__doc__)
     namespace, unknown = parser.parse_known_args(modern_flags(sys.argv[1:] if argv is None else argv))
     if unknown:
-        flags = {option for action in parser._actions for option in action.option_strings} | set(RENAMED_FLAGS)
+        flags = known_flags(*groups) | set(RENAMED_FLAGS)
         flag = unknown[0].partition("=")[0].replace("-", "_").replace("__", "--", 1)
         near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]}?" if near else f"python {parser.prog} --help lists the flags"

@@ -264,6 +264,7 @@ class RunArguments(PrecisionArguments, CompileArguments):
                 continue
             self._check_origin(Path(found), base)
             logger.info(f"Going on from {found} (--fresh starts over)")
+            self.eval_on_start = False  # it would not be of what the run started from
             check_contents(Path(found), self)
             check_changes(Path(found))
             if asked and self.process_index == 0:
@@ -304,7 +305,8 @@ class RunArguments(PrecisionArguments, CompileArguments):
     def callbacks(self) -> list[TrainerCallback]:
         """What every stage's trainer does besides training."""
         drop_if_cut(Path(self.output_dir) / "all_results.json")  # transformers reads it before adding to it
-        drop_if_no_text(Path(self.output_dir) / "README.md")  # as peft does
+        for folder in (Path(self.output_dir), *numbered(Path(self.output_dir))):  # also where a kill left no seal
+            drop_if_no_text(folder / "README.md")  # as peft does
         return [StopAtSignal(self.steps_between_saves), FiniteGradients(), FiniteWeights(), CheckpointSeal()]
 
     def finish(self, trainer, data_args: DataArguments) -> None:

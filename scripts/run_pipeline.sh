@@ -63,7 +63,7 @@ if [ "$MODEL" = models/SmolLM2-135M-Instruct ]; then
   mkdir -p models && "$PYTHON" scripts/get_default_model.py "$MODEL"
 fi
 sample="models/SmolLM2-135M-Instruct data/finetune data/reward data/prompts data/quiz data/general"
-if [ "$MODEL $SFT_DATA $RM_DATA $RL_DATA $QUIZ $GENERAL" != "$sample" ]; then
+if [ "$MODEL $SFT_DATA $RM_DATA $RL_DATA $QUIZ $GENERAL" != "$sample" ] || [ ${#FLAGS[@]} -gt 0 ]; then
   "$PYTHON" scripts/check_inputs.py "$MODEL" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GENERAL" ${FLAGS[@]+"${FLAGS[@]}"}
 fi
 : "${NODE_RANK:=0}"  # of several machines the first one clears, keeps the ledger and reports

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, in_process, merge
+from conftest import ROOT, in_process, merge, stage
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
@@ -470,6 +470,24 @@ def test_an_adapter_that_lacks_a_tensor_is_not_taken(name, tiny, tmp_path):
         ended = in_process(*command)
         assert ended.code == 2 and "it lacks base_model.model.model.layers.1.mlp.up_proj" in ended.errors[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "q.txt"]
+
+
+def test_an_adapter_of_a_deeper_model_is_not_taken(tiny, records, tmp_path):
+    """peft would leave out what the base has no place for, and a merge of the rest would be proven right."""
+    adapter = save_adapter(tiny("llama"), tmp_path / "adapter", task_type="CAUSAL_LM")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    deeper = {name.replace(".layers.1.", ".layers.2."): tensor.clone() for name, tensor in tensors.items()}
+    save_file(deeper | tensors, adapter / "adapter_model.safetensors")
+    (tmp_path / "q.txt").write_text("a question")
+    asked = "inference.py", "--base_model", tiny("llama"), "--lora_model", adapter, "--data_file", tmp_path / "q.txt"
+    for command in (
+        merge(tiny("llama"), adapter, tmp_path / "merged"),
+        (*asked, "--predictions_file", tmp_path / "a"),
+        stage("sft", tiny("llama"), records, tmp_path / "sft", "--peft_path", adapter),
+    ):
+        ended = in_process(*command)
+        assert ended.code == 2 and "it holds base_model.model.model.layers.2." in ended.errors[0], ended.stderr[-500:]
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

@@ -239,12 +239,13 @@ def test_results_that_a_kill_cut_short_are_made_again(tiny, records, tmp_path):
 
 
 def test_a_model_card_that_was_cut_inside_a_character_is_made_again(tiny, records, tmp_path):
-    """peft reads it, to add to it, when training has ended."""
-    (tmp_path / "out").mkdir()
-    path = tmp_path / "out" / "README.md"
-    path.write_bytes("# 模型".encode()[:-1])
+    """peft reads it, to add to it, at each save: also into a checkpoint's folder that a kill left unsealed."""
+    paths = [tmp_path / "out" / folder / "README.md" for folder in (".", "checkpoint-3")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes("# 模型".encode()[:-1])
     in_process(*stage("sft", tiny("llama"), records, tmp_path / "out")).ok()
-    assert "peft" in path.read_text("utf-8")
+    assert all("peft" in path.read_text("utf-8") for path in paths)
 
 
 def test_our_results_are_written_in_one_step(tmp_path, monkeypatch):

@@ -750,6 +750,21 @@ def test_the_pipeline_refuses_at_once_what_does_not_suit_all_stages(flag, advice
     assert errors.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--block_size", "write it into scripts/run_pt.sh"),
+        ("--temperature=0.7", "write it into scripts/run_rl.sh"),
+        ("--packing", "write it into scripts/run_sft.sh"),
+        ("--lerning_rate", "no stage knows it"),
+    ],
+)
+def test_the_pipeline_knows_before_its_first_stage_which_flags_a_later_one_does_not(flag, said, told, tiny):
+    code, calls, errors = told("scripts/run_pipeline.sh", flag, 64, MODEL=str(tiny("llama")), PYTHON=sys.executable)
+    assert (code, calls) == (2, {}) and said in errors and flag.partition("=")[0] in errors
+    assert errors.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["MODEL", "SFT_DATA", "GENERAL"])
 def test_the_pipeline_deletes_nothing_that_it_is_to_read(name, told, tmp_path):
     """A second round from the model of a first one, into the same folder: stages that start over are deleted."""

@@ -247,5 +247,9 @@ def test_a_tokenizer_model_alone(tiny, records, tmp_path):
     own = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
     for line in ("高血压患者平时要注意什么？", "Blood  carries 12 mg\nof oxygen", "🤒"):
         assert tokenizer(line)["input_ids"] == [own.bos_id(), *own.encode(line)]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "q"}], return_dict=False)
+    assert chat[0] == tokenizer.bos_token_id not in chat[1:], "begun as all of its texts"
+    bloom = ModelArguments(model_name_or_path=tiny("bloom")).load_tokenizer()
+    assert bloom.bos_token and not bloom.chat_template.startswith("{{ bos_token }}"), "which it does not add"
     ended = in_process(*stage("sft", base, records, tmp_path / "sft", "--preview", 1)).ok()
     assert "plain User/Assistant" in ended.stderr
