@@ -36,7 +36,7 @@ from arguments.curves import plot_curves
 from arguments.data import DataArguments
 from arguments.flags import NEEDS, check_accelerator_config, check_dead_flags, check_metric, check_optimizer, json_of
 from arguments.precision import PrecisionArguments
-from arguments.stops import FiniteGradients, FiniteWeights, StopAtSignal
+from arguments.stops import FiniteGradients, FiniteWeights, NamesItsMetric, StopAtSignal
 from arguments.telemetry import peak_memory
 
 RANGES = {  # what numpy's seed and PyTorch's AdamW take; bounds included
@@ -307,7 +307,8 @@ class RunArguments(PrecisionArguments, CompileArguments):
         drop_if_cut(Path(self.output_dir) / "all_results.json")  # transformers reads it before adding to it
         for folder in (Path(self.output_dir), *numbered(Path(self.output_dir))):  # also where a kill left no seal
             drop_if_no_text(folder / "README.md")  # as peft does
-        return [StopAtSignal(self.steps_between_saves), FiniteGradients(), FiniteWeights(), CheckpointSeal()]
+        ends = StopAtSignal(self.steps_between_saves), FiniteGradients(), FiniteWeights(), NamesItsMetric()
+        return [*ends, CheckpointSeal()]
 
     def finish(self, trainer, data_args: DataArguments) -> None:
         """Add the evaluation before training and the peak memory to all_results.json; write data, state and curves."""

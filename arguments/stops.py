@@ -9,7 +9,7 @@ from loguru import logger
 from transformers import PreTrainedModel, TrainerCallback
 
 from arguments.atomic import read_json
-from arguments.command_line import Fault
+from arguments.command_line import Fault, UserError
 
 
 class StopAtSignal(TrainerCallback):
@@ -55,6 +55,19 @@ class StopAtSignal(TrainerCallback):
             then = ": the same command goes on from there" if saved and not args.save_only_model else ""
             logger.warning(f"Ended after step {state.global_step}{then}")
             raise SystemExit(128 + self.signal)
+
+
+class NamesItsMetric(TrainerCallback):
+    """Ends a run whose first evaluation, with --eval_on_start before training, lacks --metric_for_best_model.
+
+    transformers looks for it when it saves one. What reward functions log is not known sooner.
+    """
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        asked, found = args.metric_for_best_model, sorted(name.removeprefix("eval_") for name in metrics)
+        if asked and asked.removeprefix("eval_") not in found:
+            known = ", ".join(found)
+            raise UserError(f"--metric_for_best_model {asked} is not evaluated here: expected one of {known}")
 
 
 class EndsOnce:

@@ -227,6 +227,16 @@ def test_the_last_whole_checkpoint_stays_until_the_next_one_is(tiny, records, tm
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
+@pytest.mark.parametrize(("name", "asked"), [("rm", "accuracy_shrt"), ("rl", "rewrd")])
+def test_a_metric_that_nothing_evaluates_is_said_before_training(name, asked, tiny, records, tmp_path):
+    (tmp_path / "r.py").write_text("def one(completions, **_):\n    return [1.0] * len(completions)\n")
+    own = {"rm": (), "rl": ("--reward_functions", f"{tmp_path / 'r.py'}:one")}[name]
+    best = ("--eval_on_start", "--load_best_model_at_end", "--metric_for_best_model", asked, "--eval_steps", 1)
+    ended = in_process(*stage(name, tiny("llama"), records, tmp_path / "out", *own, *best, "--save_steps", 1))
+    assert ended.code == 2 and f"{asked} is not evaluated here: expected one of " in ended.stderr
+    assert " loss=" not in ended.stderr and not list((tmp_path / "out").glob("checkpoint-*"))
+
+
 def test_results_that_a_kill_cut_short_are_made_again(tiny, records, tmp_path):
     """transformers writes all_results.json in place, and reads it to add to it."""
     command = stage("sft", tiny("llama"), records, tmp_path / "out")
