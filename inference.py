@@ -389,7 +389,8 @@ def load_questions(args: InferenceArguments) -> list[list[dict]]:
 
 def answered_with(args: InferenceArguments) -> dict:
     """What a line of answers says of the weights and the flags behind it: those flags that are not as by default."""
-    found = {name: getattr(args, name) for name in given(args, SETTINGS)}
+    settings = (*SETTINGS, "seed") if args.temperature else SETTINGS
+    found = {name: getattr(args, name) for name in given(args, settings)}
     args.model_args(args.base_model).load_config()  # says that there is no model, which its files could not
     adapter = adapter_folder(args.lora_model) if args.lora_model else None
     own = [size_and_hash(path) for path in sorted(adapter.glob("adapter_model.*"))] if adapter else []

@@ -57,6 +57,7 @@ from arguments.base import (
 )
 from arguments.checkpoints import size_and_hash
 from arguments.command_line import Fault, UserError, explained, first_line, one_line, parse_arguments, run_stage
+from arguments.model import ModelArguments
 from arguments.reward import pad_alike
 from arguments.streamed import MergedWeights, adapted, grown_vocabulary, opened, running, save_merged, untie
 
@@ -139,10 +140,7 @@ def check(args: MergeArguments, config: PeftConfig, adapter: Path) -> None:
         raise UserError(f"{adapter} repeats layers of its base (layer_replication), which is not merged here")
     if args.gguf and config.task_type == "SEQ_CLS":
         raise UserError(f"{adapter} is of a reward model, for which GGUF has no head: leave --gguf out")
-    try:
-        found = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--base_model_name_or_path {base} is not a model: {first_line(error)}") from error
+    found = ModelArguments(model_name_or_path=base, trust_remote_code=args.trust_remote_code).load_config()
     if getattr(found, "quantization_config", None):
         raise UserError(f"{base} is quantised and cannot hold what a merge makes of it: name what it was made from")
 

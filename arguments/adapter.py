@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import deepspeed_config
 
 from arguments.base import adapter_config, adapter_folder, check_base
-from arguments.command_line import UserError, expect, given
+from arguments.command_line import UserError, expect, first_line, given, not_found
 from arguments.lora import quicken
 from arguments.model import count_parameters
 from arguments.shapes import only_shapes
@@ -97,7 +97,8 @@ class AdapterArguments:
             try:
                 model = with_saved_adapter(model, Path(self.adapter_path), "default", trainable=True)
             except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-                raise UserError(f"--peft_path {self.peft_path} is not an adapter for this model: {error}") from error
+                why = not_found(self.peft_path, error)
+                raise UserError(f"--peft_path {self.peft_path} is not an adapter for this model: {why}") from error
         else:
             names = [name for name, _ in model.named_modules()]
             for saved in self.saved_modules:
@@ -153,6 +154,23 @@ class AdapterArguments:
             raise UserError(f"--peft_path {self.peft_path} is a {found} adapter, and this stage trains {wanted.value}")
 
 
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's folder, by their names there.
+
+    Raises:
+        UserError: when it holds none, or not whole ones.
+        OSError, ValueError: when there is no such folder, and no adapter of that name on the hub.
+    """
+    if folder.is_dir() and not any(folder.glob("adapter_model.*")):
+        raise UserError(f"{folder} lacks adapter_model.safetensors, the weights of its adapter: copy the whole folder")
+    try:
+        return load_peft_weights(str(folder), device="cpu")
+    except (SafetensorError, OSError, ValueError, EOFError) as error:
+        if not folder.is_dir():
+            raise
+        raise UserError(f"{folder} holds no whole adapter weights ({first_line(error)})") from error
+
+
 def with_saved_adapter(model: nn.Module, folder: Path, name: str, trainable: bool) -> PeftModel:
     """`model` with the adapter of a folder under `name`, beside those it has; for --plan, one of the same shapes.
 
@@ -168,6 +186,7 @@ def with_saved_adapter(model: nn.Module, folder: Path, name: str, trainable: boo
             return get_peft_model(model, config, name)
         model.add_adapter(name, config)
         return model
+    tensors = saved_tensors(folder)
     if isinstance(model, PeftModel):
         model.load_adapter(folder, name, is_trainable=trainable)
     else:
@@ -175,7 +194,7 @@ def with_saved_adapter(model: nn.Module, folder: Path, name: str, trainable: boo
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
             model = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
     # once more, as the call above does not tell what fitted
-    loaded = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), name)
+    loaded = set_peft_model_state_dict(model, tensors, name)
     if missing := [key for key in loaded.missing_keys if "lora_" in key and f".{name}" in key]:
         raise UserError(
             f"{folder} does not fit this base: it lacks {missing[0]} and {len(missing) - 1} more, or names them "

@@ -324,6 +324,12 @@ class DataArguments(LengthArguments):
         if others := other_files(folder):
             named = ", ".join(str(path) for path in others[:5]) + (" ..." if len(others) > 5 else "")
             logger.warning(f"{len(others)} files are not read, for their names end in no known way: {named}")
+        if form == "document" and (texts := [path.name for path in paths if ".txt" in path.suffixes]):
+            more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+            logger.info(
+                f"{texts[0]}{more}: each line, in hard-wrapped text each paragraph, is a document of its own; longer "
+                'ones go into a .jsonl, one {"text"} each'
+            )
         source = {"paths": [str(path) for path in paths]}
         contents = [(str(path), content_hash(path)) for path in paths]
         try:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 import transformers
 from loguru import logger
-from peft import TaskType, load_peft_weights
+from peft import TaskType
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from arguments.adapter import with_saved_adapter
+from arguments.adapter import saved_tensors, with_saved_adapter
 from arguments.atomic import read_json
 from arguments.base import BASE_FILE, adapter_config, adapter_folder, tokenizer_folder
 from arguments.command_line import UserError, not_found
@@ -108,7 +108,7 @@ class RewardSourceArguments:
             tokenizer = AutoTokenizer.from_pretrained(beside or source, **kwargs)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             base = f" is an adapter on {source}" if adapter else ""
-            raise UserError(f"--reward_model_name_or_path {path}{base}: {not_found(path, error)}") from error
+            raise UserError(f"--reward_model_name_or_path {path}{base}: {not_found(source, error)}") from error
         if missing and not adapter:
             missing = ", ".join(sorted(missing))
             raise UserError(
@@ -193,7 +193,7 @@ def adapter_head(adapter: Path) -> dict[str, torch.Tensor]:
     """
     if only_shapes():
         return {}
-    tensors = load_peft_weights(str(adapter), device="cpu")
+    tensors = saved_tensors(adapter)
     found = {k.rpartition(".")[2]: v for k, v in tensors.items() if set(HEADS) & set(k.split("."))}
     if not found:
         raise UserError(f"{adapter} holds no score head, its rewards would be random: train it with stage 3")

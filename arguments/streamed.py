@@ -13,16 +13,15 @@ from accelerate.hooks import (
     remove_hook_from_submodules,
 )
 from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
-from peft import PeftModel, load_peft_weights
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from arguments.adapter import with_saved_adapter
+from arguments.adapter import saved_tensors, with_saved_adapter
 from arguments.base import local_file, stored_tensors, weight_files
 from arguments.command_line import Fault, UserError, first_line
 from arguments.reward import HEADS
@@ -124,10 +123,7 @@ def without_hooks(model: nn.Module) -> tuple[nn.Module, dict]:
 
 def adapter_shapes(adapter: Path) -> dict[str, torch.Size]:
     """Shapes of the adapter's tensors, by the names that their counterparts have in the base model."""
-    try:
-        return {plain(name): tensor.shape for name, tensor in load_peft_weights(str(adapter), device="cpu").items()}
-    except (SafetensorError, OSError, ValueError, EOFError) as error:
-        raise UserError(f"{adapter} holds no whole adapter weights ({first_line(error)})") from error
+    return {plain(name): tensor.shape for name, tensor in saved_tensors(adapter).items()}
 
 
 def grown_vocabulary(model: nn.Module, adapter: Path) -> int | None:

@@ -320,6 +320,7 @@ MERGES = [
     ("{llama}", "{house}/no adapter weights", "{out}", (), "no adapter weights"),
     ("{llama}", "{house}/damaged base", "{out}", (), "damaged base/base.json"),
     ("{house}/missing", "{house}/adapter", "{out}", (), "{house}/missing"),
+    ("{house}/adapter", "{house}/adapter", "{out}", (), "merge it first"),
     ("{house}/half weights", "{house}/adapter", "{out}", (), "half weights"),
     ("{house}/other weights", "{house}/adapter", "{out}", (), "is not the base of"),
     ("{bloom}", "{house}/adapter", "{out}", (), "it is a bloom, the training was on a llama"),
@@ -348,7 +349,7 @@ INFERENCE = [
         (("--base_model", "{llama}", "--lora_model", f"{{house}}/{name}", *QUESTIONS), message)
         for name, message in (
             ("half adapter", "half adapter holds no whole adapter weights"),
-            ("no adapter weights", "no adapter weights holds no whole adapter weights"),
+            ("no adapter weights", "no adapter weights lacks adapter_model.safetensors"),
             ("empty adapter", "empty adapter: its file of weights is empty"),
             ("empty bin", "empty bin holds no whole adapter weights"),
             ("grown adapter", "merge it (merge_peft_adapter.py)"),

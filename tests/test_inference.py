@@ -149,6 +149,14 @@ def test_answers_that_this_call_would_not_give_are_not_gone_on_with(begun, tmp_p
     assert answers.read_bytes() == before
 
 
+def test_samples_of_another_seed_are_not_gone_on_with(begun, tmp_path):
+    (tmp_path / "a.jsonl").unlink()
+    same = ("--base_model", tmp_path / "m", *begun, "--temperature", 1)
+    ask(*same, "--max_eval_samples", 2, "--seed", 1).ok()
+    assert "by another --seed" in ask(*same, "--seed", 2).errors[0]
+    assert "2 of 3 answers are in" in ask(*same, "--seed", 1).ok().stderr
+
+
 def test_answers_of_older_versions_are_gone_on_with(begun, tmp_path):
     old = [{key: row[key] for key in ("Input", "Output", "Model")} for row in lines(tmp_path / "a.jsonl")[:2]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
