@@ -63,7 +63,9 @@ SETTINGS += ("tokenizer_path", "dtype", "load_in_8bit", "load_in_4bit")
 class InferenceArguments:
     """The 2023 script's flags, --compare and --web."""
 
-    base_model: str | None = field(default=None, metadata={"help": "Folder or hub name of the model."})
+    base_model: str | None = field(
+        default=None, metadata={"aliases": ["--model_name_or_path"], "help": "Folder or hub name of the model."}
+    )
     lora_model: str | None = field(default=None, metadata={"help": "Adapter to put on it; a merged model needs none."})
     tokenizer_path: str | None = field(default=None, metadata={"help": "If not the adapter's, or the model's, own."})
     interactive: bool = field(default=False, metadata={"help": "Chat; the default without --data_file."})

@@ -292,7 +292,10 @@ def parse_arguments(*groups: type, argv: list[str] | None = None) -> list:
         flag = unknown[0].partition("=")[0].replace("-", "_").replace("__", "--", 1)
         near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]}?" if near else f"python {parser.prog} --help lists the flags"
-        raise UserError(f"unknown argument {unknown[0]}: {FLAGS_ELSEWHERE.get(flag, hint)}")
+        advice = FLAGS_ELSEWHERE.get(flag, "")
+        if flags & set(re.findall(r"--\w+", advice)):  # not those of another script
+            hint = advice
+        raise UserError(f"unknown argument {unknown[0]}: {hint}")
     try:
         return [
             group(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(group) if f.init})

@@ -337,6 +337,7 @@ def test_a_question_in_another_encoding_is_asked_for_again(trained, monkeypatch)
         (("--base_model", "a", "--temperature", "nan"), "--temperature is nan"),
         (("--base_model", "a", "--data_file", "nowhere"), "no such folder of records: nowhere"),
         (("--base_model", "a", "--lora_modle", "b"), "did you mean --lora_model?"),
+        (("--model_name_or_path", "a", "--finetuning_type", "lora"), "--help lists the flags"),  # not: give --use_peft
     ],
 )
 def test_errors(flags, message):
