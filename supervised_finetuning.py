@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 from arguments.adapter import AdapterArguments
 from arguments.command_line import UserError, parse_arguments, run_stage
 from arguments.data import DataArguments
+from arguments.encoding import warn_of_joined_tokens
 from arguments.loss import METRICS, TokenLoss
 from arguments.model import ModelArguments, keeps_apart
 from arguments.order import STRATEGIES, SeededOrder
@@ -122,6 +123,7 @@ def main():
         )
 
     tokenizer = model_args.load_tokenizer()
+    warn_of_joined_tokens(tokenizer)
     train_rows, eval_rows = data_args.load_conversations(training_args.output_dir)
     train_dataset = build_dataset(train_rows, tokenizer, data_args, training_args.train_on_inputs)
     eval_dataset = build_dataset(eval_rows, tokenizer, data_args, training_args.train_on_inputs)

@@ -10,6 +10,7 @@ from functools import cache, lru_cache, partial
 import numpy as np
 from datasets import Dataset
 from jinja2 import TemplateError
+from loguru import logger
 
 from arguments.command_line import UserError, expect
 
@@ -207,6 +208,25 @@ def encode_turns(tokenizer, messages: list[dict]) -> tuple[list[int], list[int],
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return mask_answers(tokenizer, encoded["input_ids"], encoded["offset_mapping"], spans)
+
+
+def warn_of_joined_tokens(tokenizer) -> None:
+    """Warn where the template's prompt ends inside a token, of which the answer's text is the rest.
+
+    The model would be trained to answer behind other tokens than those it is asked with.
+    """
+    asked, answer = [{"role": "user", "content": "Hello."}], {"role": "assistant", "content": "Hello."}
+    try:
+        prompt, count = encode_question(tokenizer, asked)
+        trained = encode_turns(tokenizer, [*asked, answer])[0]
+    except UserError:
+        return  # which each record will say
+    if trained[:count] != prompt:
+        end = tokenizer.decode(prompt[-3:])
+        logger.warning(
+            f"The chat template's prompt ends in {end!r}, and an answer's first token takes some of it in: training "
+            "and inference differ there. End the prompt with a special token or a line break"
+        )
 
 
 @lru_cache

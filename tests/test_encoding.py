@@ -10,11 +10,11 @@ import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from arguments.command_line import UserError
 from arguments.data import DataArguments
-from arguments.encoding import encode_turns, refuse_ends, render
+from arguments.encoding import encode_turns, refuse_ends, render, warn_of_joined_tokens
 from arguments.model import PLAIN_CHAT_TEMPLATE, pad_candidate
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -512,3 +512,12 @@ def test_no_length_makes_a_word_the_end_of_an_answer(target):
     tokenizer = make_tokenizer(eos="<|endoftext|>")
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
     assert tokenizer.convert_ids_to_tokens(data_args(target=target).eos_ids(model, tokenizer)) == [SPECIAL[0], END]
+
+
+@pytest.mark.parametrize(("prompt", "joins"), [(r"<|bot|>\n", False), (r"<|bot|>\n ", True), ("Bot:", False)])
+def test_a_prompt_that_ends_inside_a_token_is_told(prompt, joins, default_model, logged):
+    tokenizer = AutoTokenizer.from_pretrained(default_model)
+    turns = f"{{% for m in messages %}}{{{{ '{prompt}' if m.role == 'assistant' else 'User:' }}}}{{{{ m.content }}}}"
+    tokenizer.chat_template = f"{turns}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '{prompt}' }}}}{{% endif %}}"
+    warn_of_joined_tokens(tokenizer)
+    assert any("an answer's first token takes some of it in" in line for line in logged) == joins
