@@ -156,15 +156,15 @@ class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
             scores, kinds = torch.cat(self.scores), self.eval_dataset["kind"][:]
             logs |= {f"eval_{name}": value for name, value in self.held_out_figures(scores, kinds).items()}
             self.write_margins(scores, kinds)
-            for name in ("accuracy", "margin", "num_tokens"):  # trl would log its own over ours: means of batch means,
-                self._metrics["eval"].pop(name)  # and the number of training tokens
+            self._metrics["eval"].clear()  # trl would log its own over ours: means over batches
         super().log(logs, *args, **kwargs)
 
     def held_out_figures(self, scores: torch.Tensor, kinds: list[str]) -> dict[str, float]:
-        """Loss, accuracies and margin of scores [pairs, chosen and rejected], and how often the longer answer wins."""
+        """Of scores [pairs, chosen and rejected]: loss, accuracies, margin, share of longer winners, range."""
         figures = accuracies(scores[:, 0] - scores[:, 1], kinds) | {"loss": self.losses(scores).mean().item()}
         for unit, name in (("tokens", "longer_wins"), ("characters", "longer_wins_characters")):
             figures[name] = win_rate(*(self.eval_dataset[f"{side}_{unit}"][:] for side in ("chosen", "rejected")))
+        figures |= {f"{name}_reward": getattr(scores, name)().item() for name in ("min", "mean", "max")}
         return figures | {"pairs": len(scores)}
 
     def write_margins(self, scores: torch.Tensor, kinds: list[str]) -> None:

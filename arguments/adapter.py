@@ -202,8 +202,8 @@ def with_saved_adapter(model: nn.Module, folder: Path, name: str, trainable: boo
         )
     if surplus := [key for key in loaded.unexpected_keys if "lora_" in key]:
         raise UserError(
-            f"{folder} does not fit this base: it holds {surplus[0]} and {len(surplus) - 1} more, for which the base "
-            "has no layer. Name the one it was trained on"
+            f"{folder} does not fit this base: it holds {surplus[0]} and {len(surplus) - 1} more, for which by its "
+            "config there is no layer. Name the base it was trained on, or save it again from peft's own model"
         )
     return model
 

@@ -181,7 +181,10 @@ def explained(error: Exception) -> UserError | None:
             "the earlier run, or start over (--fresh)"
         )
     if isinstance(error, RuntimeError) and PEER.search(text):
-        return Fault("another process of this run ended first: its message says why")
+        return Fault(
+            "another process of this run ended first: its message says why; one that was killed (is there memory "
+            "enough?) leaves none"
+        )
     if isinstance(error, KeyError) and "metric_for_best_model" in text:
         return UserError(f"--metric_for_best_model: {error.args[0]}")
     if isinstance(error, ImportError) and "install" in text:  # a flag wants a package, and its library says which

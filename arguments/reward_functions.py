@@ -49,7 +49,7 @@ def recorders(answers: list[dict], metrics: list[dict[str, float]]) -> dict[str,
             answer.setdefault("extra", {})[column] = value.tolist() if hasattr(value, "tolist") else value  # a tensor
 
     def log_metric(name: str, value: float) -> None:
-        metrics.append({name: float(value)})
+        metrics.extend([{name: float(value)}] * len(answers))  # ranks may have more and fewer
 
     return {"log_extra": log_extra, "log_metric": log_metric}
 

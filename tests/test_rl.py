@@ -41,13 +41,13 @@ from transformers import (
 )
 
 import rl_training
-from arguments.answers import mean_kl
+from arguments.answers import mean_kl, means
 from arguments.command_line import UserError
 from arguments.data import DataArguments
 from arguments.encoding import LengthArguments
 from arguments.model import ModelArguments
 from arguments.reward import RewardModel, RewardSourceArguments, is_own, pad_alike
-from arguments.reward_functions import function_scores, load_functions
+from arguments.reward_functions import function_scores, load_functions, recorders
 from arguments.roles import VALUE, disable_dropout
 from arguments.sampling import until_eos
 
@@ -596,6 +596,14 @@ def extra_of_another_length(completions, log_extra, **columns):
     log_extra("notes", ["a", "b", "c", "d", "e"])
     return [0.0 for _ in completions]
 """
+
+
+def test_a_logged_metric_weighs_by_its_answers():
+    """A rank with an answer more than the others has that much more of the mean."""
+    metrics = []
+    for answers, value in ((4, 1.0), (3, 8.0)):
+        recorders([{} for _ in range(answers)], metrics)["log_metric"]("found", value)
+    assert means(metrics) == {"found": pytest.approx((4 * 1 + 3 * 8) / 7)}
 
 
 def test_functions_written_for_trl(tiny, records, tmp_path):

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -237,11 +238,11 @@ def test_reward_accuracy_counts_pairs_and_names_kinds(tiny, tmp_path):
         text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
         return model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.item()
 
-    def margin(row) -> float:
-        return score(row["question"], row["response_chosen"]) - score(row["question"], row["response_rejected"])
-
-    margins = [margin(row) for row in rows]
-    found = results(tmp_path / "rm")
+    scores = [[score(row["question"], row[f"response_{side}"]) for side in ("chosen", "rejected")] for row in rows]
+    margins = [chosen - rejected for chosen, rejected in scores]
+    found, scores = results(tmp_path / "rm"), sum(scores, [])
+    of_scores = {"min": min(scores), "mean": statistics.fmean(scores), "max": max(scores)}
+    assert {name: found[f"eval_{name}_reward"] for name in of_scores} == pytest.approx(of_scores, abs=1e-4)
     assert found["eval_margin"] == pytest.approx(sum(margins) / 7, abs=1e-4)
     assert found["eval_accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / 7)
     for kind in ("unsafe", "wrong fact"):
