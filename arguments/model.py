@@ -173,7 +173,7 @@ class ModelArguments:
         if tokenizer.eos_token is None:
             raise UserError(f"the tokenizer in {source} has no eos token: answers could never end")
         if tokenizer.chat_template is None:
-            begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]  # as its model's texts began
+            begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]  # as its model's texts began
             tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_CHAT_TEMPLATE
             logger.info("The tokenizer has no chat template: using the plain User/Assistant one")
         rows = config.get_text_config().vocab_size
