@@ -64,7 +64,11 @@ class InferenceArguments:
     """The 2023 script's flags, --compare and --web."""
 
     base_model: str | None = field(
-        default=None, metadata={"aliases": ["--model_name_or_path"], "help": "Folder or hub name of the model."}
+        default=None,
+        metadata={
+            "aliases": ["--model_name_or_path", "--model-name-or-path"],
+            "help": "Folder or hub name of the model.",
+        },
     )
     lora_model: str | None = field(default=None, metadata={"help": "Adapter to put on it; a merged model needs none."})
     tokenizer_path: str | None = field(default=None, metadata={"help": "If not the adapter's, or the model's, own."})

@@ -76,10 +76,11 @@ class MergeArguments:
     """What is merged into what."""
 
     base_model_name_or_path: str | None = field(
-        default=None, metadata={"aliases": ["--base_model"], "help": "Default: what the adapter names."}
+        default=None,
+        metadata={"aliases": ["--base_model", "--base-model"], "help": "Default: what the adapter names."},
     )
     peft_model_path: str = field(
-        default="", metadata={"aliases": ["--lora_model"], "help": "Folder of the adapter. Required."}
+        default="", metadata={"aliases": ["--lora_model", "--lora-model"], "help": "Folder of the adapter. Required."}
     )
     output_dir: str = field(default="", metadata={"help": "Where the merged model goes. Required."})
     model_type: str | None = field(default=None, metadata={"help": "Accepted from older scripts; the config decides."})

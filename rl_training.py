@@ -176,11 +176,6 @@ class PPOArguments(RunArguments, TrainingArguments):
                 "--deepspeed and --fsdp: PPO's four roles share one model here, which is not made to be sharded; "
                 "--load_in_4bit makes it smaller"
             )
-        if self.metric_for_best_model in ("loss", "eval_loss"):  # other names may be those of reward functions
-            raise UserError(
-                f"--metric_for_best_model {self.metric_for_best_model}: RL evaluates no loss, expected reward, "
-                "win_rate, kl, eos_rate, length, or what a reward function logs"
-            )
         if self.optim.startswith(("galore", "apollo", "lomo", "adalomo")):
             raise UserError(
                 "--optim: GaLore, APOLLO and LOMO choose their parameters, and RL has two sets: take another"

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import deepspeed_config
 
 from arguments.base import adapter_config, adapter_folder, check_base
-from arguments.command_line import UserError, expect, first_line, given, not_found
+from arguments.command_line import UserError, expect, first_line, given, not_found, one_line
 from arguments.lora import quicken
 from arguments.model import count_parameters
 from arguments.shapes import only_shapes
@@ -97,7 +97,7 @@ class AdapterArguments:
             try:
                 model = with_saved_adapter(model, Path(self.adapter_path), "default", trainable=True)
             except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-                why = not_found(self.peft_path, error)
+                why = one_line(error) if Path(self.peft_path).is_dir() else not_found(self.peft_path, error)
                 raise UserError(f"--peft_path {self.peft_path} is not an adapter for this model: {why}") from error
         else:
             names = [name for name, _ in model.named_modules()]

@@ -1,4 +1,4 @@
-"""What run_pipeline.sh sees to before its first stage: that no later one, hours away, refuses flags, base or records.
+"""What run_pipeline.sh sees to before its first stage: that all stages know the flags and take base and records.
 
     python scripts/check_inputs.py MODEL SFT_DATA RM_DATA RL_DATA QUIZ GENERAL [flags of the stages]
 

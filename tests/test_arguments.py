@@ -207,7 +207,6 @@ def test_missing_required_flags(required, missing):
             ["--output_dir", "o", "--resume_from_checkpoint", "True", "--overwrite_output_dir"],
             "deletes them all: leave one",
         ),
-        (PPOArguments, ["--output_dir", "o", "--metric_for_best_model", "loss"], "RL evaluates no loss"),
         (
             PPOArguments,
             ["--output_dir", "o", "--ppo_epochs", "0"],

@@ -227,7 +227,7 @@ def test_the_last_whole_checkpoint_stays_until_the_next_one_is(tiny, records, tm
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-@pytest.mark.parametrize(("name", "asked"), [("rm", "accuracy_shrt"), ("rl", "rewrd")])
+@pytest.mark.parametrize(("name", "asked"), [("rm", "accuracy_shrt"), ("rl", "rewrd"), ("rl", "loss")])
 def test_a_metric_that_nothing_evaluates_is_said_before_training(name, asked, tiny, records, tmp_path):
     (tmp_path / "r.py").write_text("def one(completions, **_):\n    return [1.0] * len(completions)\n")
     own = {"rm": (), "rl": ("--reward_functions", f"{tmp_path / 'r.py'}:one")}[name]
@@ -235,6 +235,8 @@ def test_a_metric_that_nothing_evaluates_is_said_before_training(name, asked, ti
     ended = in_process(*stage(name, tiny("llama"), records, tmp_path / "out", *own, *best, "--save_steps", 1))
     assert ended.code == 2 and f"{asked} is not evaluated here: expected one of " in ended.stderr
     assert " loss=" not in ended.stderr and not list((tmp_path / "out").glob("checkpoint-*"))
+    unused = ("--metric_for_best_model", asked)
+    in_process(*stage(name, tiny("llama"), records, tmp_path / "other", *own, *unused)).ok()
 
 
 def test_results_that_a_kill_cut_short_are_made_again(tiny, records, tmp_path):
