@@ -208,8 +208,10 @@ def clear_output(folder: Path, sources: list[str]) -> None:
         names += ["model*.safetensors*", "config.json", "generation_config.json"]
     kept = {place for source in sources for place in (Path(source).resolve(), *Path(source).resolve().parents)}
     found = [*checkpoints, *(path for name in names for path in folder.glob(name))]
-    for path in [path for path in found if path.resolve() not in kept]:
-        logger.info(f"Removing {path} (--fresh)")
+    removed = [path for path in found if path.resolve() not in kept]
+    if removed:
+        logger.info(f"Removing from {folder} (--fresh): {', '.join(path.name for path in removed)}")
+    for path in removed:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
