@@ -188,8 +188,6 @@ def explained(error: Exception) -> UserError | None:
             "another process of this run ended first: its message says why; one that was killed (is there memory "
             "enough?) leaves none"
         )
-    if isinstance(error, KeyError) and "metric_for_best_model" in text:
-        return UserError(f"--metric_for_best_model: {error.args[0]}")
     if isinstance(error, ImportError) and "install" in text:  # a flag wants a package, and its library says which
         return UserError(text)
     kinds = {kind.__name__ for kind in type(error).__mro__}

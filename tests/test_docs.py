@@ -1,6 +1,5 @@
 """What the documents say exists and runs: the files they link to, every flag they name, every command they show."""
 
-import dataclasses
 import os
 import re
 import shlex
@@ -9,31 +8,16 @@ import subprocess
 from functools import reduce
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
-from arguments.adapter import AdapterArguments
-from arguments.command_line import RENAMED_FLAGS
-from arguments.data import DataArguments
-from arguments.guards import GuardArguments
-from arguments.model import ModelArguments
-from arguments.reward import RewardSourceArguments
+from arguments.command_line import RENAMED_FLAGS, known_flags
 from inference import InferenceArguments
 from merge_peft_adapter import MergeArguments
-from pretraining import PretrainingArguments
-from reward_modeling import RewardArguments
-from rl_training import PPOArguments
-from supervised_finetuning import FinetuningArguments
+from scripts.check_inputs import STAGES
 
-COMMON = ModelArguments, AdapterArguments, DataArguments
-GROUPS = {
-    "pretraining.py": (*COMMON, PretrainingArguments),
-    "supervised_finetuning.py": (*COMMON, FinetuningArguments),
-    "reward_modeling.py": (*COMMON, RewardArguments),
-    "rl_training.py": (*COMMON, RewardSourceArguments, GuardArguments, PPOArguments),
-    "merge_peft_adapter.py": (MergeArguments,),
-    "inference.py": (InferenceArguments,),
-}
-GROUPS |= {f"run_{name}.sh": GROUPS[script] for name, script in zip(("pt", "sft", "rm", "rl"), GROUPS, strict=False)}
+GROUPS = dict(zip(SCRIPTS.values(), STAGES.values(), strict=True))
+GROUPS |= {"merge_peft_adapter.py": (MergeArguments,), "inference.py": (InferenceArguments,)}
+GROUPS |= {f"run_{stage}.sh": groups for stage, groups in STAGES.items()}
 # Of bash, torchrun, sbatch, python, pip and the benchmarks, and of other projects, where the text says so
 OTHERS = {"--nodes", "--kills", "--help", "--model", "--rows", "--samples", "--gpus", "--only_cpu", "--nproc_per_node"}
 OTHERS |= {"--model_args", "--tasks", "--include_path", "--device", "--batch_size", "--port"}  # of lm_eval
@@ -43,7 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "README_ZH.md", ROOT / "data/README.md", *so
 
 
 def flags(script: str) -> set[str]:
-    return {f"--{field.name}" for group in GROUPS[script] for field in dataclasses.fields(group) if field.init}
+    return known_flags(*GROUPS[script])
 
 
 def commands(page) -> list[list[str]]:
