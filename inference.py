@@ -414,6 +414,8 @@ def answer_file(args: InferenceArguments) -> None:
     questions = asked[: args.max_eval_samples]
     if done:
         logger.info(f"{min(done, len(questions))} of {len(questions)} answers are in {path}: going on behind them")
+    if done >= len(questions):
+        return  # no model is loaded for nothing
     answerer = Answerer(args.base_model, args, args.lora_model)
     if not hold_file(path) or already_answered(path, asked, name, settings) > done:
         raise UserError(f"--predictions_file {path}: another call is writing there. Wait for its end, or name another")

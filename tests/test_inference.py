@@ -149,6 +149,16 @@ def test_answers_that_this_call_would_not_give_are_not_gone_on_with(begun, tmp_p
     assert answers.read_bytes() == before
 
 
+def test_no_model_is_loaded_when_all_answers_are_there(begun, tmp_path, monkeypatch):
+    same = ("--base_model", tmp_path / "m", *begun)
+    ask(*same).ok()
+    whole = (tmp_path / "a.jsonl").read_bytes()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    for flags in (same, (*same, "--max_eval_samples", 2)):
+        assert "answers are in" in ask(*flags).ok().stderr
+    assert (tmp_path / "a.jsonl").read_bytes() == whole
+
+
 def test_samples_of_another_seed_are_not_gone_on_with(begun, tmp_path):
     (tmp_path / "a.jsonl").unlink()
     same = ("--base_model", tmp_path / "m", *begun, "--temperature", 1)
