@@ -285,7 +285,7 @@ class DataArguments(LengthArguments):
 
     def _handle_bad(self, bad: list[dict]) -> None:
         """Stop at bad records {"place", "bad": reason, "raw"}, or list them in the output folder and go on."""
-        bad = list({row["place"]: row for row in bad}.values())  # a weight may have repeated some
+        bad = list({(row["place"], row["raw"]): row for row in bad}.values())  # a weight may have repeated some
         if not bad:
             return
         lines = [f"{row['place']}: {row['bad']}" for row in bad[:10]]
@@ -323,7 +323,8 @@ class DataArguments(LengthArguments):
             raise UserError(f"{folder} holds no file that ends in {', '.join(SUFFIXES)}")
         if others := other_files(folder):
             named = ", ".join(str(path) for path in others[:5]) + (" ..." if len(others) > 5 else "")
-            logger.warning(f"{len(others)} files are not read, for their names end in no known way: {named}")
+            why = "for their names end in no known way, or they link to nothing"
+            logger.warning(f"{len(others)} files are not read, {why}: {named}")
         if form == "document" and (texts := [path.name for path in paths if ".txt" in path.suffixes]):
             more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
             logger.info(

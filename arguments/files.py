@@ -47,24 +47,24 @@ class BadRecord(ValueError):
 
 def find_files(folder: str) -> list[Path]:
     """Every readable data file under `folder` (searched recursively), or `folder` itself when it is a file."""
-    return [path for path in all_files(folder) if path.name.lower().endswith(SUFFIXES)]
+    return [path for path in all_files(folder) if path.name.lower().endswith(SUFFIXES) and path.is_file()]
 
 
 def other_files(folder: str) -> list[Path]:
-    """The files that find_files leaves out."""
-    return [path for path in all_files(folder) if not path.name.lower().endswith(SUFFIXES)]
+    """What find_files leaves out: other names, and links to nothing."""
+    return [path for path in all_files(folder) if not (path.name.lower().endswith(SUFFIXES) and path.is_file())]
 
 
 def all_files(folder: str | Path, above: tuple[Path, ...] = ()) -> list[Path]:
     """All files but hidden ones below the folder (a notebook's old copies, what macOS puts beside each file).
 
-    Links to folders are followed, except those that lead back to one `above`.
+    Links to folders are followed, except those that lead back to one `above`; links to nothing count as files.
 
     Raises:
         PermissionError: for a folder that cannot be listed.
     """
     path = Path(folder)
-    if path.is_file():
+    if path.is_file() or (above and not path.exists()):
         return [path]
     if not path.is_dir() or path.resolve() in above:
         return []
@@ -89,7 +89,10 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
     """(row, record) of a .parquet file, whose rows are counted from 1."""
     with pyarrow.parquet.ParquetFile(unpacked(path) if gzipped(path) else path) as file:
         batches = file.iter_batches(batch_size=1000)
-        yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
+        try:
+            yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
+        except (ValueError, OverflowError, LookupError) as error:  # bytes that are no text, the year 10000, a time zone
+            raise BadRecord(f"Python has no such value ({error}): convert its column, or leave it out") from error
 
 
 def unpacked(path: Path):
@@ -129,6 +132,7 @@ def encoding_of(path: Path) -> str:
         fault = undecodable(path, encoding)
         if fault is None:
             if faults:
+                refuse_damaged(path, *faults[0])
                 refuse_western(path)
                 refuse_big5(path)
                 logger.info(f"{path} is not UTF-8, and read as GB18030: --preview shows whether it is")
@@ -136,6 +140,21 @@ def encoding_of(path: Path) -> str:
         faults.append(fault)
     line, held = max(faults)  # the encoding that failed later is likelier the file's
     raise BadRecord(f"neither UTF-8 nor GB18030 text: line {line} holds {held}")
+
+
+def refuse_damaged(path: Path, line: int, held: bytes) -> None:
+    """Refuse a file most of whose characters beyond ASCII are whole in UTF-8, for the first of those that are not."""
+    whole, broken = 0, 0
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="replace") as file:
+        for text in file:
+            wide = [character for character in text if character > "\x7f"]
+            broken += wide.count("\ufffd")
+            whole += len(wide) - wide.count("\ufffd")
+    if whole > broken:
+        raise BadRecord(
+            f"UTF-8 but for some bytes: line {line} holds {held}. Mend them (if the file is GB18030: iconv -f gb18030 "
+            "-t utf-8)"
+        )
 
 
 def refuse_western(path: Path) -> None:
@@ -193,10 +212,23 @@ def fault_in(decoder, chunk: bytes, final: bool = False) -> tuple[int, bytes] | 
 
 
 def spreads_over_lines(path: Path, encoding: str) -> bool:
-    """Whether the file begins an array, or a record of more than its first line."""
+    """Whether the file begins an array, or a record of more than its first line; a line of its own is neither."""
     with io.TextIOWrapper(open_bytes(path), encoding=encoding) as file:
-        first = next((found for line in file if (found := line.strip(INVISIBLE))), "")
-    return first.startswith("[") or first == "{"
+        lines = (found for line in file if (found := line.strip(INVISIBLE)))
+        first, second = next(lines, ""), next(lines, "")
+    if not second:
+        return first.startswith("[")
+    if first.startswith("["):
+        return not is_json(first)
+    return first.startswith("{") and not second.startswith("{") and not is_json(first)
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
@@ -228,7 +260,7 @@ def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
 def cell_value(column: str, cell: str | None):
     """A cell's text, or the turns or exchanges (`history`) that stand in it as JSON; an answer may be JSON, too."""
     if cell and cell.startswith("[[" if column == "history" else "[{"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(cell)
             if column == "history" or all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in found):
                 return found
@@ -283,9 +315,13 @@ def read_json_lines(lines: Iterable[str]) -> Iterator[tuple[int, object]]:
                 yield number, BadRecord(f"not JSON ({error}): {line[:60]}", line)
 
 
-def read_json(text: str) -> Iterator[tuple[int, object]]:
-    """(line it starts on, record) of each record of a JSON array, or of records that follow one another."""
+def read_json(text: str) -> Iterator[tuple[int | str, object]]:
+    """(line it starts on, record) of each record of a JSON array, or of records that follow one another.
+
+    One behind others on the same line also has its number, "1, item 3".
+    """
     decoder, position, line, counted = json.JSONDecoder(), BETWEEN_RECORDS.match(text).end(), 1, 0
+    items, last = 0, None
     array = text.startswith("[", position)
     position += array
     while True:
@@ -300,6 +336,10 @@ def read_json(text: str) -> Iterator[tuple[int, object]]:
         except (ValueError, RecursionError) as error:
             yield getattr(error, "lineno", line), BadRecord(f"not JSON ({error}); the rest is not read")
             return
-        yield line, record
-    if text[position + 1 :].strip(INVISIBLE):
-        yield line, BadRecord(f"text after the array's end: {text[position + 1 :].strip(INVISIBLE)[:60]}")
+        items += 1
+        yield f"{line}, item {items}" if line == last else line, record
+        last = line
+    behind = BETWEEN_RECORDS.match(text, position + 1).end()
+    if behind < len(text):
+        line += text.count("\n", counted, behind)
+        yield line, BadRecord(f"text after the array's end: {text[behind : behind + 60]}")

@@ -88,6 +88,8 @@ def text_of(turn: dict, role: str) -> str:
                 f"an answer has {key} {turn[key]!r}, but all are trained alike: take the key out, or end the "
                 "conversation before that answer"
             )
+    if turn.keys().isdisjoint(("content", "value")):
+        raise BadRecord(f"a turn has neither content nor value; found keys {', '.join(map(str, turn))}")
     content = turn.get("content")
     return clean(turn.get("value") if content is None else content)  # columns of Arrow put a null beside the other
 
@@ -128,6 +130,13 @@ def refuse_misspelt(record: dict, *names: str) -> None:
         name = nearest(str(key), names)
         if name and value and name not in record:
             raise BadRecord(f"the key {key!r} is not read. Is it {name!r}? Rename it, or take it out")
+
+
+def refuse_input(record: dict) -> None:
+    """Refuse a record whose `input`, or a key that is nearly that, belongs to no instruction: it is not read there."""
+    for key, value in record.items():
+        if value and "instruction" not in record and (key == "input" or nearest(str(key), ("input",))):
+            raise BadRecord(f"the key {key!r} is read beside an instruction alone: add its text to the question")
 
 
 def with_history(record: dict, question: str) -> list[dict]:
@@ -197,6 +206,7 @@ def to_conversation(record) -> list[dict]:
     if "messages" in record or "conversations" in record:
         messages = to_messages(turns_of(record), closed=True)
     elif "instruction" in record or "completion" in record:
+        refuse_input(record)
         answer = record.get("output", record.get("completion"))
         last = {"role": "assistant", "content": last_answer(answer)}
         earlier = answer[:-1] if isinstance(answer, list) else []
@@ -228,8 +238,10 @@ def to_pair(record) -> dict:
 def pair_prompt(record: dict, answers: dict, form: str) -> list[dict]:
     """What both answers of a pair reply to."""
     if "question" in record:
+        refuse_input(record)
         return with_history(record, record["question"])
     if "prompt" in record:  # an instruction beside it is part of it
+        refuse_input(record)
         return to_prompt({key: value for key, value in record.items() if key != "instruction"})
     if {"conversations", "messages", "instruction"} & record.keys():
         return to_prompt(record)

@@ -276,6 +276,11 @@ def test_prompt_forms(record, expected):
         (to_pair, {"prompt": QA[:1], "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]}, "has tools"),
         (to_conversation, {"prompt": "q", "completion": ["a", "b"]}, "expected a turn like .*found a"),
         (to_conversation, {"prompt": "q", "completion": QA[:1]}, "expected an answer, found a turn of user"),
+        (to_conversation, {"messages": [QA[0], {"role": "assistant", "text": "a"}]}, "neither content nor value"),
+        (to_conversation, {"prompt": "q", "input": "i", "completion": "a"}, "the key 'input' is read beside"),
+        (to_conversation, {"prompt": "q", "inputs": "i", "completion": "a"}, "the key 'inputs' is read beside"),
+        (to_pair, {"prompt": "q", "input": "i", "chosen": "a", "rejected": "b"}, "the key 'input' is read beside"),
+        (to_pair, {"question": "q", "input": "i", "chosen": "a", "rejected": "b"}, "the key 'input' is read beside"),
         (to_conversation, {"messages": 5}, "expected a list of turns, found 5"),
         (to_conversation, {"instruction": "q", "output": "a", "history": 5}, "expected history as .*found 5"),
         (to_conversation, {"messages": [{"role": ["user"], "content": "q"}]}, r"unknown role \['user'\]"),
@@ -394,6 +399,14 @@ def test_western_text_is_not_read_as_chinese(tmp_path, text):
         load_texts(tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["naïve\n".encode("cp1252"), b"\xe2\x80 cut\n"])
+def test_a_damaged_byte_does_not_make_a_file_chinese(tmp_path, damage):
+    """Read as GB18030, the quotes of all other lines would be Chinese characters."""
+    (tmp_path / "a.txt").write_bytes("It’s the patient’s own history.\n".encode() * 20 + damage)
+    ((_, error),) = read_file(tmp_path / "a.txt")
+    assert re.match(r"cannot be read: UTF-8 but for some bytes: line 21 holds b'\\xe", str(error))
+
+
 def test_traditional_chinese_is_not_read_as_simplified(tmp_path):
     text = "question,answer\n感冒了怎麼辦？,多喝水，好好休息。發燒的人要看醫生。\n"
     (tmp_path / "a.csv").write_text(text, encoding="cp950")
@@ -481,6 +494,12 @@ def test_csv_cells_hold_turns_and_history(tmp_path):
     assert to_conversation(fifth)[-1]["content"] == '[{"value": 1}, 2]', "an answer may be JSON"
 
 
+def test_a_csv_cell_nested_too_deep_stays_text(tmp_path):
+    deep = '[{"role":' + "[" * 3000
+    (tmp_path / "a.csv").write_text("text\n" + f'"{deep.replace(chr(34), chr(34) * 2)}"\n')
+    assert [record for _, record in read_file(tmp_path / "a.csv")] == [{"text": deep}]
+
+
 def test_csv_rows_with_too_many_cells_are_bad(tmp_path):
     (tmp_path / "a.csv").write_text("text,id\none,1\ntwo,2,3\n")
     (_, good), (place, bad) = read_file(tmp_path / "a.csv")
@@ -532,7 +551,8 @@ def test_linked_folders_are_searched_and_loops_are_not(tmp_path):
     (train / "big").symlink_to(big)
     (big / "deeper" / "back").symlink_to(big)
     (train / "self").symlink_to(train)
-    (train / "gone").symlink_to(tmp_path / "gone")
+    (train / "gone.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert other_files(train) == [train / "gone.jsonl"]
     found = [path.relative_to(train).as_posix() for path in find_files(train)]
     assert found == ["big/a.jsonl", "big/deeper/b.jsonl", "z.jsonl"]
 
@@ -599,6 +619,15 @@ def test_bad_records_are_skipped_on_request_and_listed(tmp_path):
     assert [row["place"] for row in listed] == [f"{data}/a.jsonl:{line}" for line in (2, 3, 5)]
     assert listed[1] == {"place": f"{data}/a.jsonl:3", "reason": "the text is empty", "record": '{"text": ""}'}
     assert "oops" in listed[2]["reason"] and listed[2]["record"] == "{oops"
+
+
+def test_bad_records_on_one_line_are_told_apart(tmp_path, messages):
+    """As json.dump writes an array."""
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in ("one", 2, "three", "", "five")]))
+    with pytest.raises(UserError) as refused:
+        load_texts(tmp_path)
+    assert re.match(r"2 bad records .*\n.*a.json:1, item 2: expected text.*\n.*a.json:1, item 4:", str(refused.value))
+    assert load_texts(tmp_path, bad_records="skip") == ["one", "three", "five"]
 
 
 def write_texts(path, *texts):
@@ -798,6 +827,26 @@ def test_records_may_spread_over_lines(tmp_path):
     assert len(whole) == 1 and place == f"{path}:5" and str(error).startswith("not JSON")
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ('{"text":\n"one"}\n{"text":\n"two"}\n', [1, 3]),
+        ('{ "text": "one",\n"id": 1}, {"text": "two"}', [1, 2]),
+        ('\n[{"text": "one"},\n{"text": "two"}]\n', [2, 3]),
+    ],
+)
+def test_a_record_may_begin_on_the_line_of_its_brace(tmp_path, text, lines):
+    (tmp_path / "a.json").write_text(text)
+    places, found = zip(*read_file(tmp_path / "a.json"), strict=True)
+    assert [record["text"] for record in found] == ["one", "two"]
+    assert [int(place.rpartition(":")[2].partition(",")[0]) for place in places] == lines
+
+
+def test_an_array_in_the_first_line_does_not_hide_the_others(tmp_path):
+    (tmp_path / "a.jsonl").write_text('["zero"]\n{"text": "one"}\n{"text": "two"}\n')
+    assert load_texts(tmp_path, bad_records="skip") == ["one", "two"]
+
+
 def test_a_line_that_cannot_be_read_is_found_in_its_place(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{oops\n{"text": "three"}\n')
@@ -808,10 +857,25 @@ def test_a_line_that_cannot_be_read_is_found_in_its_place(tmp_path):
     assert (found[0], found[2]) == ({"text": "one"}, {"text": "three"})
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([253402300800], pyarrow.timestamp("s")),  # the year 10000
+        pyarrow.array([0], pyarrow.timestamp("s", "No/Where")),
+        pyarrow.array([b"\xff"]).view(pyarrow.string()),
+    ],
+)
+def test_a_parquet_with_values_that_python_lacks_is_a_bad_file(tmp_path, column):
+    table = pyarrow.table({"text": ["one"], "other": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet: cannot be read: Python has no such value .*leave it out"):
+        load_texts(tmp_path)
+
+
 CUT = b'[{"text": "one"},\n{"text": "two"}'
 BROKEN = {  # the records read before the break, the place and the words of the bad one
     "cut.json": (CUT, ["one", "two"], ":2", r"not JSON .*; the rest is not read"),
-    "behind.json": (CUT + b']\n{"text": "three"}', ["one", "two"], ":2", "text after the array's end: "),
+    "behind.json": (CUT + b']\n{"text": "three"}', ["one", "two"], ":3", "text after the array's end: "),
     "cut.jsonl.gz": (gzip.compress(LINES.encode())[:-12], [], "", "cannot be read: "),
     "damaged.jsonl.gz": (gzip.compress(LINES.encode())[:10] + b"\xff" * 20, [], "", "cannot be read: "),
     "no.jsonl.gz": (LINES.encode(), [], "", "cannot be read: "),
