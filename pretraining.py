@@ -63,7 +63,7 @@ def encode_document(row: dict, tokenizer, keep_linebreaks: bool) -> dict[str, li
 
 
 def pack(documents: Iterable[dict], pad_token_id: int, block_size: int, isolate: bool) -> Iterator[dict]:
-    """Blocks of block_size tokens out of the documents' input_ids; the shorter last block is kept, padded.
+    """Blocks of block_size tokens out of the documents' input_ids; the shorter last one is padded, if it trains any.
 
     Yields {"input_ids", "attention_mask", "labels"}, each of length block_size; padding is -100 in the labels. With
     `isolate`, position_ids that restart with each document and block replace the mask, and the first token after each
@@ -77,8 +77,9 @@ def pack(documents: Iterable[dict], pad_token_id: int, block_size: int, isolate:
             taken = slice(start, start + block_size)
             yield block(ids[taken], positions[taken], pad_token_id, block_size, isolate)
         ids, positions = ids[rest:], positions[rest:]
-    if ids:
-        yield block(ids, positions, pad_token_id, block_size, isolate)
+    last = block(ids, positions, pad_token_id, block_size, isolate)
+    if any(label != -100 for label in last["labels"][1:]):  # a first token is nothing's next one
+        yield last
 
 
 def block(ids: list[int], positions: list[int], pad_token_id: int, length: int, isolate: bool) -> dict[str, list[int]]:

@@ -73,6 +73,13 @@ class RewardArguments(RunArguments, RewardConfig):
         if self.activation_offloading and self.use_cpu:
             raise UserError("--activation_offloading moves activations from a GPU, and none is used: leave it out")
 
+    def check_kinds(self, kinds: list[str]) -> None:
+        """Refuse to go by the accuracy of a kind of pairs that none of the held-out ones, of these `kinds`, is of."""
+        asked = (self.metric_for_best_model or "").removeprefix("eval_") if self.eval_strategy != "no" else ""
+        if asked.startswith("accuracy_") and asked.removeprefix("accuracy_") not in kinds:
+            names = ", ".join(sorted({f"eval_accuracy_{kind}" for kind in kinds if kind})) or "eval_accuracy alone"
+            raise UserError(f"--metric_for_best_model {asked}: no held-out pair is of that kind, expected {names}")
+
 
 def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset:
     """Rows {"chosen_ids", "rejected_ids", "length", "together"}: the conversation with each answer up to its end,
@@ -95,7 +102,7 @@ def build_dataset(rows: Dataset, tokenizer, data_args: DataArguments) -> Dataset
         together = sum(map(len, ids.values())) - shared_tokens(*ids.values())
         return ids | lengths | {"length": max(map(len, ids.values())), "together": together}
 
-    return data_args.tokenize(rows, encode, tokenizer, keep=("kind",))
+    return data_args.tokenize(rows, encode, tokenizer, keep=("kind", "place"))
 
 
 def accuracies(margins: torch.Tensor, kinds: list[str]) -> dict[str, float]:
@@ -168,10 +175,10 @@ class PairTrainer(LogLine, EndsOnce, SeededOrder, RewardTrainer):
         return figures | {"pairs": len(scores)}
 
     def write_margins(self, scores: torch.Tensor, kinds: list[str]) -> None:
-        """Add this evaluation to margins.jsonl, which scripts/page.py plots."""
+        """Add this evaluation to margins.jsonl, which scripts/page.py plots: margin, kind and place of each pair."""
         if self.is_world_process_zero():
-            margins = (scores[:, 0] - scores[:, 1]).tolist()
-            line = {"step": self.state.global_step, "margins": margins, "kinds": kinds}
+            margins, places = (scores[:, 0] - scores[:, 1]).tolist(), self.eval_dataset["place"][:]
+            line = {"step": self.state.global_step, "margins": margins, "kinds": kinds, "places": places}
             append_step(Path(self.args.output_dir) / "margins.jsonl", [line])
 
 
@@ -186,6 +193,7 @@ def main():
 
     tokenizer = model_args.load_tokenizer()
     train_rows, eval_rows = data_args.load_pairs(training_args.output_dir)
+    training_args.check_kinds(eval_rows["kind"][:])
     train_dataset = build_dataset(train_rows, tokenizer, data_args)
     eval_dataset = build_dataset(eval_rows, tokenizer, data_args)
     if data_args.preview:

@@ -55,6 +55,9 @@ UNUSED = {  # transformers' flags whose work other ones do in RL
     "per_device_train_batch_size": "--batch_size counts the prompts of a rollout",
     "per_device_eval_batch_size": "--micro_batch_size is what memory holds",
     "num_train_epochs": "--max_steps counts rollouts, --ppo_epochs the passes over each",
+    "train_sampling_strategy": "prompts are drawn anew in each pass over them",
+    "bf16_full_eval": "held-out answers are sampled as those of a rollout",
+    "fp16_full_eval": "held-out answers are sampled as those of a rollout",
 }
 
 
@@ -164,7 +167,7 @@ class PPOArguments(RunArguments, TrainingArguments):
         self.per_device_train_batch_size, self.gradient_accumulation_steps = self.batch_size, 1
         self.remove_unused_columns = False
         for flag in ("max_steps", "save_steps", "logging_steps", "eval_steps"):  # transformers counts optimizer steps
-            if getattr(self, flag):
+            if 0 < (getattr(self, flag) or 0) < math.inf:  # others are refused below
                 setattr(self, flag, self.whole_rollouts(getattr(self, flag)) * self.steps_per_rollout)
         super().__post_init__()
         if self.compile_settings:
@@ -349,7 +352,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
     def _get_train_sampler(self, dataset=None):
         per_rollout = self.args.batch_size * self.args.world_size
         repeats = self.args.steps_per_rollout
-        return prompt_order(len(self.train_dataset), per_rollout, self.args.rollouts, repeats, self.args.seed)
+        return prompt_order(len(self.train_dataset), per_rollout, self.args.rollouts, repeats, self.args.order_seed)
 
     def create_optimizer(self, model=None):
         """Adam as the Trainer has it, which decays no norms and biases, with a learning rate for the critic."""

@@ -231,14 +231,14 @@ def cast_trained(model: nn.Module) -> None:
     models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     inside = {id(module) for part in models for module in part.base_model.modules()}
     for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
-        frozen = next(wrapper.original_module.parameters()).dtype
         for module in wrapper.modules_to_save.values():
             wide = next(module.parameters()).dtype == torch.float32
             if not wide or cast_inputs in module._forward_pre_hooks.values():
                 continue
             module.register_forward_pre_hook(cast_inputs, with_kwargs=True)
             if id(wrapper) in inside:
-                module.register_forward_hook(lambda *call, dtype=frozen: cast(call[-1], dtype))
+                frozen = wrapper.original_module  # whose dtype an evaluation may change (--bf16_full_eval)
+                module.register_forward_hook(lambda *c, frozen=frozen: cast(c[-1], next(frozen.parameters()).dtype))
 
 
 def cast_inputs(module: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:

@@ -60,9 +60,16 @@ def is_json(text: bytes) -> bool:
 
 
 def read_lines(path: Path) -> list:
-    """What a file of JSON lines holds, without a last one that was cut short; [] if there is no file."""
+    """What a file of JSON lines holds, without a last one that was cut short; [] if there is no file.
+
+    Raises:
+        ValueError: for another line that is not JSON, with its place.
+    """
     *lines, last = (path.read_bytes() if path.exists() else b"").split(b"\n")
-    return [json.loads(line) for line in [*lines, *[last] * is_json(last)] if line]
+    numbered = [(number, line) for number, line in enumerate([*lines, *[last] * is_json(last)], 1) if line]
+    if broken := [number for number, line in numbered if not is_json(line)]:
+        raise ValueError(f"{path}:{broken[0]} is not JSON: mend that line, or delete it")
+    return [json.loads(line) for _, line in numbered]
 
 
 def read_json(path: Path):

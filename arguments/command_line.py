@@ -306,4 +306,4 @@ def parse_arguments(*groups: type, argv: list[str] | None = None) -> list:
             for group in groups
         ]
     except (ValueError, ImportError) as error:  # transformers and trl check their flags in __post_init__
-        raise UserError(str(error)) from error
+        raise UserError(" ".join(str(error).split())) from error

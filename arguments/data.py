@@ -246,7 +246,7 @@ class DataArguments(LengthArguments):
         if twice and not self.keep_duplicates:
             logger.info("The validation folder is the training folder: holding out a share of it")
             return False
-        return self.validation_file_dir is not None
+        return bool(self.validation_file_dir)
 
     def _without_duplicates(self, train: np.ndarray, keys: np.ndarray, held_keys: np.ndarray) -> np.ndarray:
         """The training rows without repetitions, and without those that are held out too."""
@@ -389,8 +389,10 @@ def weighted_folders(folders: str | None) -> list[tuple[str | None, float]]:
     """'a,b:2' as [("a", 1.0), ("b", 2.0)]; a path that exists as it stands is one folder; none, a hub data set."""
     if not folders:  # '' is what a run script passes on for no folder
         return [(None, 1.0)]
-    found = []
-    for part in [folders] if Path(folders).exists() else folders.split(","):
+    found, parts = [], [part for part in folders.split(",") if part.strip()]
+    if not parts:
+        raise UserError(f"{folders!r} names no folder of records")
+    for part in [folders] if Path(folders).exists() else parts:
         name, colon, weight = part.rpartition(":")
         try:
             found.append((name, float(weight)) if colon and not Path(part).exists() else (part, 1.0))

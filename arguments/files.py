@@ -91,7 +91,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
         batches = file.iter_batches(batch_size=1000)
         try:
             yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
-        except (ValueError, OverflowError, LookupError) as error:  # bytes that are no text, the year 10000, a time zone
+        except (ValueError, OverflowError, LookupError) as error:  # no text, the year 10000, an unknown time zone
             raise BadRecord(f"Python has no such value ({error}): convert its column, or leave it out") from error
 
 

@@ -19,7 +19,11 @@ WITHOUT_EFFECT = {  # in every stage: why, or what to use
     "include_for_metrics": "the stages have metrics of their own",
     "batch_eval_metrics": "the stages have metrics of their own",
 }
+# Flags that are JSON objects, with an example; transformers names none of them when one is not.
+OBJECTS = {"activation_checkpointing_kwargs": '{"every_n_layers": 2}', "lr_scheduler_kwargs": '{"num_cycles": 2}'}
+CHECKPOINTING = "every_n_layers, offload, use_reentrant, preserve_rng_state, determinism_check, debug, early_stop"
 NEEDS = {  # what a flag has no effect without, or ends in a traceback
+    "activation_checkpointing_kwargs": "activation_checkpointing",
     "dataloader_persistent_workers": "dataloader_num_workers",
     "dataloader_multiprocessing_context": "dataloader_num_workers",
 }
@@ -64,6 +68,15 @@ def json_of(args, flag: str, hint: str) -> dict:
     if not isinstance(found, dict):
         raise UserError(f"--{flag} {asked} is not a JSON object: {hint}")
     return found
+
+
+def check_objects(args) -> None:
+    """Read the flags that are JSON objects; refuse what activation checkpointing would not know."""
+    for flag, example in OBJECTS.items():
+        if isinstance(getattr(args, flag), str):
+            setattr(args, flag, json_of(args, flag, f"expected JSON such as {example}"))
+    if unknown := sorted((args.activation_checkpointing_kwargs or {}).keys() - set(CHECKPOINTING.split(", "))):
+        raise UserError(f"--activation_checkpointing_kwargs: {unknown[0]} is unknown, expected {CHECKPOINTING}")
 
 
 def check_accelerator_config(args) -> None:

@@ -279,6 +279,8 @@ def build_actor_critic(
             with_saved_adapter(policy, adapter, VALUE, trainable=True)
     elif adapter_args.use_peft and critic == "adapter":
         policy.add_adapter(VALUE, copy.deepcopy(policy.peft_config["default"]))
+    if adapter_args.lora_dropout:
+        logger.warning("--lora_dropout has no effect in RL: the ratio of new to old probabilities would be random")
     disable_dropout(policy)
     reward_head = score_head(hidden_size, adapter_head(adapter)) if shared else None
     model = ActorCritic(policy, score_head(hidden_size, None), reward_head, adapter_args.use_peft, critic)

@@ -34,7 +34,15 @@ from arguments.command_line import UserError, expect, without_secrets
 from arguments.compiling import CompileArguments
 from arguments.curves import plot_curves
 from arguments.data import DataArguments
-from arguments.flags import NEEDS, check_accelerator_config, check_dead_flags, check_metric, check_optimizer, json_of
+from arguments.flags import (
+    NEEDS,
+    check_accelerator_config,
+    check_dead_flags,
+    check_metric,
+    check_objects,
+    check_optimizer,
+    json_of,
+)
 from arguments.precision import PrecisionArguments
 from arguments.stops import FiniteGradients, FiniteWeights, NamesItsMetric, StopAtSignal
 from arguments.telemetry import peak_memory
@@ -47,6 +55,11 @@ RANGES = {  # what numpy's seed and PyTorch's AdamW take; bounds included
     "adam_beta2": (0, 1 - 1e-9),
     "adam_epsilon": (0, math.inf),
     "max_grad_norm": (0, math.inf),
+    "warmup_steps": (0, 2**31),
+    "eval_delay": (0, 2**31),
+    "neftune_noise_alpha": (0, 2**31),
+    "dataloader_num_workers": (0, 2**10),
+    "dataloader_prefetch_factor": (1, 2**10),
 }
 POSITIVE = (
     "learning_rate",
@@ -57,6 +70,7 @@ POSITIVE = (
     "logging_steps",
     "save_steps",
     "eval_steps",
+    "eval_accumulation_steps",
 )
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that a metric steers
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
@@ -111,7 +125,7 @@ class RunArguments(PrecisionArguments, CompileArguments):
             raise UserError(f"--resume_from_checkpoint {asked} is not a folder: name a checkpoint-N of an earlier run")
         self._refuse_unsupported()
         expect(self, "at least 1, or -1 for --num_train_epochs", lambda x: x >= 1 or x == -1, "max_steps")
-        expect(self, "a number above 0", lambda x: x > 0, *POSITIVE)
+        expect(self, "a finite number above 0", lambda x: 0 < x < math.inf, *POSITIVE)
         for flag, (least, most) in RANGES.items():
             expect(self, f"a number from {least} to {most:.10g}", lambda x, a=least, b=most: a <= x <= b, flag)
         if self.hub_token:  # it would be saved with the arguments in every checkpoint
@@ -127,12 +141,15 @@ class RunArguments(PrecisionArguments, CompileArguments):
         self._take_over_compiling()
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(self.output_dir) / "runs"))
         self._check_deepspeed()
+        check_objects(self)
         check_dead_flags(self)
         check_metric(self)
         check_accelerator_config(self)
         super().__post_init__()
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             raise UserError("--save_strategy best goes by a metric: name it with --metric_for_best_model")
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise UserError("--save_strategy best saves after evaluations: ask for some, as by --eval_steps 20")
         if self.lr_scheduler_type in BY_METRIC:  # by default they wait for the metric to fall
             mode = "max" if self.greater_is_better else "min"
             self.lr_scheduler_kwargs = {"mode": mode} | (self.lr_scheduler_kwargs or {})
@@ -149,6 +166,8 @@ class RunArguments(PrecisionArguments, CompileArguments):
         """Flags of transformers that would give wrong figures here, or fail only when training starts."""
         if not (self.do_train or self.do_eval):
             raise UserError("--do_train False and --do_eval False leave nothing to do")
+        if not self.do_eval and self.eval_strategy != "no":
+            raise UserError(f"--do_eval False and --eval_strategy {self.eval_strategy}: leave one of them out")
         if self.label_smoothing_factor or not self.average_tokens_across_devices:
             raise UserError("--label_smoothing_factor and --average_tokens_across_devices False: not supported here")
         if self.dataloader_drop_last:

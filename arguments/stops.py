@@ -64,7 +64,8 @@ class NamesItsMetric(TrainerCallback):
     """
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        asked, found = args.metric_for_best_model, sorted(name.removeprefix("eval_") for name in metrics)
+        asked = args.metric_for_best_model
+        found = sorted(name.removeprefix("eval_") for name in metrics if not name.endswith(("runtime", "per_second")))
         if asked and args.eval_strategy != "no" and asked.removeprefix("eval_") not in found:
             known = ", ".join(found)
             raise UserError(f"--metric_for_best_model {asked} is not evaluated here: expected one of {known}")

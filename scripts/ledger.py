@@ -1,5 +1,6 @@
 """The pipeline's ledger: what each stage ran with, when, for how long, and its results.
 
+    python scripts/ledger.py look outputs sft scripts/run_sft.sh outputs/pt-merged data/finetune -- --max_steps 30
     python scripts/ledger.py start outputs sft scripts/run_sft.sh outputs/pt-merged data/finetune -- --max_steps 30
     python scripts/ledger.py finish outputs sft
     python scripts/ledger.py clear outputs
@@ -8,6 +9,7 @@ start   reads the stage's inputs (files; folders of models or data; anything els
         "ended" if it ended with just these, "begun" if it was begun with them, "changed" if it was run with others
         (which: to stderr; what it made then is deleted), "new" if it was never run. What another command has put in
         the place of what it made ends the pipeline.
+look    says what start would, and writes and deletes nothing.
 finish  adds the stage's figures and time.
 clear   deletes all stages' folders, unless a run is writing into one.
 Writes  outputs/ledger.jsonl: a line when a stage begins and one when it ends. Of several machines (NODE_RANK) the
@@ -24,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments.atomic import append_lines, hold_folder, read_lines  # noqa: E402
+from arguments.atomic import append_lines, hold_folder, read_json, read_lines  # noqa: E402
 from arguments.files import all_files, find_files  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
@@ -49,6 +51,8 @@ FOLLOWS = os.environ.get("NODE_RANK", "0") != "0"
 
 def digest(path: Path) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's files; of a model's, those that loading reads."""
+    if path.name == "adapter_config.json":  # peft writes its sets in any order
+        return hashlib.sha256(json.dumps(in_order(read_json(path)), sort_keys=True).encode()).hexdigest()
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -60,24 +64,32 @@ def digest(path: Path) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
+def in_order(value):
+    """JSON with the texts of each list sorted."""
+    if isinstance(value, dict):
+        return {key: in_order(one) for key, one in value.items()}
+    texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return sorted(value) if texts else value
+
+
 def entries(outputs: Path, stage: str) -> list[dict]:
     """What the ledger holds of a stage."""
     return [row for row in read_lines(outputs / "ledger.jsonl") if row["stage"] == stage]
 
 
 def present(outputs: Path, stage: str) -> bool:
-    """Whether what the stage made is still there."""
+    """Whether what the stage made is still there, and its figures are whole."""
     if stage in ("quiz", "perplexity"):  # they leave figures only
-        return (outputs / f"{stage}.json").exists()
+        return read_json(outputs / f"{stage}.json") is not None
     adapter = (outputs / stage / "adapter_config.json").exists()
     model = outputs / (f"{stage}-merged" if adapter else stage)
     whole = (model / "config.json").exists() and any(model.glob("*.safetensors"))
-    return whole and (outputs / stage / "all_results.json").exists()
+    return whole and read_json(outputs / stage / "all_results.json") is not None
 
 
-def result_of(outputs: Path, stage: str) -> str | None:
-    """Hash of the adapter or model that a stage made; None for those that leave figures only."""
-    return digest(outputs / stage) if (outputs / stage).is_dir() else None
+def results_of(outputs: Path, stage: str) -> dict[str, str]:
+    """Hashes of the adapter or model that a stage made and of the merged model, by their folders' names."""
+    return {name: digest(outputs / name) for name in (stage, f"{stage}-merged") if (outputs / name).is_dir()}
 
 
 def content(name: str) -> str:
@@ -99,8 +111,11 @@ def without_secrets(flags: list[str]) -> list[str]:
     return masked(flags)
 
 
-def start(outputs: Path, stage: str, inputs: list[str], flags: list[str]) -> str:
-    """Add a line for a stage that begins, unless it has ended with the same inputs; returns the word to print."""
+def start(outputs: Path, stage: str, inputs: list[str], flags: list[str], look: bool = False) -> str:
+    """Add a line for a stage that begins, unless it has ended with the same inputs; returns the word to print.
+
+    With `look` nothing is written or deleted.
+    """
     flags = without_secrets(flags)
     made = {name: content(name) for name in inputs}
     known = entries(outputs, stage)
@@ -109,14 +124,16 @@ def start(outputs: Path, stage: str, inputs: list[str], flags: list[str]) -> str
     changed = [name for (name, now), then in zip(made.items(), before, strict=False) if now != then]
     changed += ["the flags"] * (flags != last["flags"])
     if known and not changed and last["event"] == "finish" and present(outputs, stage):
-        if last.get("result") not in (None, result_of(outputs, stage)):
-            print(
-                f"error: {outputs / stage} holds what another command has made since the pipeline did: move it and "
-                f"{stage}-merged elsewhere, or set OUTPUTS",
-                file=sys.stderr,
+        found = results_of(outputs, stage)
+        if other := [name for name, then in last.get("results", {}).items() if found.get(name, then) != then]:
+            rest = "" if other == [f"{stage}-merged"] else f", and {stage}-merged with it"  # else it is merged again
+            raise ValueError(
+                f"{outputs / other[0]} is not what the pipeline made: it is damaged, or another command changed it. "
+                f"Move it elsewhere{rest}, or set OUTPUTS"
             )
-            sys.exit(2)
         return "ended"
+    if look:
+        return "new" if not known else "changed" if changed else "begun"
     if FOLLOWS:
         return "new"
     if known and changed:
@@ -133,8 +150,7 @@ def clear(folders: list[Path]) -> None:
     folders = [folder for folder in folders if folder.is_dir()]
     for folder in folders:
         if not hold_folder(folder):
-            print(f"error: {folder}: another run is writing there. Wait for its end, or set OUTPUTS", file=sys.stderr)
-            sys.exit(2)
+            raise ValueError(f"{folder}: another run is writing there. Wait for its end, or set OUTPUTS")
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -148,23 +164,35 @@ def finish(outputs: Path, stage: str) -> None:
     figures = json.loads(results.read_text()) if results.exists() else {}
     seconds = round(time.time() - last["time"], 1)
     last |= {"event": "finish", "time": time.time(), "seconds": seconds, "figures": figures}
-    last["result"] = result_of(outputs, stage)
+    last["results"] = results_of(outputs, stage)
     append_lines(outputs / "ledger.jsonl", [last])
 
 
-def main():
-    event, outputs, *rest = sys.argv[1:]
+def act(event: str, outputs: str, stage: str = "", *rest: str) -> None:
+    """What the command line asks for."""
+    folder, split = Path(outputs), rest.index("--") if "--" in rest else len(rest)
     if event == "clear":
-        return clear([*Path(outputs).glob("*")])
-    stage, *rest = rest
-    if event == "finish":
-        return finish(Path(outputs), stage)
-    split = rest.index("--") if "--" in rest else len(rest)
+        clear([*folder.glob("*")])
+    elif event == "finish":
+        finish(folder, stage)
+    else:
+        print(start(folder, stage, list(rest[:split]), list(rest[split + 1 :]), look=event == "look"))
+
+
+def main():
     try:
-        print(start(Path(outputs), stage, rest[:split], rest[split + 1 :]))
+        act(*sys.argv[1:])
     except PermissionError as error:
         print(f"error: {error.filename}: this user lacks the permission. Grant it, or name another", file=sys.stderr)
         sys.exit(2)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of a disk that is full or cannot be written to
+        print(f"error: cannot write or read: {error}. Free some space, then run the same command", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,10 @@ def main():
     elif not any(Path(sys.argv[1], mark).exists() for mark in marks):
         fault = f"{sys.argv[1]} holds no ledger.jsonl of a pipeline, nor a stage's run.json: name such a folder"
     else:
-        return print(f"see {write_page(Path(sys.argv[1]))}")
+        try:
+            return print(f"see {write_page(Path(sys.argv[1]))}")
+        except (OSError, ValueError) as error:  # a disk that cannot be written to, a damaged file
+            fault = error
     print(f"error: {fault}", file=sys.stderr)
     sys.exit(2)
 

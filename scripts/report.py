@@ -14,7 +14,7 @@ from pathlib import Path
 from loguru import logger
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments.atomic import read_lines  # noqa: E402
+from arguments.atomic import read_json, read_lines  # noqa: E402
 from arguments.command_line import UserError, run_stage  # noqa: E402
 from inference import Answerer, InferenceArguments  # noqa: E402
 from scripts.page import STAGES, write_page  # noqa: E402
@@ -43,14 +43,14 @@ def main():
         raise UserError(f"expected a folder and four models: python {sys.argv[0]} OUTPUTS BASE PT SFT RL")
     outputs, base, pt, sft, rl = Path(sys.argv[1]), *sys.argv[2:]
     for name in STAGES:
-        if not (outputs / name / "all_results.json").exists():
+        if read_json(outputs / name / "all_results.json") is None:
             raise UserError(
-                f"{outputs / name} holds no all_results.json: name the folder of a pipeline that has ended"
+                f"{outputs / name} holds no whole all_results.json: name the folder of a pipeline that has ended"
             )
     print_table(outputs)
     prompts = unseen_prompts(outputs)
     answers = {}
-    for name, path in (("base", base), ("PT", pt), ("SFT", sft), ("RL", rl)):
+    for name, path in (("base", base), ("PT", pt), ("SFT", sft), ("RL", rl)) if prompts else ():
         settings = InferenceArguments(path, tokenizer_path=sft, max_new_tokens=64)  # its template serves a bare base
         answers[name] = [text for text, _ in Answerer(path, settings).answer(prompts)]
     shown = [

@@ -78,7 +78,7 @@ mkdir -p "$OUTPUTS"
 # a whole epoch, and RL its ROLLOUTS.
 stage() {
   local name=$1 model=$2 data=$3 state=new
-  local inputs=("scripts/run_$name.sh" "$model" "$data") output=$OUTPUTS/$name
+  local inputs=("scripts/run_$name.sh" "$model" "$data") output=$OUTPUTS/$name tried ended
   shift 3
   case ${data%/} in data/pretrain | data/finetune | data/reward | data/prompts) ;; *) set -- ;; esac
   if [ "$name" = rl ]; then
@@ -86,12 +86,17 @@ stage() {
     [ $# -gt 0 ] || set -- --max_eval_samples 48  # a share of much data would take longer than the rollouts
     set -- "$@" ${ROLLOUTS:+--max_steps "$ROLLOUTS"}
   fi
+  set -- "$@" ${FLAGS[@]+"${FLAGS[@]}"}
+  local run=(env TRAIN="$data" VALIDATION="" MODEL="$model" OUTPUT="$output" MERGED="$output-merged" bash "scripts/run_$name.sh" "$@")
   if [ -z "$FRESH" ] || [ "$NODE_RANK" = 0 ]; then
-    state=$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$name" "${inputs[@]}" -- "$@" ${FLAGS[@]+"${FLAGS[@]}"})
+    state=$("$PYTHON" scripts/ledger.py look "$OUTPUTS" "$name" "${inputs[@]}" -- "$@")
+    if [ "$state" = changed ] && [ "${NNODES:-1}" -eq 1 ]; then  # flags or records may be bad: see before it is deleted
+      tried=$("${run[@]}" --fresh --preview 1 2>&1 >/dev/null) || { ended=$?; echo "$tried" >&2; exit "$ended"; }
+    fi
+    [ "$state" = ended ] || state=$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$name" "${inputs[@]}" -- "$@")
   fi
   [ "$state" = ended ] && echo "$name: done already" && return
-  TRAIN=$data VALIDATION="" MODEL=$model OUTPUT=$output MERGED=$output-merged \
-    supervise bash "scripts/run_$name.sh" "$@" ${FLAGS[@]+"${FLAGS[@]}"}
+  supervise "${run[@]}"
   "$PYTHON" scripts/ledger.py finish "$OUTPUTS" "$name"
 }
 # result name: the model that a stage made, merged or trained whole.

@@ -149,6 +149,12 @@ def test_answers_that_this_call_would_not_give_are_not_gone_on_with(begun, tmp_p
     assert answers.read_bytes() == before
 
 
+def test_bad_questions_are_named_without_a_flag_that_is_not_there(trained, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"prompt": "Why?"}\n{"promt": "How?"}\n')
+    (said,) = ask("--base_model", trained / "merged", "--data_file", tmp_path / "q.jsonl").errors
+    assert "1 bad records" in said and "--bad_records" not in said
+
+
 def test_no_model_is_loaded_when_all_answers_are_there(begun, tmp_path, monkeypatch):
     same = ("--base_model", tmp_path / "m", *begun)
     ask(*same).ok()

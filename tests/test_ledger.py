@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,17 +55,83 @@ def test_a_stage_runs_once(house):
     assert ended["figures"] == {"eval_loss": 2.5} and ended["seconds"] >= 0 and ended["flags"] == ["--seed", "1"]
 
 
-def test_what_another_command_made_in_a_stages_place_is_not_taken_for_it(house, capsys):
+def test_what_another_command_made_in_a_stages_place_is_not_taken_for_it(house):
     outputs = house[0]
     begin(house)
     finish(outputs, "pt")
     (outputs / "pt" / "all_results.json").write_text('{"eval_loss": 2.5, "eval_runtime": 3}')  # evaluated once more
     assert begin(house) == "ended"
     (outputs / "pt" / "model.safetensors").write_bytes(b"y")
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(ValueError, match="/pt is not what the pipeline made.*, and pt-merged with it"):
         begin(house)
-    assert ended.value.code == 2 and "holds what another command has made since" in capsys.readouterr().err
     assert (outputs / "pt" / "model.safetensors").read_bytes() == b"y" and len(rows(outputs)) == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "chat_template.jinja"])
+def test_a_damaged_merged_model_is_told_from_a_new_one(house, name):
+    """Later stages would start over, on a model that nobody made."""
+    outputs, merged = house[0], house[0] / "pt-merged"
+    shutil.copytree(house[1], merged)
+    (outputs / "pt" / "adapter_config.json").write_text("{}")
+    (merged / "chat_template.jinja").write_text("{{ messages }}")
+    begin(house)
+    finish(outputs, "pt")
+    assert begin(house) == "ended"
+    (merged / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="/pt-merged is not what the pipeline made.* Move it elsewhere, or"):
+        begin(house)
+    shutil.rmtree(merged)
+    assert begin(house) == "begun", "it is merged again"
+
+
+def test_the_order_of_an_adapters_sets_is_nothing_new(house):
+    outputs, adapter = house[0], house[0] / "rm"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"x")
+    found = []
+    for targets in (["q", "v"], ["v", "q"], ["v", "k"]):
+        (adapter / "adapter_config.json").write_text(json.dumps({"target_modules": targets, "r": 8}))
+        found.append(digest(adapter))
+    assert found[0] == found[1] != found[2]
+    (outputs / "rm" / "adapter_config.json").write_text("{")
+    assert digest(adapter) not in found
+
+
+def test_a_look_writes_and_deletes_nothing(house):
+    outputs, model, data = house
+    looks = [str(model), str(data)], ["--seed", "1"], True
+    assert start(outputs, "pt", *looks) == "new" and not (outputs / "ledger.jsonl").exists()
+    begin(house)
+    finish(outputs, "pt")
+    assert start(outputs, "pt", *looks) == "ended"
+    (data / "train" / "a.txt").write_text("two")
+    assert start(outputs, "pt", *looks) == "changed"
+    assert (outputs / "pt" / "config.json").exists() and len(rows(outputs)) == 2
+
+
+@pytest.mark.parametrize("said", ["No space left on device", "Read-only file system"])
+def test_a_disk_that_cannot_be_written_to_is_said_in_one_line(house, monkeypatch, capsys, said):
+    outputs, model, data = house
+
+    def fails(*_):
+        raise OSError(28, said)
+
+    monkeypatch.setattr("scripts.ledger.append_lines", fails)
+    monkeypatch.setattr("sys.argv", ["ledger.py", "start", str(outputs), "pt", str(model), str(data)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 1 and len(lines) == 1 and said in lines[0]
+
+
+def test_a_damaged_line_is_named(house, monkeypatch, capsys):
+    outputs, model, data = house
+    begin(house)
+    (outputs / "ledger.jsonl").write_text('{"stage": "pt", "ev\n' + (outputs / "ledger.jsonl").read_text())
+    monkeypatch.setattr("sys.argv", ["ledger.py", "start", str(outputs), "pt", str(model), str(data)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "ledger.jsonl:1 is not JSON" in capsys.readouterr().err
 
 
 def test_a_stage_that_was_killed_goes_on(house):
@@ -141,16 +208,15 @@ def test_no_token_is_kept(house, flags):
     assert begin(house, flags=flags) == "ended"
 
 
-def test_what_another_run_is_writing_is_not_deleted(house, monkeypatch, capsys):
+def test_what_another_run_is_writing_is_not_deleted(house, monkeypatch):
     outputs = house[0]
     begin(house)
     monkeypatch.setattr(atomic, "PATIENCE", 0.1)
     other = os.open(outputs / "pt", os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
     for deletes in (lambda: begin(house, flags=["--seed", "2"]), lambda: clear([outputs / "sft", outputs / "pt"])):
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(ValueError, match="pt: another run is writing there"):
             deletes()
-        assert "pt: another run is writing there" in capsys.readouterr().err
         assert (outputs / "pt" / "config.json").exists() and (outputs / "sft").exists()
     os.close(other)
     assert begin(house, flags=["--seed", "2"]) == "changed" and not (outputs / "pt").exists()
@@ -162,6 +228,14 @@ def test_a_note_beside_the_data_changes_nothing(house):
     finish(outputs, "pt")
     (data / "NOTES.md").write_text("a note")
     assert begin(house) == "ended"
+
+
+def test_figures_that_were_cut_are_made_again(house):
+    outputs = house[0]
+    begin(house)
+    finish(outputs, "pt")
+    (outputs / "pt" / "all_results.json").write_text('{"eval_loss": ')
+    assert begin(house) == "begun"
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -109,6 +109,15 @@ def test_documents_are_numbered_anew_when_isolated():
     assert last["position_ids"] == [0, 1, 2, 3, 0, 0, 0, 0] and max(last["position_ids"]) < 8
 
 
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_last_block_that_trains_nothing_is_left_out(isolate):
+    """A step on it would have a loss of 0: its only token is nothing's next one."""
+    documents = [{"input_ids": [11, 12, 2]}, {"input_ids": [13, 14, 2]}]
+    blocks = list(pack_documents(documents, pad_token_id=0, block_size=5, isolate=isolate))
+    assert [block["input_ids"] for block in blocks] == [[11, 12, 2, 13, 14]]
+    assert list(pack_documents([], pad_token_id=0, block_size=5, isolate=isolate)) == []
+
+
 def test_documents_get_what_the_tokenizer_puts_around_a_text(tiny, tmp_path):
     """LLaMA's and Gemma's put bos in front; eos is behind each once."""
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))

@@ -34,7 +34,7 @@ CONVERSATION = [
 ]
 
 
-def run_pipeline(outputs, *flags, **environment) -> str:
+def run_pipeline(outputs, *flags, code=0, **environment) -> str:
     """What `bash scripts/run_pipeline.sh flags` prints, both streams together."""
     hidden = ("HF_HUB_OFFLINE", "MODEL")  # one thread stays: another worker has the other core
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -47,7 +47,7 @@ def run_pipeline(outputs, *flags, **environment) -> str:
         text=True,
         timeout=1800,
     )
-    assert ended.returncode == 0, ended.stdout[-3000:]
+    assert ended.returncode == code, ended.stdout[-3000:]
     return ended.stdout
 
 
@@ -135,6 +135,14 @@ def test_pipeline_of_another_base_trained_whole(tiny, warm_python, tmp_path):
     assert str(tiny("llama")) in json.loads((outputs / "quiz.json").read_text())
     for stage, base in (("pt", tiny("llama")), ("sft", outputs / "pt"), ("rl", outputs / "sft")):
         assert f"Loaded {base}: llama" in printed, stage
+    # what the first stage refuses does not cost what it made
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
+    common = {"MODEL": tiny("llama"), "PYTHON": warm_python, "code": 2}
+    same = (*FLAGS, *flags[1:])
+    assert "--learning_rate" in run_pipeline(outputs, *same, "--learning_rate", "fast", **common)
+    assert "a.jsonl:2: " in run_pipeline(outputs, *same, PT_DATA=str(tmp_path / "bad"), **common)
+    assert (outputs / "pt" / "model.safetensors").exists()
 
 
 def test_default_model_knows_english(default_model):

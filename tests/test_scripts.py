@@ -240,6 +240,10 @@ def test_reward_accuracy_counts_pairs_and_names_kinds(tiny, tmp_path):
 
     scores = [[score(row["question"], row[f"response_{side}"]) for side in ("chosen", "rejected")] for row in rows]
     margins = [chosen - rejected for chosen, rejected in scores]
+    (*_, line) = (tmp_path / "rm" / "margins.jsonl").read_text("utf-8").splitlines()
+    placed = dict(zip(json.loads(line)["places"], json.loads(line)["margins"], strict=True))
+    own = {f"{tmp_path}/held/rows.jsonl:{number}": margin for number, margin in enumerate(margins, 1)}
+    assert placed == pytest.approx(own, abs=1e-4)
     found, scores = results(tmp_path / "rm"), sum(scores, [])
     of_scores = {"min": min(scores), "mean": statistics.fmean(scores), "max": max(scores)}
     assert {name: found[f"eval_{name}_reward"] for name in of_scores} == pytest.approx(of_scores, abs=1e-4)
