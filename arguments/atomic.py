@@ -114,10 +114,15 @@ def hold_file(path: Path) -> bool:
 def hold(path: Path, mode: int) -> bool:
     release()
     HELD.append(os.open(path, mode, 0o666))
+    return lock(HELD[0])
+
+
+def lock(descriptor: int) -> bool:
+    """Lock an open file or folder until its last descriptor is closed; False after PATIENCE seconds."""
     started = time.monotonic()
     while True:
         try:
-            fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() - started > PATIENCE:

@@ -4,6 +4,7 @@
     python scripts/ledger.py start outputs sft scripts/run_sft.sh outputs/pt-merged data/finetune -- --max_steps 30
     python scripts/ledger.py finish outputs sft
     python scripts/ledger.py clear outputs
+    python scripts/ledger.py hold outputs 9 9<outputs
 
 start   reads the stage's inputs (files; folders of models or data; anything else is a name) and flags, and prints
         "ended" if it ended with just these, "begun" if it was begun with them, "changed" if it was run with others
@@ -12,6 +13,7 @@ start   reads the stage's inputs (files; folders of models or data; anything els
 look    says what start would, and writes and deletes nothing.
 finish  adds the stage's figures and time.
 clear   deletes all stages' folders, unless a run is writing into one.
+hold    keeps other pipelines out of the folder until all processes with this descriptor of it have ended.
 Writes  outputs/ledger.jsonl: a line when a stage begins and one when it ends. Of several machines (NODE_RANK) the
         first one writes, and starts over what changed.
 """
@@ -26,7 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments.atomic import append_lines, hold_folder, read_json, read_lines  # noqa: E402
+from arguments.atomic import append_lines, hold_folder, lock, read_json, read_lines  # noqa: E402
 from arguments.files import all_files, find_files  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
@@ -145,6 +147,12 @@ def start(outputs: Path, stage: str, inputs: list[str], flags: list[str], look: 
     return "new" if not known else "changed" if changed else "begun"
 
 
+def hold(outputs: Path, descriptor: int) -> None:
+    """Keep other pipelines out of a folder that the calling script has opened under this number, until it ends."""
+    if not lock(descriptor):
+        raise ValueError(f"{outputs}: another pipeline is running there. Wait for its end, or set OUTPUTS")
+
+
 def clear(folders: list[Path]) -> None:
     """Remove folders, unless another run is writing into one of them."""
     folders = [folder for folder in folders if folder.is_dir()]
@@ -171,7 +179,9 @@ def finish(outputs: Path, stage: str) -> None:
 def act(event: str, outputs: str, stage: str = "", *rest: str) -> None:
     """What the command line asks for."""
     folder, split = Path(outputs), rest.index("--") if "--" in rest else len(rest)
-    if event == "clear":
+    if event == "hold":
+        hold(folder, int(stage))
+    elif event == "clear":
         clear([*folder.glob("*")])
     elif event == "finish":
         finish(folder, stage)

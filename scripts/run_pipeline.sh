@@ -67,11 +67,15 @@ if [ "$MODEL $SFT_DATA $RM_DATA $RL_DATA $QUIZ $GENERAL" != "$sample" ] || [ ${#
   "$PYTHON" scripts/check_inputs.py "$MODEL" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GENERAL" ${FLAGS[@]+"${FLAGS[@]}"}
 fi
 : "${NODE_RANK:=0}"  # of several machines the first one clears, keeps the ledger and reports
-if [ -n "$FRESH" ] && [ "$NODE_RANK" = 0 ]; then
-  "$PYTHON" scripts/ledger.py clear "${OUTPUTS:?}"  # refuses while another run is writing there
-  rm -rf "${OUTPUTS:?}"
-fi
 mkdir -p "$OUTPUTS"
+if [ "$NODE_RANK" = 0 ]; then
+  exec 9<"$OUTPUTS"  # stays open in the stages: one pipeline at a time
+  "$PYTHON" scripts/ledger.py hold "$OUTPUTS" 9
+  if [ -n "$FRESH" ]; then
+    "$PYTHON" scripts/ledger.py clear "$OUTPUTS"  # refuses while another run is writing there
+    find "$OUTPUTS/" -mindepth 1 -delete
+  fi
+fi
 
 # stage name model data flags...: unless outputs/ledger.jsonl says that it ended with these same inputs and flags, run it.
 # These flags are for the sample: they keep the whole under 20 minutes on two CPU cores. On own data PT, SFT and RM take

@@ -10,7 +10,7 @@ import pytest
 
 from arguments import atomic
 from arguments.files import all_files
-from scripts.ledger import clear, digest, finish, main, start
+from scripts.ledger import act, clear, digest, finish, main, start
 
 
 @pytest.fixture
@@ -220,6 +220,19 @@ def test_what_another_run_is_writing_is_not_deleted(house, monkeypatch):
         assert (outputs / "pt" / "config.json").exists() and (outputs / "sft").exists()
     os.close(other)
     assert begin(house, flags=["--seed", "2"]) == "changed" and not (outputs / "pt").exists()
+
+
+def test_one_pipeline_at_a_time(house, monkeypatch):
+    """Its lock lasts as long as the descriptor that the script has opened, though this process ends."""
+    outputs = house[0]
+    monkeypatch.setattr(atomic, "PATIENCE", 0.1)
+    first, second = (os.open(outputs, os.O_RDONLY) for _ in range(2))
+    act("hold", str(outputs), str(first))
+    with pytest.raises(ValueError, match="another pipeline is running there"):
+        act("hold", str(outputs), str(second))
+    os.close(first)
+    act("hold", str(outputs), str(second))
+    os.close(second)
 
 
 def test_a_note_beside_the_data_changes_nothing(house):
