@@ -51,10 +51,10 @@ def as_lines(rows: Iterable[dict]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
 
 
-def is_json(text: bytes) -> bool:
+def is_json(text: bytes | str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -25,6 +25,8 @@ import pyarrow
 import pyarrow.parquet
 from loguru import logger
 
+from arguments.atomic import is_json
+
 INVISIBLE = " \t\r\n\u3000\u200b\ufeff"
 BLANK = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # categories of spaces, controls and marks without a shape
 CHINESE = re.compile("[\u3400-\u9fff]")
@@ -221,14 +223,6 @@ def spreads_over_lines(path: Path, encoding: str) -> bool:
     if first.startswith("["):
         return not is_json(first)
     return first.startswith("{") and not second.startswith("{") and not is_json(first)
-
-
-def is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:

@@ -48,7 +48,7 @@ for given in "$MODEL" "$PT_DATA" "$SFT_DATA" "$RM_DATA" "$RL_DATA" "$QUIZ" "$GEN
   folder=$given
   [ -d "$given" ] || folder=$(dirname "$given")
   case $(cd "$folder" 2>/dev/null && pwd -P)/ in  # macOS has no realpath -m
-    "$outputs"/*)
+    "${outputs%/}"/*)
       echo "error: $given lies in $OUTPUTS, whose stages are deleted when they start over: set OUTPUTS to another folder" >&2
       exit 2
       ;;
