@@ -159,7 +159,7 @@ class InferenceArguments:
             load_in_4bit=self.load_in_4bit,
             trust_remote_code=self.trust_remote_code,
         )
-        args.resolve_dtype(best_precision(), trains_all=False)
+        args.resolve_dtype(best_precision(sampling=True), trains_all=False)
         return args
 
     def placed(self, model: torch.nn.Module) -> torch.nn.Module:

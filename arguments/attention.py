@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from arguments.precision import fast_bf16
+from arguments.precision import native_bf16
 
 ROWS = 64  # whose scores are computed at once; 32 and 128 took as long or longer but in a few shapes, 16 longer
 LOWEST = torch.finfo(torch.float32).min  # not -inf: a row that sees nothing, as padding may, is then no NaN
@@ -174,5 +174,5 @@ def attend_in_blocks() -> None:
     of scores. So the heads are repeated there, as with a mask, or, for a single query, packed.
     """
     AttentionInterface.register("sdpa", blockwise_attention)
-    if torch.cuda.is_available() and not fast_bf16(gpu=True):
+    if torch.cuda.is_available() and not native_bf16(gpu=True):
         sdpa_attention.use_gqa_in_sdpa = lambda *_: False

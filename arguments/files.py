@@ -30,6 +30,7 @@ from arguments.atomic import is_json
 INVISIBLE = " \t\r\n\u3000\u200b\ufeff"
 BLANK = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # categories of spaces, controls and marks without a shape
 CHINESE = re.compile("[\u3400-\u9fff]")
+WIDE = re.compile("[^\x00-\x7f\ufffd]+")
 COMMON = "的一是不了在人有我他中大上"  # written alike in simplified and traditional Chinese
 ACCENT = re.compile(r"[a-z][\u3400-\u9fff](?![^\x00-\x7f])")  # as GB18030 reads that of a word in Latin-1
 BETWEEN_RECORDS = re.compile(rf"[{INVISIBLE},]*")
@@ -93,6 +94,8 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
         batches = file.iter_batches(batch_size=1000)
         try:
             yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
+        except pyarrow.ArrowException:  # the file is damaged; some are ValueErrors, too
+            raise
         except (ValueError, OverflowError, LookupError) as error:  # no text, the year 10000, an unknown time zone
             raise BadRecord(f"Python has no such value ({error}): convert its column, or leave it out") from error
 
@@ -145,14 +148,16 @@ def encoding_of(path: Path) -> str:
 
 
 def refuse_damaged(path: Path, line: int, held: bytes) -> None:
-    """Refuse a file most of whose characters beyond ASCII are whole in UTF-8, for the first of those that are not."""
+    """Refuse a file most of whose characters beyond ASCII are whole in UTF-8, for the first of those that are not.
+
+    In GB18030 up to half of them are by chance.
+    """
     whole, broken = 0, 0
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="replace") as file:
         for text in file:
-            wide = [character for character in text if character > "\x7f"]
-            broken += wide.count("\ufffd")
-            whole += len(wide) - wide.count("\ufffd")
-    if whole > broken:
+            broken += text.count("\ufffd")
+            whole += sum(map(len, WIDE.findall(text)))
+    if whole > 3 * broken:
         raise BadRecord(
             f"UTF-8 but for some bytes: line {line} holds {held}. Mend them (if the file is GB18030: iconv -f gb18030 "
             "-t utf-8)"
@@ -214,7 +219,7 @@ def fault_in(decoder, chunk: bytes, final: bool = False) -> tuple[int, bytes] | 
 
 
 def spreads_over_lines(path: Path, encoding: str) -> bool:
-    """Whether the file begins an array, or a record of more than its first line; a line of its own is neither."""
+    """Whether the file begins an array, or a record of more than its first line: open there, and not within a text."""
     with io.TextIOWrapper(open_bytes(path), encoding=encoding) as file:
         lines = (found for line in file if (found := line.strip(INVISIBLE)))
         first, second = next(lines, ""), next(lines, "")
@@ -222,7 +227,7 @@ def spreads_over_lines(path: Path, encoding: str) -> bool:
         return first.startswith("[")
     if first.startswith("["):
         return not is_json(first)
-    return first.startswith("{") and not second.startswith("{") and not is_json(first)
+    return first.startswith("{") and first.endswith(tuple("{[,:}]")) and not (is_json(first) or is_json(second))
 
 
 def read_csv(lines: Iterable[str]) -> Iterator[tuple[int, dict]]:

@@ -14,22 +14,19 @@ from transformers import PreTrainedModel
 from arguments.command_line import UserError
 
 
-def fast_bf16(gpu: bool) -> bool:
-    """Whether bfloat16 multiplies fastest: on GPUs from Ampere on; on CPUs with avx512_bf16 or AMX, if measured so.
-
-    AMD's with avx512_bf16 are 2 to 4 times as fast as in float32, Intel's without AMX half as fast.
-    """
+def native_bf16(gpu: bool) -> bool:
+    """Whether bfloat16 matrix products run in hardware: on a GPU from Ampere on, or a CPU with avx512_bf16 or AMX."""
     if gpu:
         return torch.cuda.get_device_capability()[0] >= 8
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return native and cpu_gain_by_bf16() > 1
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @cache
 def cpu_gain_by_bf16() -> float:
     """How many times as fast as float32 matrices this CPU multiplies bfloat16 ones: measured in a tenth of a second.
 
-    What counts is the time of a single thread, which other work on the machine hardly changes.
+    AMD's with avx512_bf16 are 2 to 4 times as fast, Intel's without AMX half as fast. What counts is the time of a
+    single thread, which other work on the machine hardly changes.
     """
     threads, least = torch.get_num_threads(), {torch.float32: math.inf, torch.bfloat16: math.inf}
     torch.set_num_threads(1)
@@ -43,13 +40,16 @@ def cpu_gain_by_bf16() -> float:
     return least[torch.float32] / least[torch.bfloat16]
 
 
-def best_precision(gpu: bool | None = None) -> str:
-    """What this hardware multiplies fastest: bf16 where that is fast, fp16 on other GPUs, else fp32.
+def best_precision(gpu: bool | None = None, sampling: bool = False) -> str:
+    """What this hardware computes fastest in: bf16 where it is native, fp16 on other GPUs, else fp32.
 
-    `gpu`: whether that is its GPU or its CPU; None: a GPU if there is one.
+    A CPU that is slower in its native bf16 takes fp32, but not for `sampling`, which reads weights more than it
+    multiplies. `gpu`: whether it is this machine's GPU or its CPU; None: a GPU if there is one.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
-    return "bf16" if fast_bf16(gpu) else "fp16" if gpu else "fp32"
+    if native_bf16(gpu) and (gpu or sampling or cpu_gain_by_bf16() > 1):
+        return "bf16"
+    return "fp16" if gpu else "fp32"
 
 
 def frozen_linears(model: nn.Module) -> list[nn.Linear]:

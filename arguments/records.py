@@ -88,7 +88,7 @@ def text_of(turn: dict, role: str) -> str:
                 f"an answer has {key} {turn[key]!r}, but all are trained alike: take the key out, or end the "
                 "conversation before that answer"
             )
-    if turn.keys().isdisjoint(("content", "value")):
+    if turn.keys().isdisjoint(("content", "value")) and any(turn[key] for key in turn.keys() - {"role", "from"}):
         raise BadRecord(f"a turn has neither content nor value; found keys {', '.join(map(str, turn))}")
     content = turn.get("content")
     return clean(turn.get("value") if content is None else content)  # columns of Arrow put a null beside the other
@@ -134,8 +134,12 @@ def refuse_misspelt(record: dict, *names: str) -> None:
 
 def refuse_input(record: dict) -> None:
     """Refuse a record whose `input`, or a key that is nearly that, belongs to no instruction: it is not read there."""
+    if "instruction" in record:
+        return
+    asked = str(record.get("prompt", record.get("question")))
     for key, value in record.items():
-        if value and "instruction" not in record and (key == "input" or nearest(str(key), ("input",))):
+        unread = str(value or "").strip(INVISIBLE) not in asked  # "" is in any text
+        if unread and (key == "input" or nearest(str(key), ("input",))):
             raise BadRecord(f"the key {key!r} is read beside an instruction alone: add its text to the question")
 
 

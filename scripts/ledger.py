@@ -12,7 +12,7 @@ start   reads the stage's inputs (files; folders of models or data; anything els
         the place of what it made ends the pipeline.
 look    says what start would, and writes and deletes nothing.
 finish  adds the stage's figures and time.
-clear   deletes all stages' folders, unless a run is writing into one.
+clear   deletes all that is in outputs, unless a run is writing into a folder there.
 hold    keeps other pipelines out of the folder until all processes with this descriptor of it have ended.
 Writes  outputs/ledger.jsonl: a line when a stage begins and one when it ends. Of several machines (NODE_RANK) the
         first one writes, and starts over what changed.
@@ -182,7 +182,9 @@ def act(event: str, outputs: str, stage: str = "", *rest: str) -> None:
     if event == "hold":
         hold(folder, int(stage))
     elif event == "clear":
-        clear([*folder.glob("*")])
+        clear([*folder.iterdir()])
+        for file in folder.iterdir():
+            file.unlink()
     elif event == "finish":
         finish(folder, stage)
     else:
@@ -199,7 +201,7 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # of a disk that is full or cannot be written to
-        print(f"error: cannot write or read: {error}. Free some space, then run the same command", file=sys.stderr)
+        print(f"error: cannot write or read: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -73,7 +73,6 @@ if [ "$NODE_RANK" = 0 ]; then
   "$PYTHON" scripts/ledger.py hold "$OUTPUTS" 9
   if [ -n "$FRESH" ]; then
     "$PYTHON" scripts/ledger.py clear "$OUTPUTS"  # refuses while another run is writing there
-    find "$OUTPUTS/" -mindepth 1 -delete
   fi
 fi
 
@@ -82,7 +81,7 @@ fi
 # a whole epoch, and RL its ROLLOUTS.
 stage() {
   local name=$1 model=$2 data=$3 state=new
-  local inputs=("scripts/run_$name.sh" "$model" "$data") output=$OUTPUTS/$name tried ended
+  local inputs=("scripts/run_$name.sh" "$model" "$data") output=$OUTPUTS/$name
   shift 3
   case ${data%/} in data/pretrain | data/finetune | data/reward | data/prompts) ;; *) set -- ;; esac
   if [ "$name" = rl ]; then
@@ -95,7 +94,8 @@ stage() {
   if [ -z "$FRESH" ] || [ "$NODE_RANK" = 0 ]; then
     state=$("$PYTHON" scripts/ledger.py look "$OUTPUTS" "$name" "${inputs[@]}" -- "$@")
     if [ "$state" = changed ] && [ "${NNODES:-1}" -eq 1 ]; then  # flags or records may be bad: see before it is deleted
-      tried=$("${run[@]}" --fresh --preview 1 2>&1 >/dev/null) || { ended=$?; echo "$tried" >&2; exit "$ended"; }
+      echo "$name: looking at flags and records, as something changed"
+      supervise "${run[@]}" --resume_from_checkpoint False --preview 1 >/dev/null
     fi
     [ "$state" = ended ] || state=$("$PYTHON" scripts/ledger.py start "$OUTPUTS" "$name" "${inputs[@]}" -- "$@")
   fi

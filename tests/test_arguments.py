@@ -46,7 +46,7 @@ from arguments.curves import plot_curves
 from arguments.data import DataArguments
 from arguments.model import ModelArguments
 from arguments.order import EpochSampler
-from arguments.precision import best_precision, cpu_gain_by_bf16, fast_bf16
+from arguments.precision import best_precision, cpu_gain_by_bf16
 from arguments.reward import RewardSourceArguments
 from merge_peft_adapter import MergeArguments
 from pretraining import PretrainingArguments
@@ -414,7 +414,7 @@ def test_ppo_steps_are_rollouts(tmp_path):
 @pytest.mark.parametrize("flags", [["--fp16"], ["--precision", "fp16"], ["--precision=auto"], []])
 def test_without_gpu_fp16_falls_back(required, logged, flags):
     args = parse([*required, *flags])
-    best = "bf16" if fast_bf16(gpu=False) else "fp32"
+    best = best_precision(gpu=False)
     assert (args["precision"], args["fp16"], args["bf16"]) == (best, False, best == "bf16")
     assert any("fp16 needs a GPU" in line for line in logged) == any("fp16" in flag for flag in flags)
     assert args["use_cpu"] is True
@@ -435,7 +435,8 @@ def test_precision_is_as_asked_in_every_stage(tmp_path, stage, flags, precision)
 def test_use_cpu_beside_a_gpu(cpu, expected, required, monkeypatch, logged):
     """A T4, which would take fp16: accelerate has neither autocast nor a scaler for it on a CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("arguments.precision.fast_bf16", lambda gpu: not gpu and cpu == "bf16")
+    monkeypatch.setattr("arguments.precision.native_bf16", lambda gpu: not gpu and cpu == "bf16")
+    monkeypatch.setattr("arguments.precision.cpu_gain_by_bf16", lambda: 2.1)
     for flags in ([], ["--fp16"]):
         args = parse([*required, "--no_cuda", *flags])
         assert (args["precision"], args["fp16"], args["use_cpu"]) == (expected, False, True)
@@ -451,6 +452,7 @@ def test_a_cpu_takes_bf16_if_it_is_faster_so(native, times, precision, monkeypat
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr("arguments.precision.cpu_gain_by_bf16", lambda: times)
     assert best_precision(gpu=False) == precision
+    assert best_precision(gpu=False, sampling=True) == ("bf16" if native else "fp32")
 
 
 def test_the_gain_by_bf16_is_the_ratio_of_the_shortest_times(monkeypatch):
@@ -458,14 +460,16 @@ def test_the_gain_by_bf16_is_the_ratio_of_the_shortest_times(monkeypatch):
     spent = [9, 7, 4, 2, 6, 3, 4.5, 2.5, 5, 9]
     clock = iter([time for number, turn in enumerate(spent) for time in (100 * number, 100 * number + turn)])
     monkeypatch.setattr("arguments.precision.time.thread_time", lambda: next(clock))
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads := before + 1)
     assert cpu_gain_by_bf16.__wrapped__() == 2
     assert torch.get_num_threads() == threads and next(clock, None) is None
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("flags", "expected"), [(["--bf16"], True), (["--bf16", "False"], False)])
 def test_bf16_as_transformers_has_it(required, monkeypatch, flags, expected):
-    monkeypatch.setattr("arguments.precision.fast_bf16", lambda gpu: True)
+    monkeypatch.setattr("arguments.precision.native_bf16", lambda gpu: True)
     assert parse([*required, *flags])["bf16"] is expected
 
 

@@ -211,7 +211,6 @@ EVERY_STAGE = [
     (("--neftune_noise_alpha", -5), "--neftune_noise_alpha"),
     (("--dataloader_num_workers", -1), "--dataloader_num_workers"),
     (("--dataloader_prefetch_factor", 0, "--dataloader_num_workers", 1), "--dataloader_prefetch_factor"),
-    (("--activation_checkpointing_kwargs", '{{"every_n_layers": 2}}'), "_kwargs has no effect without"),
     (("--gradient_checkpointing", "--activation_checkpointing_kwargs", '{{"foo": 1}}'), "foo is unknown, expected"),
     (("--activation_checkpointing", "--activation_checkpointing_kwargs", "[]"), "_kwargs [] is not a file"),
     (("--lr_scheduler_kwargs", "{{'num_cycles': 1}}"), "--lr_scheduler_kwargs"),

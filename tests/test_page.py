@@ -93,7 +93,7 @@ def test_the_other_scripts_say_what_they_expect(outputs, tiny, tmp_path):
     cases = {
         "expected a folder and four models": ("scripts/report.py",),
         "expected a folder and four models: ": ("scripts/report.py", outputs),
-        "missing/pt holds no all_results.json": ("scripts/report.py", tmp_path / "missing", *models),
+        "missing/pt holds no whole all_results.json": ("scripts/report.py", tmp_path / "missing", *models),
         "expected the folder to make": ("scripts/get_default_model.py",),
     }
     for said, command in cases.items():

@@ -1,5 +1,6 @@
 """The whole recipe with one command on the real default model (slow: minutes, and a download on a fresh clone)."""
 
+import fcntl
 import json
 import math
 import os
@@ -143,6 +144,15 @@ def test_pipeline_of_another_base_trained_whole(tiny, warm_python, tmp_path):
     assert "--learning_rate" in run_pipeline(outputs, *same, "--learning_rate", "fast", **common)
     assert "a.jsonl:2: " in run_pipeline(outputs, *same, PT_DATA=str(tmp_path / "bad"), **common)
     assert (outputs / "pt" / "model.safetensors").exists()
+
+
+def test_one_pipeline_at_a_time_works_in_a_folder(tiny, tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    (tmp_path / "kept").touch()
+    printed = run_pipeline(tmp_path, "--fresh", MODEL=tiny("llama"), code=2)
+    assert f"error: {tmp_path}: another pipeline is running there" in printed and (tmp_path / "kept").exists()
+    os.close(folder)
 
 
 def test_default_model_knows_english(default_model):

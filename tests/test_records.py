@@ -399,6 +399,12 @@ def test_western_text_is_not_read_as_chinese(tmp_path, text):
         load_texts(tmp_path)
 
 
+def test_short_chinese_files_are_not_taken_for_damaged_utf8(tmp_path):
+    """Two bytes of GB18030 are often a character of UTF-8, too: 4 of 7 here."""
+    (tmp_path / "a.txt").write_text("什么是痛风？\n", encoding="gb18030")
+    assert [record for _, record in read_file(tmp_path / "a.txt")] == [{"text": "什么是痛风？\n"}]
+
+
 @pytest.mark.parametrize("damage", ["naïve\n".encode("cp1252"), b"\xe2\x80 cut\n"])
 def test_a_damaged_byte_does_not_make_a_file_chinese(tmp_path, damage):
     """Read as GB18030, the quotes of all other lines would be Chinese characters."""
@@ -832,6 +838,7 @@ def test_records_may_spread_over_lines(tmp_path):
     [
         ('{"text":\n"one"}\n{"text":\n"two"}\n', [1, 3]),
         ('{ "text": "one",\n"id": 1}, {"text": "two"}', [1, 2]),
+        ('{"turns": [\n{"role": "user"},\n{"role": "assistant"}],\n"text": "one"}\n{"text": "two"}', [1, 5]),
         ('\n[{"text": "one"},\n{"text": "two"}]\n', [2, 3]),
     ],
 )
@@ -840,6 +847,11 @@ def test_a_record_may_begin_on_the_line_of_its_brace(tmp_path, text, lines):
     places, found = zip(*read_file(tmp_path / "a.json"), strict=True)
     assert [record["text"] for record in found] == ["one", "two"]
     assert [int(place.rpartition(":")[2].partition(",")[0]) for place in places] == lines
+
+
+def test_a_line_break_within_a_text_does_not_hide_the_other_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "ze\nro"}\n{"text": "one"}\n{"text": "two"}\n')
+    assert load_texts(tmp_path, bad_records="skip") == ["one", "two"]
 
 
 def test_an_array_in_the_first_line_does_not_hide_the_others(tmp_path):
