@@ -36,11 +36,12 @@ def llama_cpp() -> Path:
         except (urllib.error.URLError, TimeoutError) as error:
             pytest.skip(f"llama.cpp's converter cannot be fetched: {error}")
         root = "llama_cpp_python-0.3.36/vendor/llama.cpp/"
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Debian 12's Python 3.11.2 has none
         with tarfile.open(archive) as packed:
             for member in packed.getmembers():
                 member.name = member.name.removeprefix(root)
                 if member.name.startswith(("gguf-py/", "conversion/", "convert_hf_to_gguf.py")):
-                    packed.extract(member, KEPT, filter="data")
+                    packed.extract(member, KEPT, **safely)
         os.unlink(archive)
     return KEPT
 
