@@ -386,10 +386,7 @@ def load_questions(args: InferenceArguments) -> list[list[dict]]:
 
     A line of a .txt is a question.
     """
-    try:
-        questions = DataArguments(args.data_file).load_questions()
-    except UserError as error:  # each answer has its question: none is skipped here
-        raise UserError(str(error).replace(" (--bad_records skip goes on without them)", "")) from error
+    questions = DataArguments(args.data_file).load_questions()
     if not args.system:
         return questions
     system = {"role": "system", "content": args.system}

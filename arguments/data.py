@@ -139,8 +139,8 @@ class DataArguments(LengthArguments):
 
     def _all(self, form: str) -> Dataset:
         rows = self._read(self.train_file_dir, "train", form)
-        self._handle_bad(bad_rows(rows))
-        return rows.select(np.flatnonzero(~is_bad(rows)))
+        self._handle_bad(bad_rows(rows), hint="")  # who asks or judges leaves none out, and has no such flag
+        return rows
 
     def tokenize(self, rows: Dataset, encode: Callable, tokenizer, keep: tuple[str, ...] = (), **settings) -> Dataset:
         """Every row as `encode` returns it, with its columns `keep`: in parallel, once per machine, cached on disk.
@@ -283,7 +283,7 @@ class DataArguments(LengthArguments):
             )
         return train[~picked], train[picked]
 
-    def _handle_bad(self, bad: list[dict]) -> None:
+    def _handle_bad(self, bad: list[dict], hint: str = " (--bad_records skip goes on without them)") -> None:
         """Stop at bad records {"place", "bad": reason, "raw"}, or list them in the output folder and go on."""
         bad = list({(row["place"], row["raw"]): row for row in bad}.values())  # a weight may have repeated some
         if not bad:
@@ -291,7 +291,7 @@ class DataArguments(LengthArguments):
         lines = [f"{row['place']}: {row['bad']}" for row in bad[:10]]
         shown = "\n  ".join(lines) + (f"\n  and {len(bad) - 10} more" if len(bad) > 10 else "")
         if self.bad_records == "error":
-            raise UserError(f"{len(bad)} bad records (--bad_records skip goes on without them)\n  {shown}")
+            raise UserError(f"{len(bad)} bad records{hint}\n  {shown}")
         logger.warning(f"Skipped {len(bad)} bad records\n  {shown}")
         if self._bad_file and PartialState().is_main_process:
             found = [{"place": row["place"], "reason": row["bad"], "record": row["raw"]} for row in bad]

@@ -21,7 +21,8 @@ WITHOUT_EFFECT = {  # in every stage: why, or what to use
 }
 # Flags that are JSON objects, with an example; transformers names none of them when one is not.
 OBJECTS = {"activation_checkpointing_kwargs": '{"every_n_layers": 2}', "lr_scheduler_kwargs": '{"num_cycles": 2}'}
-CHECKPOINTING = "every_n_layers, offload, use_reentrant, preserve_rng_state, determinism_check, debug, early_stop"
+CHECKPOINTING = "every_n_layers", "offload", "use_reentrant", "preserve_rng_state"
+CHECKPOINTING += "determinism_check", "debug", "early_stop"
 NEEDS = {  # what a flag has no effect without, or ends in a traceback
     "dataloader_persistent_workers": "dataloader_num_workers",
     "dataloader_multiprocessing_context": "dataloader_num_workers",
@@ -76,8 +77,9 @@ def check_objects(args) -> None:
             setattr(args, flag, json_of(args, flag, f"expected JSON such as {example}"))
     if args.activation_checkpointing_kwargs and not args.activation_checkpointing:
         logger.warning("--activation_checkpointing_kwargs has no effect without --activation_checkpointing")
-    if unknown := sorted((args.activation_checkpointing_kwargs or {}).keys() - set(CHECKPOINTING.split(", "))):
-        raise UserError(f"--activation_checkpointing_kwargs: {unknown[0]} is unknown, expected {CHECKPOINTING}")
+    if unknown := sorted((args.activation_checkpointing_kwargs or {}).keys() - set(CHECKPOINTING)):
+        names = ", ".join(CHECKPOINTING)
+        raise UserError(f"--activation_checkpointing_kwargs: {unknown[0]} is unknown, expected {names}")
 
 
 def check_accelerator_config(args) -> None:

@@ -125,7 +125,8 @@ def start(outputs: Path, stage: str, inputs: list[str], flags: list[str], look: 
     before = [*last["inputs"].values(), *[None] * len(made)]
     changed = [name for (name, now), then in zip(made.items(), before, strict=False) if now != then]
     changed += ["the flags"] * (flags != last["flags"])
-    if known and not changed and last["event"] == "finish" and present(outputs, stage):
+    state = "new" if not known else "changed" if changed else "begun"
+    if state == "begun" and last["event"] == "finish" and present(outputs, stage):
         found = results_of(outputs, stage)
         if other := [name for name, then in last.get("results", {}).items() if found.get(name, then) != then]:
             rest = "" if other == [f"{stage}-merged"] else f", and {stage}-merged with it"  # else it is merged again
@@ -135,16 +136,16 @@ def start(outputs: Path, stage: str, inputs: list[str], flags: list[str], look: 
             )
         return "ended"
     if look:
-        return "new" if not known else "changed" if changed else "begun"
+        return state
     if FOLLOWS:
         return "new"
-    if known and changed:
+    if state == "changed":
         print(f"{stage}: {', '.join(changed)} changed since it was run last: it starts over", file=sys.stderr)
         clear([outputs / stage, outputs / f"{stage}-merged"])
     versions = {name: version(name) for name in PACKAGES}
     row = {"stage": stage, "event": "start", "time": time.time(), "inputs": made, "flags": flags, "versions": versions}
     append_lines(outputs / "ledger.jsonl", [row])
-    return "new" if not known else "changed" if changed else "begun"
+    return state
 
 
 def hold(outputs: Path, descriptor: int) -> None:
