@@ -57,12 +57,13 @@ class RolloutServer:
 
     def load(self, model) -> None:
         """Let the server sample with the adapter "default" of a PeftModel, and forget the previous one."""
-        name = f"policy-{uuid.uuid4().hex}"  # unused by any run: a server keeps what a killed one loaded
+        name = f"policy-{uuid.uuid4().hex}"  # the server may cache by name
         model.save_pretrained(self.folder / name, selected_adapters=["default"])
         self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=str(self.folder / name))
-        if self.policy != self.base:
-            self.ask("/v1/unload_lora_adapter", lora_name=self.policy)
-        for old in set(self.folder.iterdir()) - {self.folder / name}:  # a killed run's too
+        loaded = {model["id"] for model in self.ask("/v1/models")["data"]}
+        for old in set(self.folder.iterdir()) - {self.folder / name}:  # the last rollout's, or a killed run's
+            if old.name in loaded:
+                self.ask("/v1/unload_lora_adapter", lora_name=old.name)
             shutil.rmtree(old)
         self.policy = name
 

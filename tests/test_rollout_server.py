@@ -1,11 +1,19 @@
-"""Rollouts from a vLLM server, here a stand-in that speaks its HTTP protocol: no vLLM has been seen by these tests."""
+"""Rollouts from a vLLM server: a stand-in that speaks its HTTP protocol, and vLLM itself where VLLM names its command.
+
+VLLM=/path/to/vllm pytest tests/test_rollout_server.py -m "", a CPU's vLLM in an environment of its own (docs/rl.md).
+"""
 
 import json
+import os
+import socket
+import subprocess
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from conftest import ADAPTER, history, in_process, stage
 from peft import PeftModel
@@ -137,9 +145,46 @@ def test_a_server_that_fails(server, tiny, records, tmp_path):
     outcome = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags))
     assert outcome.code == 1 and "answers 500 to /v1/completions" in outcome.errors[0]
     assert "out of memory" in outcome.errors[0]
+    assert len(server.loaded) == 2 and len(server.models) == 2, "the first rollout's adapter stayed"
     server.answers_before_it_fails = None
     in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)).ok()
+    assert set(server.models) == {server.base}, "the adapter of the run that failed stayed"
     assert len(history(tmp_path / "rl", "sampler_difference")) == 3
+
+
+@pytest.mark.slow
+def test_vllm_itself(default_model, records, tmp_path):
+    """In float32 its log-probabilities are those computed here, also when the policy has moved."""
+    if not os.environ.get("VLLM"):
+        pytest.skip("VLLM names no vllm command")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [os.environ["VLLM"], "serve", default_model, "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", "512", "--enable-lora", "--max-lora-rank", "8"]
+    command += ["--logprobs-mode", "processed_logprobs"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with open(tmp_path / "vllm.log", "w") as log:
+        vllm = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
+    try:
+        while True:
+            try:
+                requests.get(f"{url}/health", timeout=5).raise_for_status()
+                break
+            except requests.RequestException:
+                assert vllm.poll() is None and time.monotonic() < deadline, (tmp_path / "vllm.log").read_text()[-3000:]
+                time.sleep(1)
+        flags = ("--vllm_server", url, *REWARD, "--temperature", 0.8, "--min_target_length", 2)
+        in_process(*stage("rl", default_model, records, tmp_path / "rl", *flags)).ok()
+        left = requests.get(f"{url}/v1/models", timeout=5).json()["data"]
+    finally:
+        vllm.terminate()
+        vllm.wait()
+    assert max(history(tmp_path / "rl", "sampler_difference")) < 1e-4
+    assert history(tmp_path / "rl", "kl")[-1] != 0.0
+    assert [model["id"] for model in left] == [default_model], "an adapter stayed on the server"
 
 
 class Other(BaseHTTPRequestHandler):
