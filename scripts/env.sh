@@ -46,7 +46,7 @@ supervise() {
   trap : INT  # Ctrl-C reaches the command without us, and this waits for its end
   (trap - INT QUIT; exec "$@") <&0 &
   child=$!
-  trap 'trap : TERM; told=143; kill -TERM "$child" || :' TERM  # once: torchrun bears no third one
+  trap 'trap : TERM; told=143; kill -TERM "$child" 2>/dev/null || :' TERM  # once: torchrun bears no third one
   while
     wait "$child" && ended=0 || ended=$?  # above 128 where a signal came in between
     kill -0 "$child" 2>/dev/null
