@@ -298,20 +298,24 @@ def merge(args: MergeArguments, config: PeftConfig, adapter: Path, tokenizer, st
 
 
 def write_gguf(llama_cpp: Path, folder: Path, name: str, tokenizer) -> dict:
-    """Convert the merged model to folder/model.gguf in its own dtype, read that back, and return how they compare."""
+    """Convert the merged model to folder/model.gguf, read that back, and return how they compare.
+
+    llama.cpp's "auto" keeps 16 bits as they are, and makes float16 of float32.
+    """
     target = folder / "model.gguf"
     command = [sys.executable, llama_cpp / "convert_hf_to_gguf.py", folder, "--outfile", target, "--outtype", "auto"]
     command += ["--model-name", name]  # by default that of the folder, which is another while it is made
     ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if ended.returncode:
-        said = (ended.stderr.strip() or ended.stdout.strip() or f"exit code {ended.returncode}").splitlines()[-1]
-        raise Fault(f"llama.cpp's converter failed, nothing was kept: {said}")
+        said = (ended.stderr.strip() or ended.stdout.strip() or f"exit code {ended.returncode}").splitlines()[-3:]
+        raise Fault("llama.cpp's converter failed, nothing was kept: " + "\n".join(said))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = probe(model, tokenizer)
-    config = GgufConfig(dequantize=True)
-    found = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=target.name, quantization_config=config, dtype=torch.float32
-    )
+    read = {"gguf_file": target.name, "quantization_config": GgufConfig(dequantize=True), "config": model.config}
+    try:  # with the known config: the reader leaves out a qwen3's head size, for one
+        found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **read)
+    except (ValueError, RuntimeError) as error:
+        raise Fault(f"transformers cannot read model.gguf back, nothing was kept: {error}") from error
     parity = compare(expected, probe(found, tokenizer))
     if not parity["relative_difference"] <= TOLERANCE["bfloat16"]:
         raise Fault(f"model.gguf differs from the merged model, nothing was kept: {parity}")

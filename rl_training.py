@@ -513,7 +513,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         self.history.append(describe(self.rollout, self.reward_weights))
         seen = {"kl": mean_kl(self.rollout, args.kl_estimator), "kl_coef": self.kl_coef}
         if self.server:
-            seen["sampler_difference"] = sampler_difference(self.rollout)
+            seen["sampler_difference"] = sampler_difference(self.rollout, args.min_target_length)
         seen["explained_variance"] = explained_variance(batch["values"], returns, mask).item()
         self.stats.append(self.take_function_metrics() | self.history[-1] | seen)
         if args.adap_kl_ctrl:

@@ -38,7 +38,8 @@ class RolloutServer:
     def __init__(self, url: str, folder: Path):
         self.url, self.folder = url.rstrip("/"), folder.resolve()
         try:
-            self.base = self.ask("/v1/models")["data"][0]["id"]
+            served = self.ask("/v1/models")["data"][0]
+            self.base, self.room = served["id"], served.get("max_model_len")
         except Fault as error:
             raise UserError(f"--vllm_server {url}: {error}") from error
         except (KeyError, IndexError, TypeError) as error:
@@ -78,7 +79,16 @@ class RolloutServer:
         """One answer per prompt: {"ids"} up to and with its end, {"sampler_logp"} [ids] as the server computed them.
 
         Plain sampling, whatever the model's generation_config asks for.
+
+        Raises:
+            Fault: when prompt and answer might not fit: the server would cut the answer, without a word.
         """
+        needed = max(map(len, prompts), default=0) + limits["max_tokens"]
+        if self.room and needed > self.room:
+            raise Fault(
+                f"the vLLM server takes {self.room} tokens, a prompt with its answer may have {needed}: start it with "
+                f"--max-model-len {needed} or more"
+            )
         plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": 0}
 
         def answer(prompt: list[int], seed: int) -> dict:
@@ -90,14 +100,17 @@ class RolloutServer:
             return list(executor.map(answer, prompts, seeds))
 
 
-def sampler_difference(answers: list[dict]) -> float:
-    """Mean over the tokens of |log-probability here - log-probability on the server|, in nats.
+def sampler_difference(answers: list[dict], first: int) -> float:
+    """Mean over the tokens of |log-probability here - log-probability on the server|, in nats; 0 without a token.
+
+    Those before number `first` are left out: the server's are of what it may sample, which does not end there.
 
     Raises:
         Fault: when it is no rounding: the server has another model, or another adapter.
     """
-    pairs = [(answer["logp"], answer["sampler_logp"]) for answer in answers]
-    difference = torch.cat([(here - there).abs() for here, there in pairs]).mean().item()
+    pairs = [(answer["logp"][first:], answer["sampler_logp"][first:]) for answer in answers]
+    differences = torch.cat([(here - there).abs() for here, there in pairs])
+    difference = differences.mean().item() if len(differences) else 0.0
     if not difference <= LARGEST_DIFFERENCE:
         raise Fault(
             f"the vLLM server samples from another model: its log-probabilities are off by {difference:.2g} nats a "

@@ -21,7 +21,7 @@ GROUPS |= {f"run_{stage}.sh": groups for stage, groups in STAGES.items()}
 # Of bash, torchrun, sbatch, python, pip and the benchmarks, and of other projects, where the text says so
 OTHERS = {"--nodes", "--kills", "--help", "--model", "--rows", "--samples", "--gpus", "--only_cpu", "--nproc_per_node"}
 OTHERS |= {"--model_args", "--tasks", "--include_path", "--device", "--batch_size", "--port"}  # of lm_eval
-OTHERS |= {"--enable", "--max", "--logprobs", "--lora", "--runner"}  # of vllm serve, up to their first hyphen
+OTHERS |= {"--enable", "--max", "--logprobs", "--runner"}  # of vllm serve, up to their first hyphen
 OTHERS |= {"--medicalgpt", "--records", "--repeats", "--plot", "--time"}
 PAGES = [ROOT / "README.md", ROOT / "README_ZH.md", ROOT / "data/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import in_process, merge
 from test_merge import save_adapter
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +58,19 @@ def merged(llama_cpp, default_model, tmp_path_factory) -> Path:
 def test_it_reads_back_as_the_merged_model(merged):
     parity = json.loads((merged / "merge.json").read_text())["gguf"]
     assert parity["relative_difference"] < 0.05 and parity["equal_top1"] > 0.95
+
+
+def test_a_head_size_that_is_not_the_default(llama_cpp, default_model, tmp_path):
+    """transformers' reader does not find it in the file, for qwen3, and takes 128."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    config = Qwen3Config(vocab_size=49152, num_attention_heads=4, num_key_value_heads=2, **size)
+    base = tmp_path / "base"
+    Qwen3ForCausalLM(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(default_model).save_pretrained(base)
+    adapter = save_adapter(str(base), tmp_path / "adapter")
+    in_process(*merge(str(base), adapter, tmp_path / "merged"), "--gguf", llama_cpp).ok()
+    parity = json.loads((tmp_path / "merged" / "merge.json").read_text())["gguf"]
+    assert parity["relative_difference"] < 0.05
 
 
 @torch.no_grad()

@@ -20,6 +20,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from arguments.command_line import Fault
+from arguments.rollout_server import sampler_difference
 from arguments.sampling import uniforms
 
 REWARD = ("--reward_functions", f"{__file__}:longer", "--max_steps", 3, "--precision", "fp32")
@@ -39,7 +41,7 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.base, self.loaded, self.asked, self.lock = base, {}, [], threading.Lock()
         self.models = {base: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()}
-        self.answers_before_it_fails = None
+        self.answers_before_it_fails, self.room = None, 4096
 
     @property
     def url(self) -> str:
@@ -76,7 +78,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         assert self.path == "/v1/models"
-        self.answer(200, {"data": [{"id": self.server.base}, *({"id": name} for name in self.server.loaded)]})
+        base = {"id": self.server.base, "max_model_len": self.server.room}
+        self.answer(200, {"data": [base, *({"id": name} for name in self.server.loaded)]})
 
     def do_POST(self):
         server, asked = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -150,6 +153,27 @@ def test_a_server_that_fails(server, tiny, records, tmp_path):
     in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", *flags)).ok()
     assert set(server.models) == {server.base}, "the adapter of the run that failed stayed"
     assert len(history(tmp_path / "rl", "sampler_difference")) == 3
+
+
+def test_a_server_without_room_for_the_answers(server, tiny, records, tmp_path):
+    """vLLM would end them early, and PPO would take them for answers without an end."""
+    server.room = 12
+    outcome = in_process(*stage("rl", tiny("llama"), records, tmp_path / "rl", "--vllm_server", server.url, *REWARD))
+    assert outcome.code == 1 and "takes 12 tokens" in outcome.errors[0] and "--max-model-len" in outcome.errors[0]
+    assert not any(path == "/v1/completions" for path, _ in server.asked)
+
+
+def test_tokens_that_cannot_end_are_not_compared():
+    """There the server's log-probabilities are of all tokens but the end: ln(1 / 0.9) = 0.105 higher, say."""
+    answers = [
+        {"logp": torch.tensor([-1.0, -2.0, -3.0]), "sampler_logp": torch.tensor([-0.895, -2.01, -3.03])},
+        {"logp": torch.tensor([-1.0]), "sampler_logp": torch.tensor([-0.895])},
+    ]
+    assert sampler_difference(answers, 1) == pytest.approx(0.02)
+    assert sampler_difference(answers, 0) == pytest.approx((0.105 + 0.01 + 0.03 + 0.105) / 4)
+    assert sampler_difference(answers, 3) == 0.0
+    with pytest.raises(Fault, match="another model"):
+        sampler_difference([{"logp": torch.tensor([-1.0, -2.0]), "sampler_logp": torch.tensor([-1.0, -2.4])}], 1)
 
 
 @pytest.mark.slow
