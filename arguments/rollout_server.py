@@ -61,7 +61,7 @@ class RolloutServer:
         name = f"policy-{uuid.uuid4().hex}"  # the server may cache by name
         model.save_pretrained(self.folder / name, selected_adapters=["default"])
         self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=str(self.folder / name))
-        loaded = {model["id"] for model in self.ask("/v1/models")["data"]}
+        loaded = {served["id"] for served in self.ask("/v1/models")["data"]}
         for old in set(self.folder.iterdir()) - {self.folder / name}:  # the last rollout's, or a killed run's
             if old.name in loaded:
                 self.ask("/v1/unload_lora_adapter", lora_name=old.name)
