@@ -58,7 +58,7 @@ class RolloutServer:
 
     def load(self, model) -> None:
         """Let the server sample with the adapter "default" of a PeftModel, and forget the previous one."""
-        name = f"policy-{uuid.uuid4().hex}"  # the server may cache by name
+        name = f"policy-{uuid.uuid4().hex}"  # unused by any run: a server keeps what a killed one loaded
         model.save_pretrained(self.folder / name, selected_adapters=["default"])
         self.ask("/v1/load_lora_adapter", lora_name=name, lora_path=str(self.folder / name))
         loaded = {served["id"] for served in self.ask("/v1/models")["data"]}
