@@ -242,7 +242,8 @@ class Answerer:
         found = self.model.generate(**batch, streamer=streamer)[:, batch["input_ids"].shape[1] :]
         ends = torch.isin(found, torch.tensor(self.settings.eos_token_id, device=found.device)).any(1).tolist()
         texts = self.tokenizer.batch_decode(found, skip_special_tokens=True)
-        return [(text.strip(), ended) for text, ended in zip(texts, ends, strict=True)]
+        whole = (text.rstrip("\ufffd").strip() for text in texts)  # the limit may cut the bytes of a character
+        return list(zip(whole, ends, strict=True))
 
     def stream(self, messages: list[dict]) -> Iterator[str]:
         """The answer as far as it has come, longer each time."""

@@ -172,8 +172,11 @@ def auto_class(config: PeftConfig):
 
 
 def settings(args: MergeArguments, config: PeftConfig) -> dict:
-    """What from_pretrained is told of a base, for the head that the adapter's task needs."""
-    labels = {"num_labels": 1} if config.task_type == "SEQ_CLS" else {}
+    """What from_pretrained is told of a base, for the head that the adapter's task needs.
+
+    Servers read the problem type: without one vLLM puts a reward model's score into a sigmoid.
+    """
+    labels = {"num_labels": 1, "problem_type": "regression"} if config.task_type == "SEQ_CLS" else {}
     return labels | {"trust_remote_code": args.trust_remote_code}
 
 

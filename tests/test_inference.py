@@ -43,6 +43,17 @@ def test_questions_that_padding_would_change_are_answered_apart(tmp_path):
     assert answerer.answer(questions) != alone, "this test needs a model that padding confuses"
 
 
+def test_a_character_that_the_limit_cuts_is_left_out(tiny):
+    answerer = Answerer(tiny("gpt2"), InferenceArguments(tiny("gpt2"), only_cpu=True, with_prompt=False))
+    asked = answerer.tokenizer("Hi", return_tensors="pt")["input_ids"]
+    for text, cut, expected in (("yes 脑", 1, "yes"), ("yes", 0, "yes"), ("脑", 1, "")):
+        ids = answerer.tokenizer(text, return_tensors="pt")["input_ids"]
+        found = torch.cat([asked, ids[:, : ids.shape[1] - cut]], 1)
+        answerer.model.generate = Mock(return_value=found)
+        assert "\ufffd" in answerer.tokenizer.decode(found[0]) or not cut, "this test needs bytes as tokens"
+        assert answerer.answer([[{"role": "user", "content": "Hi"}]]) == [(expected, False)]
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 

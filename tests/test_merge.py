@@ -248,6 +248,7 @@ def test_a_reward_model_keeps_its_head(dtype, atol, tiny, tmp_path):
     assert facts["dtype"] == dtype and "equal_top1" not in facts["parity"]
     plain = sequence.from_pretrained(base, num_labels=1, pad_token_id=0, dtype=torch.float32)
     found = sequence.from_pretrained(tmp_path / "merged", pad_token_id=0, dtype=torch.float32)
+    assert found.config.problem_type == "regression"
     with torch.no_grad():
         expected = PeftModel.from_pretrained(plain, adapter).eval()(IDS).logits
         torch.testing.assert_close(found.eval()(IDS).logits, expected, atol=atol, rtol=1e-4)
