@@ -68,6 +68,7 @@ class PPOArguments(RunArguments, TrainingArguments):
     """
 
     metrics = {"kl": False, "*": True}  # reward functions log metrics of their own
+    unused = RunArguments.unused | UNUSED
 
     max_steps: int = field(
         default=100, metadata={"help": "Rollouts: each samples batch_size answers and learns from them."}
@@ -78,6 +79,9 @@ class PPOArguments(RunArguments, TrainingArguments):
         default=4, metadata={"help": "Answers in memory at once; changes results by rounding alone."}
     )
     ppo_epochs: int = field(default=4, metadata={"help": "Passes over a rollout."})
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "What tells the best checkpoint, if one is wanted: by default the reward."}
+    )
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the policy."})
     critic: str = field(
         default="head",
@@ -551,7 +555,7 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
                 return self.stop()
             if not all(answer["advantages"].isfinite().all() for answer in self.rollout):
                 reason = alarms.get("not_finite", "a value of the critic is not finite")
-                raise Fault(f"{reason}: nothing of rollout {number + 1} was learned; the last checkpoint is whole")
+                raise Fault(f"{reason}: nothing of rollout {number + 1} was learned; earlier checkpoints are whole")
             self.good = [parameter.detach().clone() for parameter in sum(self.model.trained(), [])]
         size = args.mini_batch_size * args.world_size
         epoch, part = divmod(step, len(self.rollout) // size)

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection
 from itertools import pairwise
 from pathlib import Path
@@ -264,7 +264,10 @@ def modern_flags(argv: list[str]) -> list[str]:
 
 
 class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults of flags, and a script's docstring as it stands."""
+    """Defaults of flags, unless None, and a script's docstring as it stands."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
@@ -273,6 +276,12 @@ class _Parser(HfArgumentParser):
     def __init__(self, groups: tuple[type, ...], **kwargs):
         usage = {"usage": "%(prog)s [flags]", "formatter_class": _Help}
         super().__init__(groups, allow_abbrev=False, conflict_handler="resolve", **usage, **kwargs)
+        unused = {flag: why for group in groups for flag, why in getattr(group, "unused", {}).items()}
+        for action in self._actions:
+            if action.dest in unused:
+                action.help = f"No effect: {unused[action.dest]}."
+            elif action.option_strings[0].startswith("--no_"):  # HfArgumentParser's --no_flag for --flag False
+                action.help = SUPPRESS
 
     def error(self, message: str):
         raise UserError(f"{message} (see python {self.prog} --help)")

@@ -45,7 +45,7 @@ class DataArguments(LengthArguments):
         default=None,
         metadata={
             "help": "Folder of training records, searched recursively. Several: a,b:2 (those of b count twice in an "
-            "epoch; b:0.5 takes half of them)."
+            "epoch; b:0.5 takes about half of them)."
         },
     )
     validation_file_dir: str | None = field(

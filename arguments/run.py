@@ -36,6 +36,7 @@ from arguments.curves import plot_curves
 from arguments.data import DataArguments
 from arguments.flags import (
     NEEDS,
+    WITHOUT_EFFECT,
     check_accelerator_config,
     check_dead_flags,
     check_metric,
@@ -82,6 +83,7 @@ class RunArguments(PrecisionArguments, CompileArguments):
 
     metrics = {}  # {pattern of a held-out metric that may tell the best checkpoint: is more better?}; empty: any name
     needs = NEEDS  # {flag: the other flag without which it has no effect}
+    unused = WITHOUT_EFFECT  # {flag: why it has no effect}
 
     output_dir: str = field(
         default="", metadata={"help": "Where adapter, tokenizer, metrics and curves go. Required."}
@@ -90,13 +92,22 @@ class RunArguments(PrecisionArguments, CompileArguments):
         default=False,
         metadata={"help": "Start over. By default a run goes on from the newest checkpoint in output_dir."},
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint-N to go back to, which deletes the later ones. True: the newest, as by default; "
+            "False: --fresh."
+        },
+    )
     do_train: bool = field(default=True, metadata={"help": "Train."})
     do_eval: bool = field(default=True, metadata={"help": "Evaluate on held-out records."})
     activation_checkpointing: bool | None = field(
         default=False,
         metadata={"help": "Recompute activations: less memory, about 30%% slower.", "nargs": "?", "const": True},
     )
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name of the flag above."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Old name of --activation_checkpointing."}
+    )
     plan: bool = field(
         default=False,
         metadata={

@@ -128,7 +128,7 @@ class FiniteGradients(TrainerCallback):
             batch = f"batch {state.global_step + 1} (epoch {state.epoch:.3f})"
             raise Fault(
                 f"the gradients of {batch} are not finite: nothing of it was learned or saved. Look at its records "
-                "with --preview, lower --learning_rate, or try --precision fp32; the last checkpoint is whole"
+                "with --preview, lower --learning_rate, or try --precision fp32; earlier checkpoints are whole"
             )
 
     def on_step_end(self, args, state, control, **kwargs):  # before the last checkpoint is saved
@@ -160,6 +160,6 @@ class FiniteWeights(TrainerCallback):
     def check(self, model, step: int) -> None:
         if not all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
             raise Fault(
-                f"trained weights are not finite after step {step}: they are not saved. Lower --learning_rate; the "
-                "last checkpoint is whole"
+                f"trained weights are not finite after step {step}: they are not saved. Lower --learning_rate; "
+                "earlier checkpoints are whole"
             )

@@ -35,7 +35,7 @@ model.merge_and_unload().save_pretrained(output, max_shard_size="1GB")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="folder of any tokenizer, for the texts of the proof")
-    parser.add_argument("--layers", type=int, default=30, help="of 97 million weights each; 30 make 3.1 billion")
+    parser.add_argument("--layers", type=int, default=30, help="of 101 million weights each; 30 make 3.3 billion")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--contestants", default="copying,ours,peft,LLaMA-Factory")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the models go, on the disk to measure")
