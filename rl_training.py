@@ -38,12 +38,13 @@ from arguments.answers import describe, mean_kl, means, win_rate
 from arguments.atomic import append_step
 from arguments.command_line import Fault, UserError, expect, given, parse_arguments, run_stage
 from arguments.data import DataArguments
+from arguments.encoding import trained_end
 from arguments.guards import GuardArguments
 from arguments.model import ModelArguments
 from arguments.plan import plan_ppo
 from arguments.reward import RewardSourceArguments
 from arguments.reward_functions import function_scores, recorders
-from arguments.roles import at_columns, build_actor_critic, collate, last_token
+from arguments.roles import as_trained, at_columns, build_actor_critic, collate
 from arguments.rollout_server import RolloutServer, sampler_difference
 from arguments.run import BY_METRIC, RunArguments
 from arguments.sampling import chunks, sample_answers, takes_padding, uniforms
@@ -347,7 +348,11 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         self.stopped = False  # by a guard, for good
         self.reference_scores: list[float] = []
         self.function_metrics: list[dict[str, float]] = []  # what reward functions log
+        self.end_id = trained_end(self.processing_class)
         self.eos_ids = data_args.eos_ids(self.model.policy, self.processing_class)
+        if self.args.do_train:
+            each = self.args.steps_per_rollout
+            logger.info(f"{self.args.rollouts} rollouts of {each} optimizer steps, which log and checkpoints count")
         self.model.eval()
         with self.model.role("policy") as policy, self.accelerator.autocast():
             some = self.train_dataset[:64]["input_ids"]
@@ -420,14 +425,14 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             chosen = by_length[start : start + self.args.micro_batch_size]
             yield chosen, collate(chosen, self.processing_class.pad_token_id, self.args.device)
 
-    def model_scores(self, batch: dict, frozen, answers: list[dict], rows: list[dict]) -> list[float] | None:
-        """The reward model's scores, if there is one; `frozen` [batch, time, size] are the reward adapter's states."""
+    def model_scores(self, answers: list[dict], rows: list[dict], frozen, last) -> list[float] | None:
+        """The reward model's scores, if there is one: a reward adapter's from its states `frozen` [batch, time, size]
+        in the columns `last` [batch]."""
         if self.reward_model is not None:
             conversations = [row["prompt"] + assistant_turn(answer) for row, answer in zip(rows, answers, strict=True)]
             finished = [answer["finished"] for answer in answers]
             return self.reward_model(conversations, finished).tolist()  # in the dtype it was loaded in
         if self.model.reward_head is not None:
-            last = last_token(batch["ids"], self.processing_class.pad_token_id)
             return self.model.reward_head(at_columns(frozen, last.unsqueeze(1))).flatten().tolist()
         return None
 
@@ -460,17 +465,18 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
         for chosen, batch in self.micro_batches(answers):
             seen = dict(zip(("logp", "entropy"), self.model.token_logp("policy", batch, temperature), strict=True))
             head_alone, frozen = critic and not self.model.trains_critic_body, None
+            read, last = as_trained(batch["ids"], chosen, self.end_id, self.processing_class.pad_token_id)
             if head_alone and self.model.frozen_role == "reference":
                 seen["ref_logp"], frozen = self.model.reference(batch, temperature)
             else:
                 seen["ref_logp"], _ = self.model.token_logp("reference", batch, temperature)
                 if head_alone or self.model.reward_head is not None:  # one pass for both
-                    frozen = self.model.hidden(self.model.frozen_role, batch["ids"])
+                    frozen = self.model.hidden(self.model.frozen_role, read)
             if head_alone:
                 seen["states"] = batch["states"] = at_columns(frozen, batch["columns"])
             if critic:
                 seen["values"] = self.model.token_values(batch)
-            scores = self.model_scores(batch, frozen, chosen, [rows[answer["row"]] for answer in chosen])
+            scores = self.model_scores(chosen, [rows[answer["row"]] for answer in chosen], frozen, last)
             for i, answer in enumerate(chosen):
                 answer |= {name: tensor[i, : len(answer["ids"])].cpu() for name, tensor in seen.items()}
                 answer["scores"] = {"model": scores[i]} if scores else {}
@@ -629,6 +635,8 @@ class PPOTrainer(LogLine, EndsOnce, Trainer):
             if "seconds_update" in logs:  # of a rollout, not of one optimizer step
                 logs["seconds_update"] *= self.args.steps_per_rollout
             self.stats = []
+        if "train_samples_per_second" in logs:  # of the whole run: transformers counts an answer once for each step
+            logs["train_samples_per_second"] /= self.args.steps_per_rollout
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:

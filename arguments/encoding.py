@@ -93,9 +93,13 @@ class LengthArguments:
         """All ids that end an answer: the tokenizer's eos, the model's, and the one that SFT trains to end a turn."""
         configured = model.generation_config.eos_token_id
         configured = configured if isinstance(configured, list) else [configured]
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        trained = encode_turns(tokenizer, turn)[0][-1]  # self.encode may cut it off
-        return sorted({tokenizer.eos_token_id, trained, *(i for i in configured if i is not None)})
+        return sorted({tokenizer.eos_token_id, trained_end(tokenizer), *(i for i in configured if i is not None)})
+
+
+def trained_end(tokenizer) -> int:
+    """The id that SFT and RM train to end a turn."""
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return encode_turns(tokenizer, turn)[0][-1]  # LengthArguments.encode may cut it off
 
 
 def render(tokenizer, messages: list[dict], **kwargs) -> str:

@@ -22,10 +22,20 @@ from arguments.reward import RewardModel, adapter_head, is_own
 VALUE = "value_function"  # its adapter; no layer is called so: peft leaves others' weights in such a layer unsaved
 
 
-def last_token(ids, pad_token_id: int):
-    """Index [batch] of the last token that is not padding, as AutoModelForSequenceClassification finds it."""
-    positions = torch.arange(ids.shape[1], device=ids.device)
-    return (positions * (ids != pad_token_id)).argmax(-1)
+def as_trained(ids, answers: list[dict], end_id: int, pad_token_id: int):
+    """What a reward adapter reads: ids [batch, time] of answers that end as in its training, and where their scores
+    are: columns [batch].
+
+    A policy may end with another of its model's end tokens (Qwen's pad token, Llama 3's <|eom_id|>), at which no score
+    was learned. Where the trained end is the only token to pad with, AutoModelForSequenceClassification reads the
+    score one token earlier.
+    """
+    ids, last = ids.clone(), ids.new_tensor([len(answer["prompt"]) + len(answer["ids"]) - 1 for answer in answers])
+    finished = [i for i, answer in enumerate(answers) if answer["finished"]]
+    ids[finished, last[finished]] = end_id
+    if end_id == pad_token_id:
+        last[finished] -= 1
+    return ids, last
 
 
 def score_head(hidden_size: int, state: dict | None) -> nn.Linear:
@@ -265,9 +275,11 @@ def build_actor_critic(
         elif of_base:
             why = "was not trained by stage 3"
         else:
-            why = f"is an adapter on {base_name}" if adapter else "is a whole model"
-        logger.info(f"Reward model {reward_args.reward_model_name_or_path} {why}: loaded beside the policy")
+            other = f"is an adapter on {base_name}, and not on {model_args.model_name_or_path}"
+            why = other if adapter else "is a whole model"
         reward_model = reward_args.load_model(data_args, model_args)
+        level = "WARNING" if adapter and not of_base else "INFO"  # is one of the two bases a mistake?
+        logger.log(level, f"Reward model {reward_args.reward_model_name_or_path} {why}: loaded beside the policy")
 
     policy = model_args.load_model(AutoModelForCausalLM)
     full_precision_head(policy, frozen=adapter_args.use_peft)

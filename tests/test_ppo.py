@@ -30,7 +30,7 @@ from arguments.answers import correlation, describe, distinct, kl_estimate
 from arguments.command_line import UserError
 from arguments.guards import GuardArguments
 from arguments.model import ModelArguments
-from arguments.roles import VALUE, ActorCritic, disable_dropout, last_token, score_head, trunk
+from arguments.roles import VALUE, ActorCritic, as_trained, disable_dropout, score_head, trunk
 from arguments.sampling import InverseTransformSampling, chunks, takes_padding, uniforms
 from rl_training import (
     PPOArguments,
@@ -322,18 +322,24 @@ def test_two_ranks_share_every_rollout():
 
 
 @pytest.mark.parametrize(
-    ("ids", "pad", "expected"),
+    ("answer", "finished", "end", "pad", "read", "column"),
     [
-        ([5, 6, 2, 0, 0], 0, 2),
-        ([5, 6, 7, 8, 2], 0, 4),
-        ([5, 0, 7, 2, 0], 0, 3),  # a pad token inside is no padding
-        ([5, 6, 2, 2, 2], 2, 1),  # pad == eos: one token early, as in AutoModelForSequenceClassification
-        ([5, 2, 6, 2, 2], 2, 2),
-        ([0, 0, 0, 0, 0], 0, 0),
+        ([6, 2], True, 2, 0, [5, 6, 2, 0], 2),
+        ([6, 7, 2], True, 2, 0, [5, 6, 7, 2], 3),
+        ([0, 7, 2], True, 2, 0, [5, 0, 7, 2], 3),  # a pad token inside is no padding
+        ([6, 0], True, 2, 0, [5, 6, 2, 0], 2),  # ended by the pad token, as a Qwen may
+        ([6, 3], True, 2, 0, [5, 6, 2, 0], 2),  # by another end
+        ([6, 0], False, 2, 0, [5, 6, 0, 0], 2),  # cut
+        ([6, 2], True, 2, 2, [5, 6, 2, 2], 1),  # pad == eos: one token early, as in AutoModelForSequenceClassification
+        ([2], True, 2, 2, [5, 2, 2, 2], 0),
+        ([6, 7], False, 2, 2, [5, 6, 7, 2], 2),
     ],
 )
-def test_last_token(ids, pad, expected):
-    assert last_token(torch.tensor([ids]), pad).tolist() == [expected]
+def test_what_a_reward_adapter_reads(answer, finished, end, pad, read, column):
+    row = {"prompt": [5], "ids": answer, "finished": finished}
+    ids = torch.tensor([([5] + answer + 4 * [pad])[:4]])
+    found, columns = as_trained(ids, [row], end, pad)
+    assert found.tolist() == [read] and columns.tolist() == [column]
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +385,7 @@ def padded(rows, width, pad=0):
 def score(tiny, rows, width):
     ids, _ = padded(rows, width)
     outputs = tiny.value_head(tiny.hidden("value", ids)).squeeze(-1)
-    return outputs.gather(1, last_token(ids, 0).unsqueeze(1)).squeeze(1)
+    return torch.stack([found[len(row) - 1] for found, row in zip(outputs, rows, strict=True)])
 
 
 SMALL = {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -402,8 +408,11 @@ def test_score_is_that_of_sequence_classification(tiny, pad):
     reward.model.load_state_dict(tiny.policy.model.state_dict())
     reward.score.load_state_dict(tiny.value_head.state_dict())
     ids, mask = padded(ROWS, 8, pad)
+    answers = [{"prompt": row[:1], "ids": row[1:], "finished": True} for row in ROWS]
+    read, columns = as_trained(ids, answers, 2, pad)
+    assert torch.equal(read, ids)
     outputs = tiny.value_head(tiny.hidden("value", ids)).squeeze(-1)
-    found = outputs.gather(1, last_token(ids, pad).unsqueeze(1)).squeeze(1)
+    found = outputs.gather(1, columns.unsqueeze(1)).squeeze(1)
     close(found, reward(input_ids=ids, attention_mask=mask).logits[:, 0], atol=1e-5, rtol=1e-5)
 
 

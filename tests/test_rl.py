@@ -48,7 +48,7 @@ from arguments.encoding import LengthArguments
 from arguments.model import ModelArguments
 from arguments.reward import RewardModel, RewardSourceArguments, is_own, pad_alike
 from arguments.reward_functions import function_scores, load_functions, recorders
-from arguments.roles import VALUE, disable_dropout
+from arguments.roles import VALUE, as_trained, disable_dropout
 from arguments.sampling import until_eos
 
 # --- the roles of PPO
@@ -70,7 +70,8 @@ def written_answers(trainer, texts: tuple[str, ...]) -> list[dict]:
     """Answers as if the trainer had sampled `texts` to its first prompts."""
     ids = [trainer.processing_class(text, add_special_tokens=False)["input_ids"] for text in texts]
     prompts = [trainer.train_dataset[i]["input_ids"] for i in range(len(texts))]
-    return [{"prompt": p, "ids": i, "text": t} for p, i, t in zip(prompts, ids, texts, strict=True)]
+    found = zip(prompts, ids, texts, strict=True)
+    return [{"prompt": prompt, "ids": i, "text": text, "finished": False} for prompt, i, text in found]
 
 
 def test_roles_of_ppo(tiny, records, tmp_path, monkeypatch):
@@ -122,6 +123,15 @@ def test_seconds_of_updates_are_a_rollouts(tiny, records, tmp_path, monkeypatch)
     trainer.stats, logs = [{"seconds_update": 1.0}, {"seconds_update": 3.0}, {"kl": 5.0}], {"loss": 0.0}
     trainer.log(logs)
     assert logs["seconds_update"] == 3 * (1 + 3) / 2 and logs["kl"] == 5.0
+    logs = {"train_samples_per_second": 12.0}
+    trainer.log(logs)
+    assert logs["train_samples_per_second"] == 12 / 3, "an answer counts once, not once for each pass"
+
+
+def read(trainer, batch, answers):
+    """The reward adapter's hidden states of answers, and the columns of their scores."""
+    ids, last = as_trained(batch["ids"], answers, trainer.end_id, trainer.processing_class.pad_token_id)
+    return trainer.model.hidden("reward", ids), last
 
 
 def check_roles(trainer, llama: str, adapter: Path) -> None:
@@ -155,11 +165,10 @@ def check_roles(trainer, llama: str, adapter: Path) -> None:
     singles = []
     for answer, row in zip(answers, rows, strict=True):
         _, single = next(trainer.micro_batches([answer]))
-        singles += trainer.model_scores(single, trainer.model.hidden("reward", single["ids"]), [answer], [row])
+        singles += trainer.model_scores([answer], [row], *read(trainer, single, [answer]))
     together = [
-        dict(zip(map(id, chosen), trainer.model_scores(batch, frozen, chosen, rows), strict=True))
+        dict(zip(map(id, chosen), trainer.model_scores(chosen, rows, *read(trainer, batch, chosen)), strict=True))
         for chosen, batch in trainer.micro_batches(answers)
-        for frozen in [trainer.model.hidden("reward", batch["ids"])]
     ]
     together = [together[0][id(answer)] for answer in answers]
     assert together == pytest.approx(singles, abs=1e-5)
@@ -182,6 +191,15 @@ def test_where_a_score_is_read(pad, tiny, records, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "generate", lambda *_: [answer["ids"] for answer in made])
     shared = trainer.judge(trainer.sample("policy", rows, ["0", "1", "2"]), rows)
     assert all(answer["finished"] for answer in shared)
+
+    others = [tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("a"), tokenizer.eos_token_id]
+    trainer.eos_ids = sorted({*trainer.eos_ids, *others})  # as Qwen's and Llama 3's models have several ends
+    assert len(set(others)) == 3
+    for answer, end in zip(made, others, strict=True):
+        answer["ids"][-1] = end
+    ended = trainer.judge(trainer.sample("policy", rows, ["0", "1", "2"]), rows)
+    assert [answer["score"] for answer in ended] == [answer["score"] for answer in shared]
+    assert ended[0]["logp"][-1] != shared[0]["logp"][-1], "the policy is judged by what it sampled"
 
     tokenizer.pad_token = {"its own": tokenizer.pad_token, "eos": tokenizer.eos_token}[pad]
     base = AutoModelForSequenceClassification.from_pretrained(tiny("llama"), num_labels=1, dtype=torch.float32)
@@ -360,7 +378,7 @@ def test_every_role_computes_in_the_precision_asked_for(precision, dtype, tiny, 
         chosen, batch = next(trainer.micro_batches(answers))
         logps = [trainer.model.token_logp(name, batch, 1.0)[0] for name in ("policy", "reference")]
         values = trainer.model.token_values(batch)
-        trainer.model_scores(batch, trainer.model.hidden("reward", batch["ids"]), chosen, rows)
+        trainer.model_scores(chosen, rows, *read(trainer, batch, chosen))
     assert found == [dtype] * 4
     assert all(tensor.dtype == torch.float32 for tensor in [*logps, values])
 
@@ -438,10 +456,9 @@ def test_decoder_reward_model_beside_the_policy(kind, tiny, records, tmp_path):
     policy = moved_copy(tiny("llama"), tmp_path / "policy")
     flags = ("--reward_model_name_or_path", reward, "--precision", "fp32", "--min_target_length", 8)
     ended = in_process(*stage("rl", policy, records, tmp_path / "rl", *flags)).ok()
-    told = (
-        f"is an adapter on {tiny('llama')}: loaded beside" if kind == "adapter" else "is a whole model: loaded beside"
-    )
-    assert told in ended.stderr
+    told = f"is an adapter on {tiny('llama')}, and not on {policy}" if kind == "adapter" else "is a whole model"
+    level = "WARNING" if kind == "adapter" else "INFO   "
+    assert f"{level} Reward model {reward} {told}: loaded beside the policy" in ended.stderr
     assert results(tmp_path / "rl")["eval_eos_rate"] == 0.0, "this test needs answers that do not end"
     alone = [scored_alone(model, tokenizer, sample) for sample in samples(tmp_path / "rl")]
     assert [sample["score"] for sample in samples(tmp_path / "rl")] == pytest.approx(alone, abs=1e-5)
