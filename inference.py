@@ -23,7 +23,7 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,15 @@ from loguru import logger
 from peft import PeftModel, TaskType
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, TextStreamer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TextIteratorStreamer,
+    TextStreamer,
+    TopPLogitsWarper,
+)
 
 from arguments.adapter import with_saved_adapter
 from arguments.answers import mean, win_rate
@@ -47,7 +55,7 @@ from arguments.model import ModelArguments, check_finite
 from arguments.precision import best_precision
 from arguments.predictions import already_answered, question_of, refuse_to_replace, replace_lines, writable
 from arguments.reward import RewardSourceArguments
-from arguments.sampling import takes_padding
+from arguments.sampling import InverseTransformSampling, takes_padding, uniforms
 from arguments.streamed import adapter_shapes, grown_vocabulary
 
 with contextlib.suppress(ImportError):  # some Pythons lack it
@@ -217,12 +225,10 @@ class Answerer:
             model = with_adapter(model, folder, name)
         self.model = args.placed(model).eval()
         check_finite(self.model, self.tokenizer, "take --dtype float32")
+        self.asked = 0  # how many answers it gave: each is drawn by random numbers of its own
         self.settings = GenerationConfig(
             max_new_tokens=args.max_new_tokens,
-            do_sample=args.temperature > 0,
-            temperature=args.temperature or None,
-            top_p=args.top_p if args.temperature > 0 else None,
-            top_k=0 if args.temperature > 0 else None,  # 0: no limit
+            do_sample=False,  # drawn() leaves one token to take
             eos_token_id=self.lengths.eos_ids(self.model, self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
         )
@@ -235,11 +241,33 @@ class Answerer:
             ids = self.tokenizer(messages[-1]["content"])["input_ids"][-self.lengths.max_source_length :]
         return known_ids(self.tokenizer, ids)
 
-    def answer(self, conversations: list[list[dict]], streamer: TextStreamer | None = None) -> list[tuple[str, bool]]:
-        """Of each conversation the answer, and whether it ended before --max_new_tokens."""
+    def drawn(self, numbers: Iterable[int], width: int) -> LogitsProcessorList:
+        """Sampling of the answers with these numbers, each a function of --seed and its own number alone, behind
+        prompts of `width` tokens."""
+        args = self.args
+        if not args.temperature:
+            return LogitsProcessorList()
+        draws = uniforms([f"{args.seed} answer {number}" for number in numbers], args.max_new_tokens)
+        likely = [TopPLogitsWarper(args.top_p)] if args.top_p < 1 else []
+        choice = InverseTransformSampling(draws.to(self.model.device), width, temperature=1.0)
+        return LogitsProcessorList([TemperatureLogitsWarper(args.temperature), *likely, choice])
+
+    def answer(
+        self,
+        conversations: list[list[dict]],
+        numbers: Sequence[int] | None = None,
+        streamer: TextStreamer | None = None,
+    ) -> list[tuple[str, bool]]:
+        """Of each conversation the answer, and whether it ended before --max_new_tokens.
+
+        `numbers` are those of the answers, by default counted on.
+        """
         rows = {"input_ids": [self.ids(messages) for messages in conversations]}
         batch = self.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(self.model.device)
-        found = self.model.generate(**batch, streamer=streamer)[:, batch["input_ids"].shape[1] :]
+        width = batch["input_ids"].shape[1]
+        numbers = numbers or range(self.asked, self.asked + len(conversations))
+        self.asked += len(conversations)
+        found = self.model.generate(**batch, streamer=streamer, logits_processor=self.drawn(numbers, width))[:, width:]
         ends = torch.isin(found, torch.tensor(self.settings.eos_token_id, device=found.device)).any(1).tolist()
         texts = self.tokenizer.batch_decode(found, skip_special_tokens=True)
         whole = (text.rstrip("\ufffd").strip() for text in texts)  # the limit may cut the bytes of a character
@@ -251,7 +279,7 @@ class Answerer:
 
         def answer():
             try:
-                return self.answer([messages], streamer)
+                return self.answer([messages], streamer=streamer)
             finally:
                 streamer.end()  # even if generating failed, or the loop below would wait forever
 
@@ -262,8 +290,8 @@ class Answerer:
                 yield text
             yield found.result()[0][0]
 
-    def answer_all(self, conversations: list[list[dict]]) -> Iterator[tuple[str, bool]]:
-        """`answer` of all in order; of 4 batches at a time, those of similar length together."""
+    def answer_all(self, conversations: list[list[dict]], first: int = 0) -> Iterator[tuple[str, bool]]:
+        """`answer` of all in order, counted from `first`; of 4 batches at a time, those of similar length together."""
         size = min(self.args.batch_size, len(conversations) or 1)
         if size > 1 and not takes_padding(self.model, self.tokenizer, [self.ids(m) for m in conversations[:64]]):
             size = 1
@@ -272,7 +300,8 @@ class Answerer:
                 group, answers = conversations[start : start + 4 * size], {}
                 by_length = sorted(range(len(group)), key=lambda i: len(self.ids(group[i])))
                 for batch in (by_length[i : i + size] for i in range(0, len(group), size)):
-                    answers |= zip(batch, self.answer([group[i] for i in batch]), strict=True)
+                    numbers = [first + start + i for i in batch]
+                    answers |= zip(batch, self.answer([group[i] for i in batch], numbers), strict=True)
                     bar.update(len(batch))
                 yield from (answers[i] for i in range(len(group)))
 
@@ -302,7 +331,7 @@ def chat(answerer: Answerer, system: str | None) -> None:
         elif question:
             print("Model: ", end="", flush=True)
             messages.append({"role": "user", "content": question})
-            ((text, _),) = answerer.answer([messages], streamer)
+            ((text, _),) = answerer.answer([messages], streamer=streamer)
             messages.append({"role": "assistant", "content": text})
 
 
@@ -420,7 +449,7 @@ def answer_file(args: InferenceArguments) -> None:
     answerer = Answerer(args.base_model, args, args.lora_model)
     if not hold_file(path) or already_answered(path, asked, name, settings) > done:
         raise UserError(f"--predictions_file {path}: another call is writing there. Wait for its end, or name another")
-    for messages, (text, _) in zip(questions[done:], answerer.answer_all(questions[done:]), strict=True):
+    for messages, (text, _) in zip(questions[done:], answerer.answer_all(questions[done:], done), strict=True):
         append_lines(path, [question_of(messages) | {"Output": text, "Model": name, "With": settings}])
     logger.info(f"{len(questions)} answers in {path}")
 
@@ -461,9 +490,14 @@ def load_scorer(args: InferenceArguments) -> torch.nn.Module:
         UserError: when it is none, or its files are damaged.
     """
     lengths = LengthArguments(max_source_length=args.max_source_length, max_target_length=args.max_new_tokens)
-    source = RewardSourceArguments(reward_model_name_or_path=args.reward_model)
+    source, model_args = (
+        RewardSourceArguments(reward_model_name_or_path=args.reward_model),
+        args.model_args(args.compare[0]),
+    )
+    if not (args.dtype or torch.cuda.is_available()):  # as RL scores on a CPU, even where answers take bfloat16
+        model_args.dtype = "float32"
     try:
-        return source.load_model(lengths, args.model_args(args.compare[0]))
+        return source.load_model(lengths, model_args)
     except UserError as error:
         raise UserError(str(error).replace("--reward_model_name_or_path", "--reward_model")) from error
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
@@ -485,7 +519,6 @@ def score(args: InferenceArguments, questions: list, answers: dict[str, list]) -
 
 def main():
     (args,) = parse_arguments(InferenceArguments)
-    set_seed(args.seed)
     if args.web:
         web(args)
     elif args.compare:

@@ -1,6 +1,7 @@
 """Sampling answers, each a function of its own seed alone."""
 
 import random
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -46,6 +47,16 @@ class Tick(LogitsProcessor):
         return scores
 
 
+@contextmanager
+def decoding(model, config: GenerationConfig):
+    """Inside, the model generates as `config` says, without its own penalties and the like."""
+    kept, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
 def until_eos(ids: list[int], eos_ids: list[int]) -> list[int]:
     end = next((i + 1 for i, token in enumerate(ids) if token in eos_ids), len(ids))
     return ids[:end]
@@ -68,7 +79,6 @@ def takes_padding(model, tokenizer, prompts: list[list[int]]) -> bool:
         return_dict_in_generate=True,
         pad_token_id=tokenizer.pad_token_id,
     )
-    kept, model.generation_config = model.generation_config, config
 
     def answers(rows, first=None):
         """The first tokens of the answers, or those of `first`, and the logits of the second."""
@@ -76,10 +86,10 @@ def takes_padding(model, tokenizer, prompts: list[list[int]]) -> bool:
         made = model.generate(**padded, prefix_allowed_tokens_fn=first and (lambda row, _: first[row]))
         return made.sequences[:, -2:-1].tolist(), made.logits[1]
 
-    alone = [answers([prompt]) for prompt in tested]
-    first = [tokens[0] for tokens, _ in alone]
-    _, together = answers([*tested, longest], [*first, first[0]])
-    model.generation_config = kept
+    with decoding(model, config):
+        alone = [answers([prompt]) for prompt in tested]
+        first = [tokens[0] for tokens, _ in alone]
+        _, together = answers([*tested, longest], [*first, first[0]])
     exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     same = alike(together[:-1], torch.cat([logits for _, logits in alone]), within=1e-3 if exact else 0.1)
     if not same:
@@ -111,13 +121,13 @@ def sample_answers(
     `together` holds `chunks`, each sampled at once. `config` decodes greedily and lists the eos ids; it replaces
     the model's own, which may ask for top-k or penalties.
     """
-    answers, kept, model.generation_config = {}, model.generation_config, config
+    answers = {}
     for number, chunk in enumerate(together, 1):
         padded = tokenizer.pad({"input_ids": [prompts[i] for i in chunk]}, padding_side="left", return_tensors="pt")
         width = padded["input_ids"].shape[1]
         processors = LogitsProcessorList([InverseTransformSampling(numbers[chunk], width, temperature), Tick(bar)])
-        sampled = model.generate(**padded.to(numbers.device), logits_processor=processors)[:, width:].tolist()
+        with decoding(model, config):
+            sampled = model.generate(**padded.to(numbers.device), logits_processor=processors)[:, width:].tolist()
         bar.update(number * config.max_new_tokens - bar.n)  # all may have ended before the last token
         answers |= {i: until_eos(ids, config.eos_token_id) for i, ids in zip(chunk, sampled, strict=True)}
-    model.generation_config = kept
     return [answers[i] for i in range(len(prompts))]

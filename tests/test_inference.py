@@ -18,7 +18,7 @@ from arguments import atomic
 from arguments.command_line import Fault, UserError
 from arguments.model import check_finite
 from arguments.reward import RewardModel
-from inference import Answerer, InferenceArguments, find_adapter, score
+from inference import Answerer, InferenceArguments, find_adapter, load_scorer, score
 
 QUESTIONS = "What does the heart do?\n高血压要注意什么？\nHow is asthma treated?\n"
 
@@ -184,6 +184,35 @@ def test_samples_of_another_seed_are_not_gone_on_with(begun, tmp_path):
     assert "2 of 3 answers are in" in ask(*same, "--seed", 1).ok().stderr
 
 
+def test_a_sampled_answer_depends_on_its_seed_and_number_alone(tiny, trained, tmp_path):
+    """Not on the batch, on a call that goes on, or on the models asked before; the same question is drawn anew."""
+    (tmp_path / "q.txt").write_text("What is flu?\nWhat is flu?\nWhy do hearts beat so?\nWhat is flu?\n")
+    flags = ("--data_file", tmp_path / "q.txt", "--temperature", 1.5, "--top_p", 0.9, "--dtype", "float32")
+
+    def answers(name, *more):
+        path = tmp_path / f"{name}.jsonl"
+        ask(*flags, "--predictions_file", path, *more).ok()
+        return [row["Output"] for row in lines(path)]
+
+    base, merged = str(tiny("llama")), str(trained / "merged")
+    whole = answers("whole", "--base_model", base)
+    assert len(set(whole)) == 4 and answers("again", "--base_model", base, "--batch_size", 1) == whole
+    assert answers("other", "--base_model", base, "--seed", 1) != whole
+    answers("parts", "--base_model", base, "--max_eval_samples", 1)
+    assert answers("parts", "--base_model", base) == whole
+    assert [row[base] for row in answers("first", "--compare", base, merged)] == whole
+    assert [row[base] for row in answers("second", "--compare", merged, base)] == whole
+
+
+def test_top_p_and_temperature_shape_what_is_drawn(tiny):
+    args = InferenceArguments(tiny("llama"), temperature=2.0, top_p=0.6, max_new_tokens=1, only_cpu=True)
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log() * 2  # at this temperature the probabilities; the third is left out
+    drawn = [Answerer.drawn(Mock(args=args, model=Mock(device="cpu")), [i], 1) for i in range(400)]
+    tokens = torch.cat([processors(torch.zeros(1, 1), logits).argmax(-1) for processors in drawn])
+    assert set(tokens.tolist()) == {0, 1}
+    assert tokens.float().mean().item() == pytest.approx(3 / 8, abs=0.08)  # 0.3 of 0.8; three standard errors
+
+
 def test_answers_of_older_versions_are_gone_on_with(begun, tmp_path):
     old = [{key: row[key] for key in ("Input", "Output", "Model")} for row in lines(tmp_path / "a.jsonl")[:2]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
@@ -263,6 +292,16 @@ def test_models_are_compared(tiny, trained, records, tmp_path, monkeypatch):
     ended = ask(*failing, "--max_eval_samples", 3, "--reward_model", trained / "rm")
     assert ended.code == 1 and "out of luck" in ended.errors[0]
     assert len(lines(kept)) == 3, "the answers, though they could not be scored"
+
+
+def test_a_reward_model_judges_in_the_precision_of_rl(tiny, trained, monkeypatch):
+    """On a CPU in float32, also where it answers in bfloat16."""
+    monkeypatch.setattr("inference.best_precision", lambda **_: "bf16")
+    flags = {"compare": [tiny("llama")], "data_file": "q", "reward_model": str(trained / "rm"), "only_cpu": True}
+    for dtype, expected in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
+        args = InferenceArguments(**flags, dtype=dtype)
+        assert args.model_args(tiny("llama")).dtype == "bfloat16"
+        assert next(load_scorer(args).parameters()).dtype == expected
 
 
 def test_compared_answers_go_through_a_link(tiny, tmp_path):
