@@ -229,7 +229,8 @@ def not_found(name: str, error: Exception) -> str:
         return first_line(error)
     if isinstance(error.__cause__, HFValidationError):
         return "no such folder, and no name of a model on the hub"
-    return f"no such folder, and as a name on the hub: {first_line(error)}"
+    made = " (has the stage that makes it run?)" if name.endswith("-merged") else ""
+    return f"no such folder{made}, and as a name on the hub: {first_line(error)}"
 
 
 def without_secrets(argv: list[str]) -> list[str]:
@@ -251,7 +252,11 @@ def modern_flags(argv: list[str]) -> list[str]:
         name, equals, value = word.partition("=")
         if name == "--warmup_ratio" and re.fullmatch(r"[1-9]\d*(\.\d*)?", value or following):
             raise UserError(f"{name} is {value or following}, expected a share of the steps, below 1")
-        if name in RENAMED_FLAGS:
+        if name == "--group_by_length" and (value or following).lower() in ("false", "f", "no", "n", "0"):
+            logger.warning(f"{name} {value or following} is today --train_sampling_strategy random")
+            translated += ["--train_sampling_strategy", "random"]
+            skipping = True
+        elif name in RENAMED_FLAGS:
             modern = RENAMED_FLAGS[name]
             logger.warning(f"{name} is the old name of {modern}" if modern else f"{name} has no effect any more")
             skipping = modern is None
@@ -290,6 +295,11 @@ class _Parser(HfArgumentParser):
 def known_flags(*groups: type) -> set[str]:
     """The flags of argument groups, each with _ and with -."""
     return {option for action in _Parser(groups)._actions for option in action.option_strings}
+
+
+def unknown_words(argv: list[str], *groups: type) -> list[str]:
+    """What argument groups do not know of a command line."""
+    return _Parser(groups).parse_known_args(modern_flags(argv))[1]
 
 
 def parse_arguments(*groups: type, argv: list[str] | None = None) -> list:

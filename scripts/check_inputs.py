@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments.adapter import AdapterArguments  # noqa: E402
-from arguments.command_line import UserError, known_flags, modern_flags, run_stage  # noqa: E402
+from arguments.command_line import UserError, known_flags, modern_flags, run_stage, unknown_words  # noqa: E402
 from arguments.data import DataArguments  # noqa: E402
 from arguments.guards import GuardArguments  # noqa: E402
 from arguments.model import ModelArguments  # noqa: E402
@@ -38,7 +38,7 @@ def of_flags(kind: type, *flags: str):
 
 
 def check_flags(flags: list[str]) -> None:
-    """Refuse a flag that not all stages know."""
+    """Refuse a flag that not all stages know, a value that one refuses, and a word that belongs to no flag."""
     known = {stage: known_flags(*groups) for stage, groups in STAGES.items()}
     for flag in (word.partition("=")[0] for word in modern_flags(flags) if word.startswith("--")):
         those = [stage for stage in STAGES if flag in known[stage]]
@@ -47,6 +47,9 @@ def check_flags(flags: list[str]) -> None:
         if len(those) < len(STAGES):
             scripts = " and ".join(f"scripts/run_{stage}.sh" for stage in those)
             raise UserError(f"{flag} would be for all stages, and not all know it: write it into {scripts}")
+    for groups in STAGES.values():
+        if words := unknown_words(flags, *groups):
+            raise UserError(f"{words[0]} belongs to no flag: leave it out")
 
 
 def main():

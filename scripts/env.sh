@@ -70,6 +70,11 @@ flag_value() {
   printf '%s' "$value"
 }
 
+# flag_is_on --flag "$@": whether "$@" gives it, and not with one of the words that argparse takes for no.
+flag_is_on() {
+  case $(flag_value "$1" no "${@:2}" | tr '[:upper:]' '[:lower:]') in false | f | no | n | 0) return 1 ;; esac
+}
+
 # read_flags "$@": MODEL, OUTPUT, TRAIN and VALIDATION as its flags have them, and MERGED where that is empty. A TRAIN
 # that holds train/ and validation/ is both; one that does not, with no VALIDATION, loses a share of its records to
 # evaluation.
@@ -97,8 +102,9 @@ read_flags() {
 merge_stage() {
   local base=$1 adapter=$2 merged=$3 code=False
   shift 3
-  case " $* " in *" --plan"* | *" --preview"* | *" --help "* | *" -h "*) return ;; esac
-  [ "$(flag_value --trust_remote_code False "$@")" = False ] || code=True
+  case " $* " in *" --help "* | *" -h "*) return ;; esac
+  if flag_is_on --plan "$@" || flag_is_on --preview "$@"; then return; fi
+  if flag_is_on --trust_remote_code "$@"; then code=True; fi
   if [ "${NODE_RANK:-0}" -gt 0 ]; then
     [ ! -f "$adapter/adapter_config.json" ] || echo "waiting for machine 0 to merge into $merged"
     until [ "$merged/merge.json" -nt "$adapter/all_results.json" ] || [ ! -f "$adapter/adapter_config.json" ]; do
@@ -113,7 +119,10 @@ merge_stage() {
       [ "${NNODES:-1}" -eq 1 ] || touch "$adapter/merge_failed"  # for those that wait
       exit "$ended"
     }
-  else
+  elif [ -f "$adapter/config.json" ]; then
     echo "$adapter holds a whole model: nothing to merge"
+  else
+    echo "error: $adapter holds neither an adapter nor a model: has another command cleared it?" >&2
+    exit 1
   fi
 }

@@ -94,6 +94,9 @@ def load_questions(path: Path) -> list[dict]:
 def load_quiz(folder: str) -> dict[str, list[dict]]:
     """The questions of each .jsonl file in a folder, by its name."""
     quiz = {path.stem: load_questions(path) for path in sorted(Path(folder).glob("*.jsonl"))}
+    others = [path for path in sorted(Path(folder).glob("[!.]*")) if path.suffix != ".jsonl"]
+    if quiz and others:
+        print(f"not read, only .jsonl files are: {', '.join(map(str, others))}", file=sys.stderr)
     if not quiz:
         raise UserError(f"{folder} holds no .jsonl file of questions: name a folder like data/quiz")
     return quiz

@@ -33,8 +33,9 @@ def print_table(outputs: Path) -> None:
 
 
 def unseen_prompts(outputs: Path) -> list[list[dict]]:
-    """The first held-out prompts that the RL stage showed."""
-    return [row["prompt"] for row in read_lines(outputs / "rl" / "samples.jsonl")[:PROMPTS]]
+    """The first held-out prompts that the RL stage showed, each time the same."""
+    rows = read_lines(outputs / "rl" / "samples.jsonl")
+    return [row["prompt"] for row in rows[:PROMPTS] if row.get("step") == rows[0].get("step")]
 
 
 def main():

@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 FRESH="" FLAGS=()  # ${FLAGS[@]+...} below: for bash 3.2, macOS's, an empty array is an unset variable
 for flag in "$@"; do
   case $flag in
-    --fresh) FRESH=yes ;;
+    --fresh | --fresh=[Tt]rue) FRESH=yes ;;
     --plan* | --preview* | --help | -h)
       echo "error: $flag is for one stage: bash scripts/run_sft.sh $flag (or run_pt, run_rm, run_rl)" >&2
       exit 2
@@ -26,7 +26,7 @@ for flag in "$@"; do
       echo "error: $flag is for PT, SFT and RM, and RL refuses it: run the stages one by one (docs/distributed.md)" >&2
       exit 2
       ;;
-    --trust?remote?code | --trust?remote?code=[!Ff]*)
+    --trust?remote?code | --trust?remote?code=[!FfNn0]*)
       echo "error: $flag: the quiz and the report at the end do not load a model's own code; run the stages one by one" >&2
       exit 2
       ;;

@@ -118,7 +118,7 @@ RENAMED = {  # words after the flag: attribute and its value
     "--log_with": [(["none"], "report_to", [])],
     "--save_safetensors": [([], "seed", 7), (["False"], "seed", 7)],  # dropped, and its value with it
     "--fp16_opt_level": [(["O1"], "seed", 7)],
-    "--group_by_length": [([], "seed", 7), (["True"], "seed", 7)],
+    "--group_by_length": [([], "seed", 7), (["True"], "seed", 7), (["False"], "train_sampling_strategy", "random")],
     "--logging_dir": [(["logs"], "seed", 7)],
 }
 

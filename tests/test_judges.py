@@ -9,7 +9,7 @@ import torch
 from conftest import in_process, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
-from scripts.quiz import PROMPTS, choice
+from scripts.quiz import PROMPTS, choice, load_quiz
 
 TEXTS = ["The train left at six in the morning.", "老街的尽头有一家修表铺。", "Bread needs an hour to cool."]
 OPTIONS = {
@@ -120,6 +120,13 @@ def test_a_quiz_from_windows_and_an_empty_one(tiny, tmp_path):
     (tmp_path / "zh.jsonl").write_text("\n")
     ended = in_process("scripts/quiz.py", tmp_path, tiny("llama"))
     assert ended.code == 2 and "zh.jsonl holds no questions" in ended.errors[0]
+
+
+def test_a_file_that_is_not_asked_is_named(tmp_path, capsys):
+    write_lines(tmp_path, [GOOD], "en.jsonl")
+    (tmp_path / "law.csv").write_text("question,options,answer\n")
+    assert load_quiz(tmp_path) == {"en": [GOOD]}
+    assert f"not read, only .jsonl files are: {tmp_path / 'law.csv'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["quiz", "perplexity"])

@@ -143,3 +143,8 @@ def test_only_whole_lines_are_read(tmp_path):
         file.write('{"prompt": "流'.encode()[:-1])
     assert read_lines(tmp_path / "rl" / "samples.jsonl") == rows and read_lines(tmp_path / "none.jsonl") == []
     assert unseen_prompts(tmp_path) == [row["prompt"] for row in rows[:3]]
+    twice = [rows[i] | {"step": step} for step in (0, 4) for i in range(2)]
+    write_lines(tmp_path / "rl", twice, "samples.jsonl")
+    assert unseen_prompts(tmp_path) == [row["prompt"] for row in rows[:2]], (
+        "of two held-out prompts each is asked once"
+    )

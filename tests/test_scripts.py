@@ -42,6 +42,9 @@ from safetensors.torch import load_file
 from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, MambaConfig
 
+from arguments.command_line import UserError
+from scripts.check_inputs import check_flags
+
 PROBES = ("What helps a sprained ankle? Rest", "高血压患者平时")
 
 
@@ -479,6 +482,17 @@ def test_a_machine_waits_for_the_merge_of_this_run(tmp_path):
     assert ended(age=1, limit=20) == 1
 
 
+def test_a_folder_that_was_cleared_before_its_merge_is_an_error(tmp_path):
+    command = f"source scripts/env.sh; merge_stage base {tmp_path} {tmp_path}-merged"
+    for name, code in (("notes.txt", 1), ("config.json", 0)):
+        (tmp_path / name).touch()
+        ended = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, env=os.environ | {"PYTHON": "false"}, text=True, capture_output=True
+        )
+        assert ended.returncode == code, ended
+    assert "holds a whole model: nothing to merge" in ended.stdout
+
+
 @pytest.mark.parametrize(
     ("gpus", "environment", "expected"),
     [
@@ -691,6 +705,37 @@ def test_a_run_script_follows_its_flags_and_variables(told, tmp_path):
 def test_a_look_merges_nothing(flags, told, tmp_path):
     code, calls, _ = told("scripts/run_rm.sh", "--output_dir", tmp_path / "rm", *flags)
     assert code == 0 and list(calls) == ["reward_modeling.py"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (("--plan", "False"), False),
+        (("--preview=0", "--trust_remote_code", "no"), False),
+        (("--trust-remote-code", "0"), False),
+        (("--trust_remote_code=FALSE",), False),
+        (("--trust_remote_code",), True),
+        (("--trust_remote_code", "--seed", 1), True),
+        (("--trust_remote_code", "yes"), True),
+    ],
+)
+def test_values_of_flags_mean_what_they_mean_in_python(flags, code, told, tmp_path):
+    _, calls, _ = told("scripts/run_rm.sh", "--output_dir", tmp_path / "rm", *flags)
+    assert f"--trust_remote_code {code} " in calls["merge_peft_adapter.py"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("True",), "True belongs to no flag"),
+        (("--seed", "x"), "invalid int value"),
+        (("--sed", "1"), "no stage knows"),
+    ],
+)
+def test_flags_of_all_stages_are_looked_at_before_anything_is_deleted(flags, said):
+    with pytest.raises(UserError, match=said):
+        check_flags([*flags])
+    check_flags(["--seed", "1", "--fp16", "False", "--no_cuda"])
 
 
 def test_the_pipeline_bounds_the_steps_of_the_sample_alone(told, tmp_path):
