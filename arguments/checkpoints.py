@@ -194,12 +194,16 @@ def check_changes(folder: Path) -> None:
         )
 
 
+def left_by_a_run(folder: Path) -> bool:
+    """Whether a stage has trained into this folder, or its adapter was merged there."""
+    return bool(numbered(folder)) or any((folder / name).exists() for name in ("run.json", "merge.json"))
+
+
 def clear_output(folder: Path, sources: list[str]) -> None:
     """Remove what an earlier run left in `folder` and could be taken for this run's, except this run's `sources`."""
     names = ["merge.json", "run.json", *(f"{name}_results.json" for name in ("all", "train", "eval"))]
     names += [f"{name}.jsonl" for name in ("margins", "scores", "samples", "guards")]
-    checkpoints = numbered(folder)
-    of_a_run = checkpoints or (folder / "merge.json").exists() or (folder / "run.json").exists()
+    checkpoints, of_a_run = numbered(folder), left_by_a_run(folder)
     if (folder / "merge.json").exists():  # it was merged into itself
         names.append("adapter")
     if of_a_run and folder.resolve() not in [Path(source).resolve() for source in sources]:

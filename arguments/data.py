@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -288,7 +289,7 @@ class DataArguments(LengthArguments):
         bad = list({(row["place"], row["raw"]): row for row in bad}.values())  # a weight may have repeated some
         if not bad:
             return
-        lines = [f"{row['place']}: {row['bad']}" for row in bad[:10]]
+        lines = [f"{row['place']}: {row['bad']}" for row in examples(bad)]
         shown = "\n  ".join(lines) + (f"\n  and {len(bad) - 10} more" if len(bad) > 10 else "")
         if self.bad_records == "error":
             raise UserError(f"{len(bad)} bad records{hint}\n  {shown}")
@@ -379,6 +380,16 @@ def warn_of_held_out(sources: list[str | None], held_sources: list[str | None]) 
                 f"{len(named)} files are trained on whose names are those of held-out records: {named[0]} ... If that "
                 "is not meant, name the folders apart, as --train_file_dir and --validation_file_dir"
             )
+
+
+def examples(bad: list[dict], most: int = 10) -> list[dict]:
+    """Some bad records in order: three of each file in turn, for a file full of them would hide the others."""
+    seen, turns = Counter(), []
+    for row in bad:
+        file = row["place"].rpartition(":")[0]
+        turns.append(seen[file] // 3)
+        seen[file] += 1
+    return [bad[i] for i in sorted(sorted(range(len(bad)), key=turns.__getitem__)[:most])]
 
 
 def bad_rows(rows: Dataset) -> list[dict]:

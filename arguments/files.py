@@ -38,6 +38,7 @@ TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv")
 SUFFIXES = tuple(suffix + packed for packed in ("", ".gz") for suffix in (*TEXT_SUFFIXES, ".parquet"))
 SENTENCE_ENDS = tuple(".!?:;\"')\u3002\uff01\uff1f\u2026\uff1a\uff1b\u201d\uff09")
 csv.field_size_limit(sys.maxsize)
+noted: set[Path] = set()  # folders of which the log names a file in GB18030: they may hold thousands
 
 
 class BadRecord(ValueError):
@@ -140,7 +141,9 @@ def encoding_of(path: Path) -> str:
                 refuse_damaged(path, *faults[0])
                 refuse_western(path)
                 refuse_big5(path)
-                logger.info(f"{path} is not UTF-8, and read as GB18030: --preview shows whether it is")
+                if path.parent not in noted:
+                    logger.info(f"{path} is not UTF-8, and read as GB18030: --preview shows whether it is")
+                noted.add(path.parent)
             return encoding
         faults.append(fault)
     line, held = max(faults)  # the encoding that failed later is likelier the file's

@@ -25,7 +25,8 @@ class GuardArguments:
         default="stop",
         metadata={
             "help": "stop: KL, repetition, missing ends and numbers that are not finite stop the run, which keeps its "
-            "last good policy; length and correlation only warn. warn: all only warn. off: none.",
+            "last good policy; length and correlation only warn. warn: all only warn. off: none. Numbers that are not "
+            "finite end the run with both, too.",
             "choices": ["stop", "warn", "off"],
         },
     )

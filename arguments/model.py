@@ -14,6 +14,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, 
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from arguments.attention import attend_in_blocks
+from arguments.checkpoints import left_by_a_run
 from arguments.command_line import UserError, first_line, not_found
 from arguments.shapes import only_shapes
 
@@ -104,10 +105,16 @@ class ModelArguments:
 
         Raises:
             UserError: when it has fewer positions, when `trains_all` meets quantised weights, or when what is trained
-                would be written into its own folder.
+                would be written into its own folder or beside another model, on which it would then be loaded.
         """
-        if Path(output_dir).resolve() == Path(self.model_name_or_path).resolve():
+        output = Path(output_dir)
+        if output.resolve() == Path(self.model_name_or_path).resolve():
             raise UserError(f"--output_dir {output_dir} is the folder of the base model: name another one")
+        models = [path.name for form in ("model*.safetensors", "pytorch_model*.bin") for path in output.glob(form)]
+        if models and not left_by_a_run(output):
+            raise UserError(
+                f"--output_dir {output_dir} holds a model that no run here has left ({models[0]}): name another one"
+            )
         if trains_all and (self.load_in_4bit or self.load_in_8bit):
             raise UserError("--use_peft False trains all weights, which --load_in_4bit and --load_in_8bit freeze")
         kind = self.load_config().model_type

@@ -23,6 +23,8 @@ ROLES = {
 }
 SPEAKERS = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # before each turn of a conversation that is one text
 CALL = "which no template here would show: write the call as its content"
+KEYS = "text", "messages", "conversations", "instruction", "input", "output", "prompt", "completion"
+KEYS += "question", "chosen", "rejected", "response_chosen", "response_rejected"
 THOUGHTS = "which is not trained: put the thoughts before its content, as <think>...</think>, or take the key out"
 # Keys of a turn besides its text that would change what is learned, and what to do about them.
 BESIDE_TEXT = {"tool_calls": CALL, "function_call": CALL, "reasoning_content": THOUGHTS, "thinking": THOUGHTS}
@@ -49,10 +51,11 @@ def to_messages(turns, closed: bool) -> list[dict]:
     for turn in turns:
         if not isinstance(turn, dict):
             raise BadRecord(f"expected a turn like {{'role', 'content'}}, found {str(turn)[:60]}")
-        name = turn.get("role") or turn.get("from")
-        role = ROLES.get(str(name))
+        role = role_of(turn)
         if role is None:
-            raise BadRecord(f"unknown role {name!r}, expected one of {', '.join(ROLES)}")
+            raise BadRecord(
+                f"unknown role {turn.get('role') or turn.get('from')!r}, expected one of {', '.join(ROLES)}"
+            )
         content = text_of(turn, role)
         if not content or (role == "assistant" and not any(m["role"] == "user" for m in messages)):
             continue
@@ -69,8 +72,13 @@ def is_turn(value) -> bool:
     return isinstance(value, dict) and not value.keys().isdisjoint(("role", "from"))
 
 
+def role_of(turn: dict) -> str | None:
+    """Who speaks, in today's terms and written in any case; None for an unknown one."""
+    return ROLES.get(str(turn.get("role") or turn.get("from")).lower())
+
+
 def is_answer(turn) -> bool:
-    return isinstance(turn, dict) and ROLES.get(str(turn.get("role") or turn.get("from"))) == "assistant"
+    return isinstance(turn, dict) and role_of(turn) == "assistant"
 
 
 def text_of(turn: dict, role: str) -> str:
@@ -107,7 +115,7 @@ def with_system(record: dict, turns: list) -> list:
                 "the key out"
             )
     beside = record.get("system") or record.get("system_prompt")
-    systems = [turn for turn in turns if isinstance(turn, dict) and "system" in (turn.get("role"), turn.get("from"))]
+    systems = [turn for turn in turns if isinstance(turn, dict) and role_of(turn) == "system"]
     own = any(turn.get("content") or turn.get("value") for turn in systems)
     return turns if not beside or own else [{"role": "system", "content": beside}, *turns]
 
@@ -163,11 +171,22 @@ def need(record, form: str) -> dict:
     return {key: value for key, value in record.items() if value is not None}
 
 
+def found_keys(record: dict) -> str:
+    """The keys of a record that has no form, and what may be wrong with them."""
+    names = ", ".join(record)
+    meant = [f"{key!r} should be {name!r}" for key in record if (name := nearest(key, KEYS))]
+    if len(record) == 1 and (sign := next((sign for sign in ";\t|" if sign in names), None)):
+        meant = [f"columns are separated by commas here, not by {sign!r}"]
+    if "text" in record:
+        meant = ["a text, as each line of a .txt is one, is for PT alone"]
+    return "; ".join([f"found keys {names}", *meant])
+
+
 def to_document(record) -> str:
     """{"text"} as the text."""
     record = need(record, '{"text": ...}')
     if "text" not in record:
-        raise BadRecord(f'expected {{"text": ...}}, found keys {", ".join(record)}')
+        raise BadRecord(f'expected {{"text": ...}}, {found_keys(record)}')
     text = clean(record["text"])
     if not text:
         raise BadRecord("the text is empty")
@@ -192,7 +211,7 @@ def to_prompt(record) -> list[dict]:
     elif "prompt" in record:
         messages = with_history(record, record["prompt"])
     else:
-        raise BadRecord(f"expected {form}, found keys {', '.join(record)}")
+        raise BadRecord(f"expected {form}, {found_keys(record)}")
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise BadRecord("there is no question")
     return messages
@@ -216,9 +235,9 @@ def to_conversation(record) -> list[dict]:
         earlier = answer[:-1] if isinstance(answer, list) else []
         messages = to_messages([*to_prompt(record), *earlier, last], closed=True)
     else:
-        raise BadRecord(f"expected {form}, found keys {', '.join(record)}")
+        raise BadRecord(f"expected {form}, {found_keys(record)}")
     if not messages:
-        raise BadRecord(f"there is no question with an answer; found keys {', '.join(record)}")
+        raise BadRecord(f"there is no question with an answer; {found_keys(record)}")
     return messages
 
 
@@ -256,7 +275,7 @@ def pair_prompt(record: dict, answers: dict, form: str) -> list[dict]:
             "chosen and rejected are texts without the question they answer: put it beside them as prompt, or give "
             'both as lists of turns, [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
         )
-    raise BadRecord(f"expected {form}, found keys {', '.join(record)}")
+    raise BadRecord(f"expected {form}, {found_keys(record)}")
 
 
 def spoken_turns(answer):

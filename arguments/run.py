@@ -27,6 +27,7 @@ from arguments.checkpoints import (
     checkpoint_fault,
     clear_output,
     drop_later,
+    left_by_a_run,
     numbered,
     saved_by,
 )
@@ -74,6 +75,7 @@ POSITIVE = (
     "eval_accumulation_steps",
 )
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that a metric steers
+HELD_OUT = "eval_tokens", "eval_pairs", "eval_prompts"  # how many there are
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
 
@@ -246,6 +248,11 @@ class RunArguments(PrecisionArguments, CompileArguments):
             return
         if (output / "merge.json").exists():
             raise UserError(f"{output} already holds a merged model: --fresh trains it anew and replaces it")
+        if self.do_train and (output / "adapter_config.json").exists() and not left_by_a_run(output):
+            raise UserError(
+                f"{output} holds an adapter that no run here has left: name another --output_dir, or --fresh to "
+                "replace it"
+            )
         if not self.do_train and (output / "train_results.json").exists():
             raise UserError(
                 f"--do_train False evaluates what --model_name_or_path and --peft_path name, and its figures would "
@@ -355,6 +362,9 @@ class RunArguments(PrecisionArguments, CompileArguments):
         first = next((row for row in start if any(key.startswith("eval_") for key in row)), {})
         before = {f"{key}_before": value for key, value in first.items() if key.startswith("eval_")}
         path = Path(self.output_dir) / "all_results.json"
-        results = read_json(path) or {}
+        results = {key: value for key, value in (read_json(path) or {}).items() if not key.endswith("_before")}
+        if any(first[name] != results.get(name, first[name]) for name in HELD_OUT if name in first):
+            logger.warning("The held-out records are others than when this run began: no figures of before training")
+            before = {}
         write_atomically(path, json.dumps(results | before | peak_memory(), indent=4, sort_keys=True))
         plot_curves(trainer.state.log_history, Path(self.output_dir))

@@ -32,8 +32,8 @@ class Bars(ProgressCallback):
 
 
 class LogLine:
-    """Mixed into a Trainer: training logs also have seconds per step, tokens per second (of all ranks, without
-    padding) and this rank's peak memory; and each log is printed as one line of name=value."""
+    """Mixed into a Trainer: training logs also have seconds per step, tokens per second (of all ranks, without padding
+    but where packed rows end) and this rank's peak memory; and each log is printed as one line of name=value."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

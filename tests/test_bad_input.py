@@ -89,6 +89,10 @@ def house(tiny, records, tmp_path_factory):
     (headless / "config.json").write_text(json.dumps(settings | scores))
     (model("two labels") / "config.json").write_text(json.dumps(settings | scores | {"num_labels": 2}))
 
+    model("another model")
+    (root / "another adapter").mkdir()
+    for path in (root / "adapter").glob("adapter_*"):
+        shutil.copy(path, root / "another adapter")
     (root / "empty").mkdir()
     (root / "a file").write_text("x")
     for name, text in (("cut", '{"text": "cut o\n'), ("wrong form", '{"weather": "fine"}\n'), ("number", "7\n")):
@@ -146,6 +150,9 @@ EVERY_STAGE = [
     (("--train_file_dir", "{house}/empty:x"), "empty:x"),
     (("--validation_file_dir", "{house}/missing"), "no such folder"),
     (("--output_dir", "{house}/a file"), "{house}/a file"),
+    (("--output_dir", "{house}/another model"), "holds a model that no run here has left (model.safetensors)"),
+    (("--output_dir", "{house}/another model", "--fresh"), "holds a model that no run here has left"),
+    (("--output_dir", "{house}/another adapter"), "holds an adapter that no run here has left"),
     (("--output_dir", "{house}/a file/out"), "a file is a file"),
     (("--train_file_dir", "{house}/cut", "--output_dir", "{house}/cut/out"), "lies in {house}/cut"),
     (("--validation_file_dir", "{house}/empty", "--output_dir", "{house}/empty"), "lies in {house}/empty"),
@@ -197,7 +204,7 @@ EVERY_STAGE = [
     (("--validation_split_count", 0), "--validation_split_count"),
     (("--resume_from_checkpoint", "{house}/missing"), "--resume_from_checkpoint"),
     (("--model_name_or_path", "{house}/no eos"), "no eos"),
-    (("--save_strategy", "best"), "--metric_for_best_model"),
+    (("--save_strategy", "best"), "--save_strategy best"),
     (("--label_names", "foo"), "--label_names"),
     (("--data_seed", -1), "--data_seed"),
     (("--warmup_ratio", 1), "--warmup_ratio is 1, expected a share of the steps"),

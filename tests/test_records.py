@@ -14,7 +14,7 @@ from conftest import in_process, stage, write_lines
 from loguru import logger
 
 from arguments.command_line import UserError
-from arguments.data import DataArguments
+from arguments.data import DataArguments, examples
 from arguments.files import BadRecord, find_files, other_files, read_file
 from arguments.records import to_conversation, to_document, to_pair, to_prompt
 
@@ -217,7 +217,14 @@ def test_prompt_forms(record, expected):
         (to_prompt, {"prompt": "\xa0"}, "there is no question"),
         (to_document, {"text": 3}, "expected text, found int: 3"),
         (to_document, ["x"], "found list"),
-        (to_conversation, {"q": "x", "a": "y"}, "found keys q, a"),
+        (to_conversation, {"q": "x", "a": "y"}, "found keys q, a$"),
+        (
+            to_conversation,
+            {"Instruction": "q", "Output": "a"},
+            "Output; 'Instruction' should be 'instruction'; 'Output'",
+        ),
+        (to_conversation, {"instruction;output": "q;a"}, "output; columns are separated by commas here, not by ';'"),
+        (to_prompt, {"text": "q"}, "found keys text; a text, as each line of a .txt is one, is for PT alone"),
         (to_conversation, {"instruction": "q", "inputs": "x", "output": "a"}, "'inputs' is not read. Is it 'input'?"),
         (to_prompt, {"prompt": "q", "histroy": [["a", "b"]]}, "'histroy' is not read. Is it 'history'?"),
         (to_pair, {"question": "q", "sytem": "s", "chosen": "a", "rejected": "b"}, "Is it 'system'?"),
@@ -226,6 +233,7 @@ def test_prompt_forms(record, expected):
         (to_conversation, {"completion": "a"}, "found keys completion"),
         (to_conversation, {"conversations": sharegpt(("gpt", "a"))}, "no question with an answer"),
         (to_conversation, {"conversations": sharegpt(("alien", "a"))}, "unknown role 'alien'"),
+        (to_conversation, {"messages": [{"content": "a"}]}, "unknown role None"),
         (to_conversation, {"messages": ["q", "a"]}, "expected a turn"),
         (to_conversation, {"instruction": "q", "output": "a", "history": [["q"]]}, "expected history as"),
         (to_prompt, {"prompt": ""}, "there is no question"),
@@ -370,6 +378,12 @@ def test_hard_wrapped_paragraphs_are_documents(tmp_path):
     ]
 
 
+def test_roles_are_known_in_any_case():
+    turns = [{"role": "User", "content": "a"}, {"role": "ASSISTANT", "content": "b"}]
+    assert to_conversation({"messages": turns}) == chat(("user", "a"), ("assistant", "b"))
+    assert to_prompt({"messages": turns}) == chat(("user", "a"))
+
+
 def test_an_empty_system_turn_hides_no_system_text():
     turns = [
         {"role": "system", "content": ""},
@@ -384,7 +398,17 @@ def test_what_is_not_utf8_is_named(tmp_path, messages):
     text = "用Python分析A型和B型血，vitamin维C和T细胞\n"
     (tmp_path / "a.txt").write_text(text, encoding="gb18030")
     assert [record for _, record in read_file(tmp_path / "a.txt")] == [{"text": text}]
-    assert any("a.txt is not UTF-8, and read as GB18030" in message for message in messages)
+    (tmp_path / "b.txt").write_text(text, encoding="gb18030")
+    assert [record for _, record in read_file(tmp_path / "b.txt")] == [{"text": text}]
+    (said,) = [message for message in messages if "read as GB18030" in message]
+    assert "a.txt is not UTF-8, and read as GB18030" in said, "of a folder's files the first is named"
+
+
+def test_bad_records_of_one_file_do_not_hide_those_of_others():
+    bad = [{"place": f"{name}:{line}"} for name, count in (("a", 20), ("b", 1), ("c", 4)) for line in range(count)]
+    shown = [row["place"] for row in examples(bad)]
+    assert shown == ["a:0", "a:1", "a:2", "a:3", "a:4", "a:5", "b:0", "c:0", "c:1", "c:2"]
+    assert examples(bad[:12]) == bad[:10]
 
 
 @pytest.mark.parametrize(

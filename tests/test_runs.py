@@ -460,6 +460,20 @@ def test_a_run_goes_on_from_its_own_base_only_and_says_what_changed(all_weights,
     in_process(*stage("sft", moved, records, output, "--max_steps", 1, "--fresh")).ok()
 
 
+def test_figures_of_before_training_are_of_the_same_records(tiny, records, tmp_path):
+    """A run that goes on with other held-out records has none to compare the last ones with."""
+    output = tmp_path / "out"
+    flags = ("--eval_on_start", "--save_steps", 1)
+    in_process(*stage("sft", tiny("llama"), records, output, *flags, "--max_steps", 1)).ok()
+    before = results(output)
+    assert before["eval_tokens_before"] == before["eval_tokens"]
+    flags += ("--max_steps", 2, "--max_eval_samples", 1)
+    ended = in_process(*stage("sft", tiny("llama"), records, output, *flags)).ok()
+    assert "The held-out records are others than when this run began" in ended.stderr
+    found = results(output)
+    assert found["eval_tokens"] < before["eval_tokens"] and not [name for name in found if name.endswith("_before")]
+
+
 def test_a_run_goes_on_with_its_own_tensors_only(tiny, records, tmp_path):
     command = (*stage("sft", tiny("llama"), records, tmp_path / "out"), "--save_steps", 1)
     in_process(*command, "--max_steps", 1).ok()
