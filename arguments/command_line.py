@@ -229,7 +229,7 @@ def not_found(name: str, error: Exception) -> str:
         return first_line(error)
     if isinstance(error.__cause__, HFValidationError):
         return "no such folder, and no name of a model on the hub"
-    made = " (has the stage that makes it run?)" if name.endswith("-merged") else ""
+    made = " (has its stage run, to the end of its merge?)" if name.endswith("-merged") else ""
     return f"no such folder{made}, and as a name on the hub: {first_line(error)}"
 
 
@@ -298,8 +298,8 @@ def known_flags(*groups: type) -> set[str]:
 
 
 def unknown_words(argv: list[str], *groups: type) -> list[str]:
-    """What argument groups do not know of a command line."""
-    return _Parser(groups).parse_known_args(modern_flags(argv))[1]
+    """What a stage's argument groups do not know of a command line."""
+    return _Parser(groups, prog=f"{groups[-1].__module__}.py").parse_known_args(modern_flags(argv))[1]
 
 
 def parse_arguments(*groups: type, argv: list[str] | None = None) -> list:

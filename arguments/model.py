@@ -201,7 +201,7 @@ class ModelArguments:
         config, scores = self.load_config(), num_labels is not None
         if scores:
             self.check_scores()
-            config.num_labels, config.problem_type = num_labels, "regression"  # vLLM: no sigmoid
+            config.num_labels, config.problem_type = num_labels, "regression"  # else vLLM takes a sigmoid
         scorers = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
         if scorers and not scores:  # with tied embeddings no weight of a language model is missing
             raise UserError(

@@ -728,7 +728,7 @@ def test_values_of_flags_mean_what_they_mean_in_python(flags, code, told, tmp_pa
     ("flags", "said"),
     [
         (("True",), "True belongs to no flag"),
-        (("--seed", "x"), "invalid int value"),
+        (("--seed", "x"), "invalid int .*see python pretraining.py --help"),
         (("--sed", "1"), "no stage knows"),
     ],
 )
