@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, in_process, merge, stage
 
-from inference import Answerer, InferenceArguments, ask_all, vote
+from arguments.web import ask_all, vote
+from inference import Answerer, InferenceArguments
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
