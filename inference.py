@@ -414,10 +414,8 @@ def load_scorer(args: InferenceArguments) -> torch.nn.Module:
         UserError: when it is none, or its files are damaged.
     """
     lengths = LengthArguments(max_source_length=args.max_source_length, max_target_length=args.max_new_tokens)
-    source, model_args = (
-        RewardSourceArguments(reward_model_name_or_path=args.reward_model),
-        args.model_args(args.compare[0]),
-    )
+    source = RewardSourceArguments(reward_model_name_or_path=args.reward_model)
+    model_args = args.model_args(args.compare[0])
     if not (args.dtype or torch.cuda.is_available()):  # as RL scores on a CPU, even where answers take bfloat16
         model_args.dtype = "float32"
     try:
